@@ -1,0 +1,32 @@
+# The two commands a fresh machine needs: make demo, make test. Everything sets itself up first.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench clean
+
+BIN := .venv/bin
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
+
+setup:  ## make .venv from the lock
+	@tools/setup.sh
+
+demo: setup  ## the whole road on synthetic sounds, offline; or on yours: make demo AUDIO=folder (a class per subfolder)
+	@$(BIN)/python tools/demo.py $(if $(AUDIO),--audio "$(AUDIO)") --out demo
+
+test: setup  ## all tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: setup  ## ruff and pyright
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+
+format: setup  ## let ruff rewrite
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format .
+
+bench: setup  ## speed of the parts, side by side with baselines
+	@$(BIN)/python tools/bench.py
+
+clean:  ## remove what make demo and runs have written
+	rm -rf demo .pytest_cache .ruff_cache .hypothesis

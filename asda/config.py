@@ -1,0 +1,324 @@
+"""A run as data: one JSON file, checked once against one tree.
+
+    load_config("configs/as2m.json", ["engine.zero_stage=2"]) -> Config
+
+Every level refuses unknown keys and names the nearest known one. Values carry their unit in the name or in the
+comment beside them. Where a default stands, it is the released ASDA recipe; the file configs/as2m.json spells all
+of them out.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from asda.errors import UserError
+
+MAX_CONFIG_BYTES = 1 << 20  # a run is described in a few kilobytes; more is not a config
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+DataSpecs = str | list[str]  # "FOLDER:SPLIT" or "FOLDER:SPLIT+SPLIT", or several of them
+
+
+class Section(BaseModel):
+    """A part of the tree: immutable, without silent conversions, without unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, populate_by_name=True)
+
+
+class ModelConfig(Section):
+    """The encoder (ASDA-base: 92 M parameters)."""
+
+    width: PositiveInt = 768  # features per token
+    depth: PositiveInt = 12  # blocks
+    heads: PositiveInt = 12  # heads of each of the two attention maps
+    mlp_ratio: PositiveFloat = 3.5  # hidden width of the MLP / width
+    attention_lambda: float = 0.1  # A = softmax(q1 k1) - lambda softmax(q2 k2); the paper says 0.3, the code 0.1
+    attention_scale: PositiveFloat = 0.95  # factor after the attention's norm, 1 - 0.05
+    patch: PositiveInt = 16  # frames and mel bins per patch
+    mel_bins: PositiveInt = 128
+    max_time_patches: PositiveInt = 768  # rows of the position table; 768 x 16 frames = 123 s
+
+    @model_validator(mode="after")
+    def divides(self) -> Self:
+        """Refuse sizes that do not divide."""
+        if self.width % self.heads:
+            raise ValueError(f"model.width {self.width} must be a multiple of model.heads {self.heads}")
+        if self.width % 4:
+            raise ValueError(f"model.width {self.width} must be a multiple of 4 (sine and cosine on two axes)")
+        if self.mel_bins % self.patch:
+            raise ValueError(f"model.mel_bins {self.mel_bins} must be a multiple of model.patch {self.patch}")
+        return self
+
+
+class DecoderConfig(Section):
+    """The convolutional decoder that predicts the teacher's targets."""
+
+    layers: PositiveInt = 6
+    width: PositiveInt = 768
+    kernel: PositiveInt = 3  # odd
+    groups: PositiveInt = 16
+    noise_std: NonNegative = 0.01  # what stands at masked positions
+
+    @model_validator(mode="after")
+    def shaped(self) -> Self:
+        """Refuse convolutions that do not keep the grid."""
+        if self.kernel % 2 == 0:
+            raise ValueError(f"objective.decoder.kernel {self.kernel} must be odd, so that the patch grid keeps its size")
+        if self.width % self.groups:
+            raise ValueError(f"objective.decoder.width {self.width} must be a multiple of groups {self.groups}")
+        return self
+
+
+class MaskConfig(Section):
+    """Inverse block masks: a few blocks stay visible, the rest is hidden."""
+
+    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.8  # hidden share of the patches
+    adjust: Annotated[float, Field(ge=0, lt=1)] = 0.07  # extra share when the number of blocks is chosen
+    block: PositiveInt = 5  # patches along each side
+
+
+class EmaConfig(Section):
+    """The teacher's decay, linear from `decay` to `end_decay` over `anneal_steps` steps."""
+
+    decay: Annotated[float, Field(ge=0, le=1)] = 0.9998
+    end_decay: Annotated[float, Field(ge=0, le=1)] = 0.99999
+    anneal_steps: PositiveInt = 100_000
+
+
+class PretrainConfig(Section):
+    """Masked students learn to predict what an EMA teacher sees without a mask."""
+
+    kind: Literal["pretrain"]
+    students: PositiveInt = 16  # masked views of every clip in every step
+    utterance_weight: NonNegative = 96.0  # total = frame_mean + weight * utterance_mean; 0.5 x 12 clips x 16 students
+    target_layers: PositiveInt = 12  # the last this many blocks are averaged into the target
+    mask: MaskConfig = MaskConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    ema: EmaConfig = EmaConfig()
+
+
+class ClassifyConfig(Section):
+    """A classifier on the CLS token, from a pre-trained encoder or from scratch."""
+
+    kind: Literal["classify"]
+    init_from: str  # a run folder or one checkpoint of it; "" starts from scratch
+    init_weights: Literal["student", "teacher"] = "student"
+    loss: Literal["ce", "bce"]  # one label a clip, or any number
+    label_smoothing: Fraction = 0.0  # only with ce
+    drop_path: Fraction = 0.0  # of the last block; linear from 0 at the first
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # lr of block i is multiplied by decay ** (depth - i)
+
+    @model_validator(mode="after")
+    def smooths_only_ce(self) -> Self:
+        """Refuse a value that would do nothing."""
+        if self.loss == "bce" and self.label_smoothing:
+            raise ValueError(f"objective.label_smoothing {self.label_smoothing} must be 0 with loss bce, which has none")
+        return self
+
+
+class LogMelStats(Section):
+    """Patches are (log-mel - mean) / (2 std)."""
+
+    mean: float
+    std: PositiveFloat
+
+
+class DataConfig(Section):
+    """Which shards, and what becomes of a clip."""
+
+    train: DataSpecs
+    valid: DataSpecs = ""  # held-out shards of a classifier; "" evaluates nothing
+    frames: PositiveInt = 1024  # log-mel frames of 10 ms a clip is cut or padded to
+    crop: Literal["start", "random"] = "start"  # where a longer clip is cut while training
+    log_mel: LogMelStats | Literal["dataset"] = "dataset"  # "dataset" takes the figures of the training shards
+    pad_log_mel: float = 0.0  # raw log-mel of padding; 0 as released, which is far above silence (-15.9)
+    device: Literal["auto", "cpu", "gpu"] = "auto"  # where DALI computes; auto follows the training device
+    threads: PositiveInt = 2  # that read, verify and decompress, per rank
+    prefetch: PositiveInt = 4  # micro-batches prepared ahead, per rank
+    group_shards: PositiveInt = 16  # shards shuffled together
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule: linear warm-up from 0, cosine to min_lr. A step is one update of the weights."""
+
+    steps: PositiveInt
+    warmup_steps: Count
+    lr: PositiveFloat
+    min_lr: NonNegative = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegative = 0.05
+    clip: NonNegative = 4.0  # global gradient norm; 0 does not clip
+    batch: PositiveInt  # clips per step, over all ranks
+
+
+class EngineConfig(Section):
+    """How DeepSpeed runs it: what may change between machines without changing the recipe."""
+
+    precision: Literal["bf16", "fp32"] = "bf16"
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    micro_batch: PositiveInt = 12  # most clips a rank takes at once; gradients are accumulated up to optimizer.batch
+
+
+class RunConfig(Section):
+    """The run's folder and its rhythm, in steps."""
+
+    folder: str
+    seed: Count = 1
+    log_every: PositiveInt = 20
+    save_every: PositiveInt = 1000
+    eval_every: PositiveInt = 1000
+    keep: PositiveInt = 2  # newest checkpoints kept
+
+
+class Config(Section):
+    """One run."""
+
+    about: dict[str, str] = Field(default={}, alias="_about")  # the story: source, expected metric, hardware, command
+    objective: PretrainConfig | ClassifyConfig = Field(discriminator="kind")
+    data: DataConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    engine: EngineConfig = EngineConfig()
+    run: RunConfig
+    resume: Literal["auto", "never"] = "auto"  # auto continues from the newest checkpoint of run.folder, if there is one
+
+    @model_validator(mode="after")
+    def fits(self) -> Self:
+        """Check what concerns several sections."""
+        if self.data.frames % self.model.patch:
+            raise ValueError(f"data.frames {self.data.frames} must be a multiple of model.patch {self.model.patch}")
+        if self.data.frames > self.model.max_time_patches * self.model.patch:
+            raise ValueError(
+                f"data.frames {self.data.frames} must fit model.max_time_patches {self.model.max_time_patches} "
+                f"x model.patch {self.model.patch}"
+            )
+        if self.optimizer.warmup_steps > self.optimizer.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} must not exceed optimizer.steps {self.optimizer.steps}"
+            )
+        if isinstance(self.objective, PretrainConfig) and self.data.valid:
+            raise ValueError(f"data.valid {self.data.valid!r} must be empty in pre-training, which evaluates nothing")
+        if isinstance(self.objective, PretrainConfig) and self.objective.target_layers > self.model.depth:
+            raise ValueError(
+                f"objective.target_layers {self.objective.target_layers} must not exceed model.depth {self.model.depth}"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a run from a JSON file and dotted overrides.
+
+    Args:
+        path: the JSON file.
+        overrides: "key.key=value", where value is JSON, or a plain string when it does not parse as JSON.
+
+    Raises:
+        UserError: naming the file or the key, the value, the rule and, for unknown keys, the nearest known one.
+    """
+    tree = _read_json_object(Path(path))
+    for override in overrides or []:
+        _apply_override(tree, override)
+    try:
+        return Config.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error, tree)}") from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved tree as JSON text; load_config reads it back to an equal tree."""
+    return config.model_dump_json(by_alias=True, indent=2) + "\n"
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"there is no config file {path}; the ones that come with asda are in configs/")
+    num_bytes = path.stat().st_size
+    if num_bytes > MAX_CONFIG_BYTES:
+        raise UserError(f"{path} has {num_bytes} bytes; a config has at most {MAX_CONFIG_BYTES}")
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds a JSON {type(tree).__name__}; a config is one JSON object")
+    return tree
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a key that is written twice: JSON readers keep the last one in silence."""
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is written twice in one object")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError(f"cannot read the override {override!r}; write it as section.key=value")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    *sections, key = dotted.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"the override {override!r} goes through {section!r}, which is a value and not a section")
+    tree[key] = value
+
+
+def _explain(error: ValidationError, tree: dict[str, Any]) -> str:
+    """The first complaint as one sentence; the count of the others after it."""
+    first, *others = error.errors(include_url=False)
+    # A discriminated union puts its tag ("pretrain") into the location; it is no key of the file.
+    keys = [part for part in first["loc"] if part not in ("pretrain", "classify", "str", "list[str]", "LogMelStats")]
+    where = ".".join(map(str, keys)) or "the config"
+    if first["type"] == "extra_forbidden":
+        sentence = f"unknown key {where}{_nearest(keys)}"
+    elif first["type"] == "missing":
+        sentence = f"the key {where} is missing"
+    elif first["type"] == "value_error":
+        sentence = first["msg"].removeprefix("Value error, ")
+    elif first["type"] == "union_tag_invalid":
+        sentence = f"{where}.kind is {first['ctx']['tag']!r}; it must be one of {first['ctx']['expected_tags']}"
+    else:
+        sentence = f"{where} is {json.dumps(first['input'])[:80]}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    more = f" (and {len(others)} more like it)" if others else ""
+    return sentence + more
+
+
+def _nearest(keys: list[Any]) -> str:
+    """'; did you mean data.train?' for a key that looks like a known one."""
+    known = _known_keys(Config)
+    dotted = ".".join(map(str, keys))
+    siblings = [k for k in known if k.rpartition(".")[0] == dotted.rpartition(".")[0]]
+    by_name = {k.rpartition(".")[2]: k for k in known}
+    close = difflib.get_close_matches(dotted, siblings, n=1, cutoff=0.5)
+    close = close or [by_name[n] for n in difflib.get_close_matches(str(keys[-1]), by_name, n=1, cutoff=0.6)]
+    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(k.rpartition('.')[2] for k in siblings)}"
+
+
+def _known_keys(section: type[Section], prefix: str = "") -> list[str]:
+    """Every dotted key of the tree."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + (field.alias or name))
+        for part in _sections_of(field.annotation):
+            keys += _known_keys(part, f"{prefix}{name}.")
+    return list(dict.fromkeys(keys))
+
+
+def _sections_of(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in getattr(annotation, "__args__", ()) for section in _sections_of(part)]

@@ -1,0 +1,1 @@
+"""From audio files to batches: audio -> sources -> writer -> shards on disk -> log-mel patches."""

@@ -1,0 +1,211 @@
+"""From rows to shards, before any audio is read: keys, splits, vocabulary, order. Pure functions of their arguments.
+
+Nothing here depends on the order in which the source lists its rows, so the same clips make the same shards.
+"""
+
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
+
+from asda.data.shards import SHARD_SUFFIX
+from asda.data.sources import Row
+from asda.errors import UserError
+
+MAX_KEY_CHARS = 95  # a ustar header has 100 bytes for "<key>.json"
+KEY_HASH_CHARS = 8  # hex digits that tell colliding keys apart
+UNNAMED_SPLIT = "train"  # where a source has no splits and none is asked for
+SPLIT_NAME = re.compile(r"[A-Za-z0-9_]+", re.ASCII)
+SHARE = re.compile(r"\d+(\.\d+)?%", re.ASCII)
+
+
+@dataclass(frozen=True)
+class ClipTask:
+    """One clip to be written."""
+
+    key: str
+    path: Path
+    source: str
+    labels: tuple[str, ...]
+    label_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to be written."""
+
+    path: Path
+    clips: tuple[ClipTask, ...]
+    max_seconds: float
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """One --split: a name alone, a name for some values, or a name for a share of every class."""
+
+    text: str
+    name: str
+    values: tuple[str, ...] = ()
+    share: Fraction = Fraction(0)
+
+    @property
+    def kind(self) -> str:
+        """How the rule chooses clips."""
+        return "percentages" if self.share else "values" if self.values else "names"
+
+
+def parse_split(text: str) -> SplitRule:
+    """Read NAME, NAME=V1,V2 or NAME=25%. Raises UserError."""
+    name, equals, choice = text.partition("=")
+    check_split_name(name, f"--split {text}")
+    if not equals:
+        return SplitRule(text, name)
+    if choice.endswith("%"):
+        if not SHARE.fullmatch(choice) or not 0 < (share := Fraction(choice[:-1])) <= 100:
+            raise UserError(f"--split {text}: {choice} is no percentage above 0 and up to 100, as in valid=12.5%")
+        return SplitRule(text, name, share=share / 100)
+    values = tuple(value.strip() for value in choice.split(","))
+    if not all(values):
+        raise UserError(f"--split {text}: a value is empty; write {name}=1,2 or {name}=25%")
+    return SplitRule(text, name, values)
+
+
+def check_split_name(name: str, where: str) -> None:
+    """Refuse names that cannot begin a shard's file name."""
+    if not SPLIT_NAME.fullmatch(name):
+        raise UserError(f"{where}: {name!r} cannot name a split; use letters, digits and _, as in --split train=VALUE")
+
+
+def keyed(rows: list[Row]) -> dict[str, Row]:
+    """Give every row its key; the keys ascend by xxh3_64(key), which mixes the clips whatever their origin.
+
+    A key is the relative path without its extension, other characters replaced by "_". Where that is ambiguous or too
+    long, all the rows concerned get a hash of their relative path instead of being told apart by their order.
+    """
+    stems = [re.sub(r"[^A-Za-z0-9_-]", "_", os.path.splitext(row.relative)[0]) for row in rows]
+    num_rows = Counter(stems)
+    keys: dict[str, Row] = {}
+    for stem, row in zip(stems, rows, strict=True):
+        plain = num_rows[stem] == 1 and len(stem) <= MAX_KEY_CHARS
+        key = stem if plain else _hashed_key(stem, row.relative)
+        if key in keys:
+            raise UserError(f"{row.where} and {keys[key].where} get the same key {key}; rename one of the files")
+        keys[key] = row
+    return dict(sorted(keys.items(), key=lambda item: (xxh3_64_intdigest(item[0].encode()), item[0])))
+
+
+def _hashed_key(stem: str, relative: str) -> str:
+    digest = xxh3_64_hexdigest(os.fsencode(relative))[:KEY_HASH_CHARS]
+    return f"{stem[: MAX_KEY_CHARS - KEY_HASH_CHARS - 1]}-{digest}"
+
+
+def assign_splits(keys: dict[str, Row], rules: list[SplitRule]) -> dict[str, dict[str, Row]]:
+    """Choose the split of every clip: split name -> its part of `keys`. Clips that no rule names are left out."""
+    kinds = {rule.kind for rule in rules}
+    names = [rule.name for rule in rules]
+    if len(kinds) > 1:
+        raise UserError(
+            f"--split {' --split '.join(r.text for r in rules)} mixes {' and '.join(sorted(kinds))}; use one kind"
+        )
+    if len(set(names)) != len(names):
+        raise UserError(f"--split names a split twice in {', '.join(names)}; list its values in one, as in train=1,2")
+    if kinds == {"percentages"}:
+        return _by_shares(keys, rules)
+    return _by_groups(keys, rules)
+
+
+def _by_groups(keys: dict[str, Row], rules: list[SplitRule]) -> dict[str, dict[str, Row]]:
+    groups = {row.group for row in keys.values()}
+    split_of = _split_of_group(groups, rules)
+    splits: dict[str, dict[str, Row]] = {name: {} for name in sorted(set(split_of.values()))}
+    for key, row in keys.items():
+        if row.group in split_of:
+            splits[split_of[row.group]][key] = row
+    return splits
+
+
+def _split_of_group(groups: set[str], rules: list[SplitRule]) -> dict[str, str]:
+    """Map the source's groups (splits, folds, or "" alone) to the splits to write."""
+    if not rules:
+        for group in groups - {""}:
+            check_split_name(group, "the input's splits")
+        return {group: group or UNNAMED_SPLIT for group in groups}
+    folds_or_nothing = all(group == "" or group.startswith("fold") for group in groups)
+    if len(rules) == 1 and rules[0].kind == "names" and folds_or_nothing and rules[0].name not in groups:
+        return dict.fromkeys(groups, rules[0].name)
+    split_of: dict[str, str] = {}
+    for rule in rules:
+        for value in rule.values or (rule.name,):
+            group = value if value in groups else f"fold{value}"
+            if group not in groups:
+                known = ", ".join(sorted(groups - {""})) or "neither splits nor folds"
+                raise UserError(f"--split {rule.text}: no clip has the split or fold {value!r}; the input has {known}")
+            if group in split_of:
+                raise UserError(f"--split {rule.text}: {value!r} already goes to {split_of[group]}")
+            split_of[group] = rule.name
+    return split_of
+
+
+def _by_shares(keys: dict[str, Row], rules: list[SplitRule]) -> dict[str, dict[str, Row]]:
+    """Deal the clips, class after class, always to the split that lags most behind its share.
+
+    A class is a set of labels. Since the dealing does not begin anew with each class, the whole is divided as exactly
+    as each class, even where most sets of labels are unique.
+    """
+    if sum(rule.share for rule in rules) != 1:
+        total = float(100 * sum(rule.share for rule in rules))
+        raise UserError(f"the percentages of --split add up to {total:g}, not 100; name a split for the rest too")
+    rules = sorted(rules, key=lambda rule: rule.name)
+    by_class = sorted(keys, key=lambda key: sorted(keys[key].labels))  # stable: by key hash within a class
+    chosen: dict[str, str] = {}
+    num_clips = Counter({rule.name: 0 for rule in rules})
+    for number, key in enumerate(by_class, start=1):
+        lagging = max(rules, key=lambda rule: rule.share * number - num_clips[rule.name])
+        num_clips[lagging.name] += 1
+        chosen[key] = lagging.name
+    if empty := [name for name, count in num_clips.items() if count == 0]:
+        raise UserError(f"--split {empty[0]} would get none of the {len(keys)} clips; raise its percentage")
+    return {rule.name: {key: row for key, row in keys.items() if chosen[key] == rule.name} for rule in rules}
+
+
+def choose_vocabulary(splits: dict[str, dict[str, Row]], fixed: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Return the sorted labels of all splits, or the fixed ones. Raises UserError for a label not among them."""
+    rows = [row for split in splits.values() for row in split.values()]
+    if fixed is None:
+        return tuple(sorted({label for row in rows for label in row.labels}))
+    for row in rows:
+        if unknown := set(row.labels) - set(fixed):
+            raise UserError(
+                f"{row.where}: the label {min(unknown)!r} is not among the {len(fixed)} classes of --labels"
+            )
+    return fixed
+
+
+def plan_split(
+    folder: Path,
+    split: str,
+    keys: dict[str, Row],
+    vocabulary: tuple[str, ...],
+    clips_per_shard: int,
+    max_seconds: float,
+) -> list[ShardTask]:
+    """Cut a split into as few shards as `clips_per_shard` allows, of sizes that differ by at most one clip."""
+    label_ids = {label: number for number, label in enumerate(vocabulary)}
+    clips = [
+        ClipTask(key, row.path, row.relative, row.labels, tuple(label_ids[label] for label in row.labels))
+        for key, row in keys.items()
+    ]
+    num_shards = -(-len(clips) // clips_per_shard)
+    bounds = [len(clips) * number // num_shards for number in range(num_shards + 1)]
+    return [
+        ShardTask(
+            folder / f"{split}-{number:06d}{SHARD_SUFFIX}",
+            tuple(clips[bounds[number] : bounds[number + 1]]),
+            max_seconds,
+        )
+        for number in range(num_shards)
+    ]

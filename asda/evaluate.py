@@ -1,0 +1,116 @@
+"""Evaluate on held-out shards: deepspeed asda/evaluate.py --checkpoint runs/x --data shards/y:test
+
+Streams every clip exactly once over any number of ranks (plain `python asda/evaluate.py` is one rank), prints accuracy
+or mean average precision and writes a JSON file.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from asda import checkpoint
+from asda.config import ClassifyConfig, Config
+from asda.data.stream import ClipDataset, evaluation_batches, with_patches
+from asda.engine import Processes, join_processes
+from asda.errors import UserError, exit_with_sentence
+from asda.metrics import summary
+from asda.models.classifier import Classifier
+
+
+def evaluate_weights(
+    config: Config, weights: dict[str, Tensor], vocabulary: tuple[str, ...], processes: Processes
+) -> dict[str, float | int]:
+    """Figures of a classifier on config.data.valid. All ranks call this together.
+
+    Weights come whole rather than inside a ZeRO engine, so ranks may have different numbers of batches, and the
+    figures are those of the weights that a checkpoint holds.
+
+    Raises:
+        UserError: the shards are damaged, or have other classes than the classifier.
+    """
+    assert isinstance(config.objective, ClassifyConfig)
+    dataset = ClipDataset(config.data.valid, labelled=True)
+    if dataset.vocabulary != vocabulary:
+        raise UserError(
+            f"{config.data.valid} has {len(dataset.vocabulary)} classes that are not the {len(vocabulary)} the "
+            "classifier was trained on; make the shards with the same --labels FILE"
+        )
+    model = Classifier(config.model, config.objective, len(vocabulary))
+    model.load_state_dict(weights)
+    scores_NC, targets_NC = _predict(model.to(processes.device).eval(), dataset, config, processes)
+    return summary(scores_NC, targets_NC, single_label=config.objective.loss == "ce")
+
+
+def _predict(
+    model: nn.Module, dataset: ClipDataset, config: Config, processes: Processes
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and targets of all clips, [N, C] each, in the dataset's order, on every rank."""
+    batch = config.engine.micro_batch
+    stream = evaluation_batches(
+        dataset, config.data, batch=batch, rank=processes.rank, world_size=processes.world_size
+    )
+    num_classes = len(dataset.vocabulary)
+    scores, targets = [np.empty((0, num_classes), np.float32)], [np.empty((0, num_classes), np.float32)]
+    autocast = torch.autocast(processes.device.type, torch.bfloat16, enabled=config.engine.precision == "bf16")
+    with with_patches(stream, config, batch, processes.device) as batches, torch.inference_mode(), autocast:
+        for patches_BNP, clips in batches:
+            scores.append(model(patches_BNP).float().cpu().numpy())
+            targets.append(clips.targets(num_classes))
+    parts = [None] * processes.world_size
+    dist.all_gather_object(parts, (np.concatenate(scores), np.concatenate(targets)))
+    all_scores, all_targets = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    assert len(all_scores) == len(dataset), "every clip exactly once"
+    return all_scores, all_targets
+
+
+def evaluate(path: Path, data: str | None, out: Path | None) -> None:
+    """Evaluate a checkpoint, print its figures and write them as JSON."""
+    folder = checkpoint.resolve(path)
+    config, state = checkpoint.read_state(folder)
+    if not isinstance(config.objective, ClassifyConfig):
+        raise UserError(f"{folder} is a pre-training checkpoint and has no classes; fine-tune it first (objective.init_from)")
+    valid = data or config.data.valid
+    if not valid:
+        raise UserError(f"{folder} names no held-out data; give --data FOLDER:SPLIT")
+    config = config.model_copy(update={"data": config.data.model_copy(update={"valid": valid})})
+    processes = join_processes()
+    figures = evaluate_weights(config, checkpoint.read_weights(folder, "model"), state.vocabulary, processes)
+    if not processes.is_first:
+        return
+    out = out or folder.parent.parent / "evaluation.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"checkpoint": str(folder), "data": valid, "step": state.step, **figures}, indent=2) + "\n")
+    print(_in_words(figures, valid), f"written to {out}", sep="\n")
+
+
+def _in_words(figures: dict[str, float | int], data: str | list[str]) -> str:
+    lines = [f"{figures['clips']} clips of {data}, {figures['classes']} classes"]
+    if "accuracy" in figures:
+        lines.append(f"accuracy  {100 * figures['accuracy']:.2f} %  (chance {100 / figures['classes']:.2f} %)")
+    lines.append(f"mAP       {figures['mAP']:.4f}  ({figures['classes_without_positives']} classes without positives)")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse the command line and evaluate."""
+    parser = argparse.ArgumentParser(
+        prog="asda/evaluate.py",
+        description="Accuracy or mean average precision of a fine-tuned checkpoint on held-out shards.",
+        epilog="example:\n  deepspeed --num_accelerators 2 asda/evaluate.py --checkpoint runs/esc10 --data shards/env:fold4",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", required=True, type=Path, help="a run folder (its newest), or one checkpoint")
+    parser.add_argument("--data", help="FOLDER:SPLIT; default: the run's own data.valid")
+    parser.add_argument("--out", type=Path, help="the JSON file; default: evaluation.json in the run folder")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
+    args = parser.parse_args()
+    evaluate(args.checkpoint, args.data, args.out)
+
+
+if __name__ == "__main__":
+    exit_with_sentence(main)

@@ -1,0 +1,65 @@
+"""A classifier on the encoder's CLS token, its losses, and the learning rates of its layers.
+
+Shapes: B clips, N patches of a clip, P pixels of a patch, D width, C classes.
+"""
+
+import re
+
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+
+from asda.config import ClassifyConfig, ModelConfig
+from asda.models.encoder import INIT_STD, NORM_EPS, Encoder
+
+
+class Classifier(nn.Module):
+    """The encoder over all patches of a clip, then CLS -> LayerNorm -> Linear.
+
+    A pre-trained encoder is loaded into `encoder`; the norm and the head start from scratch.
+    """
+
+    def __init__(self, model: ModelConfig, config: ClassifyConfig, num_classes: int):
+        super().__init__()
+        self.encoder = Encoder(model, config.drop_path)
+        self.norm = nn.LayerNorm(model.width, eps=NORM_EPS)
+        self.head = nn.Linear(model.width, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=INIT_STD)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, patches_BNP: Tensor) -> Tensor:
+        """Logits [B, C] in fp32 from normalised log-mel patches of whole clips."""
+        cls_BD = self.encoder(patches_BNP)[:, 0]
+        return self.head(self.norm(cls_BD)).float()
+
+
+def classification_loss(logits_BC: Tensor, targets_BC: Tensor, config: ClassifyConfig) -> Tensor:
+    """The mean loss of a clip, fp32 scalar.
+
+    "ce" is the cross-entropy with one-hot (or mixed) targets, smoothed by config.label_smoothing; "bce" the sum over
+    classes of the binary cross-entropies. The released recipes divide a batch's bce by its number of positive labels
+    instead (about two a clip in AudioSet): then a clip's weight would depend on the other clips of its rank, while
+    Adam undoes a constant factor.
+
+    Args:
+        logits_BC: the classifier's output.
+        targets_BC: probabilities in [0, 1], any float dtype; rows that sum to 1 for "ce".
+        config: the loss and its smoothing.
+    """
+    targets_BC = targets_BC.float()
+    if config.loss == "ce":
+        return cross_entropy(logits_BC.float(), targets_BC, label_smoothing=config.label_smoothing)
+    elements_BC = binary_cross_entropy_with_logits(logits_BC.float(), targets_BC, reduction="none")
+    return elements_BC.sum(dim=1).mean()
+
+
+def lr_scales(model: Classifier, layer_decay: float) -> dict[str, float]:
+    """What each parameter's learning rate is multiplied by: layer_decay ** (depth - i) in block i, 1 elsewhere.
+
+    Elsewhere includes the patch embedding and the CLS token, as released, though they lie below the blocks.
+    """
+    depth = len(model.encoder.blocks)
+    scales = {}
+    for name, _ in model.named_parameters():
+        block = re.match(r"encoder\.blocks\.(\d+)\.", name)
+        scales[name] = layer_decay ** (depth - int(block[1])) if block else 1.0
+    return scales

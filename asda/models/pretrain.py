@@ -1,0 +1,179 @@
+"""Pre-training: masked students predict what an EMA teacher makes of the whole clip.
+
+Every clip is seen by M students through M masks. A student encodes its visible patches; a convolutional decoder puts
+noise where patches are hidden and predicts the teacher's features there (frame loss), and the CLS token predicts the
+clip's mean feature (utterance loss). The recipe is EAT's (Chen et al., IJCAI 2024) with ASDA's encoder.
+
+Shapes: B clips, M students of each, S = B * M sequences, T time patches, F mel patches, N = T * F patches of a clip,
+K visible ones, P pixels of a patch, D width, C decoder width.
+"""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, instance_norm, layer_norm
+
+from asda.config import DecoderConfig, EmaConfig, ModelConfig, PretrainConfig
+from asda.models.encoder import Encoder
+
+VARIANCE_FLOOR = 1e-6  # under the square root of the collapse monitors, as in data2vec 2.0
+
+
+class Losses(NamedTuple):
+    """What a step minimises, and what it is made of; fp32 scalars."""
+
+    total: Tensor  # frame + utterance_weight * utterance
+    frame: Tensor  # mean over masked patches of |prediction - target|^2 / sqrt(D)
+    utterance: Tensor  # mean over students of |CLS - target|^2 / sqrt(D)
+    pred_var: Tensor  # feature_spread of the predictions at masked patches; no gradient
+
+
+class Targets(NamedTuple):
+    """What the teacher asks of every student of a clip; fp32."""
+
+    tokens: Tensor  # [B, N, D], one per patch
+    cls: Tensor  # [B, D], their mean
+    target_var: Tensor  # feature_spread of the tokens; scalar
+
+
+class Decoder(nn.Module):
+    """Convolutions over the patch grid, each with a norm without weights, GELU and a residual; then a projection."""
+
+    def __init__(self, config: DecoderConfig, width: int):
+        super().__init__()
+        widths = [width] + [config.width] * (config.layers - 1)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(w, config.width, config.kernel, padding=config.kernel // 2, groups=config.groups) for w in widths
+        )
+        self.proj = nn.Linear(config.width, width)  # keeps torch's initialisation, as the convolutions do
+
+    def forward(self, grid_STFD: Tensor) -> Tensor:
+        """Predict the features of every patch: [S, T, F, D] -> [S, T, F, D]."""
+        x_STFC = grid_STFD
+        for conv in self.convs:
+            y_STFC = conv(x_STFC.movedim(-1, 1)).movedim(1, -1)
+            y_STFC = gelu(layer_norm(y_STFC, y_STFC.shape[-1:]))
+            x_STFC = y_STFC + x_STFC if x_STFC.shape == y_STFC.shape else y_STFC  # the first layer may change the width
+        return self.proj(x_STFC)
+
+
+class MaskedStudents(nn.Module):
+    """The module that is trained: the encoder shared by all students, and the decoder.
+
+    Its parameters may be fp32 or bf16; the losses are computed in fp32 either way. All of its parameters are used
+    inside the forward of the module that owns them, as ZeRO stage 3 demands.
+    """
+
+    def __init__(self, model: ModelConfig, config: PretrainConfig):
+        super().__init__()
+        self.encoder = Encoder(model)
+        self.decoder = Decoder(config.decoder, model.width)
+        self.noise_std = config.decoder.noise_std
+        self.utterance_weight = config.utterance_weight
+
+    def forward(
+        self,
+        patches_BNP: Tensor,
+        visible_BMK: Tensor,
+        targets_BND: Tensor,
+        target_cls_BD: Tensor,
+        noise_SND: Tensor | None = None,
+    ) -> Losses:
+        """The losses of all students of a micro-batch.
+
+        Args:
+            patches_BNP: normalised log-mel of whole clips, any float dtype.
+            visible_BMK: int64 places of the patches each student sees; the same number for all.
+            targets_BND: the teacher's features.
+            target_cls_BD: the teacher's clip features.
+            noise_SND: what stands at masked patches, N(0, noise_std); None draws it from torch's generator.
+        """
+        visible_SK = visible_BMK.flatten(0, 1)
+        clip_B11 = torch.arange(len(patches_BNP), device=visible_BMK.device)[:, None, None]
+        visible_SKP = patches_BNP[clip_B11, visible_BMK].flatten(0, 1)
+        tokens_SKD = self.encoder(visible_SKP, visible_SK)  # CLS first
+        if noise_SND is None:
+            noise_SND = self._draw_noise(tokens_SKD, patches_BNP.shape[1])
+        pred_SND = self._decode(tokens_SKD[:, 1:], visible_SK, noise_SND)
+        return self._losses(pred_SND, tokens_SKD[:, 0], visible_BMK, targets_BND, target_cls_BD)
+
+    def _draw_noise(self, tokens_SKD: Tensor, num_patches: int) -> Tensor:
+        num_sequences, _, width = tokens_SKD.shape
+        # In fp32, to be rounded later: on a CPU torch draws bf16 normals four times slower.
+        return torch.randn(num_sequences, num_patches, width, device=tokens_SKD.device) * self.noise_std
+
+    def _decode(self, tokens_SKD: Tensor, visible_SK: Tensor, noise_SND: Tensor) -> Tensor:
+        grid_SND = noise_SND.to(tokens_SKD.dtype).scatter(1, visible_SK[..., None].expand_as(tokens_SKD), tokens_SKD)
+        grid_STFD = grid_SND.unflatten(1, (-1, self.encoder.num_mel_patches))
+        return self.decoder(grid_STFD).flatten(1, 2)
+
+    def _losses(
+        self, pred_SND: Tensor, cls_SD: Tensor, visible_BMK: Tensor, targets_BND: Tensor, target_cls_BD: Tensor
+    ) -> Losses:
+        pred_BMND = pred_SND.float().unflatten(0, visible_BMK.shape[:2])
+        cls_BMD = cls_SD.float().unflatten(0, visible_BMK.shape[:2])
+        masked_BMN = torch.ones_like(pred_BMND[..., 0]).scatter(2, visible_BMK, 0.0)
+        frame = (scaled_error(pred_BMND, targets_BND[:, None]) * masked_BMN).sum() / masked_BMN.sum()
+        utterance = scaled_error(cls_BMD, target_cls_BD[:, None]).mean()
+        total = frame + self.utterance_weight * utterance
+        return Losses(total, frame, utterance, feature_spread(pred_BMND.detach(), masked_BMN))
+
+
+def scaled_error(pred_D: Tensor, target_D: Tensor) -> Tensor:
+    """|pred - target|^2 / sqrt(D) over the last dimension (the scale of data2vec 2.0)."""
+    return (pred_D - target_D).square().sum(-1) * pred_D.shape[-1] ** -0.5
+
+
+def feature_spread(features_D: Tensor, weight: Tensor) -> Tensor:
+    """Each feature's standard deviation over the tokens of weight 1, averaged over features: 0 means collapse.
+
+    data2vec logs this as "variance"; features_D is [..., D] in fp32, weight [...] holds 0 and 1.
+    """
+    features_ND, weight_N1 = features_D.flatten(0, -2), weight.flatten()[:, None]
+    count = weight_N1.sum()
+    mean_D = (features_ND * weight_N1).sum(0) / count
+    variance_D = ((features_ND - mean_D).square() * weight_N1).sum(0) / (count - 1)
+    return (variance_D + VARIANCE_FLOOR).sqrt().mean()
+
+
+class Teacher(nn.Module):
+    """An fp32 copy of the students' encoder that follows it slowly and is never trained.
+
+    Make it before the engine casts or partitions the students' parameters.
+    """
+
+    def __init__(self, encoder: Encoder, target_layers: int):
+        super().__init__()
+        self.encoder = copy.deepcopy(encoder).float().requires_grad_(False).eval()
+        self.target_layers = target_layers
+
+    @torch.no_grad()
+    def targets(self, patches_BNP: Tensor) -> Targets:
+        """Encode whole clips; the caller may hold torch.autocast open, the norms are computed in fp32 all the same.
+
+        The MLP outputs of the last target_layers blocks, without CLS, are normalised per feature over the patches of
+        the clip and averaged; a LayerNorm over the features follows. Each layer's mean over the patches is 0, so the
+        clip feature is only the small residue that the last norm leaves.
+        """
+        outputs = self.encoder.ffn_outputs(patches_BNP)[-self.target_layers :]
+        layers_LBDN = [instance_norm(ffn_BND[:, 1:].float().transpose(1, 2)) for ffn_BND in outputs]
+        mean_BND = torch.stack(layers_LBDN).mean(0).transpose(1, 2)
+        tokens_BND = layer_norm(mean_BND, mean_BND.shape[-1:])
+        spread = feature_spread(tokens_BND, torch.ones_like(tokens_BND[..., 0]))
+        return Targets(tokens_BND, tokens_BND.mean(1), spread)
+
+
+def ema_decay(config: EmaConfig, step: int) -> float:
+    """The teacher's decay after update number `step` (the first is 1): linear up to anneal_steps, then constant."""
+    remaining = max(0.0, 1 - step / config.anneal_steps)
+    return config.end_decay - (config.end_decay - config.decay) * remaining
+
+
+@torch.no_grad()
+def ema_update(teacher: Teacher, student_encoder: Encoder, decay: float) -> None:
+    """Teacher <- decay * teacher + (1 - decay) * student, in fp32 whatever the student's dtype."""
+    followed = [parameter.float() for parameter in student_encoder.parameters()]
+    # One fused call; torch exports the _foreach functions to its own optimizers alone, and pyright knows it.
+    torch._foreach_lerp_(list(teacher.encoder.parameters()), followed, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]

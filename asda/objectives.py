@@ -1,0 +1,140 @@
+"""What a run learns: masked students against their teacher, or labels. Both have the same four methods.
+
+    module              what DeepSpeed trains
+    loss(engine, ...)   one micro-batch -> the loss to differentiate, and its terms for the log
+    after_update(...)   once the weights have moved
+    weights(engine)     file stem -> tensors, what a checkpoint publishes
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from asda import checkpoint
+from asda.config import ClassifyConfig, Config, ModelConfig, PretrainConfig
+from asda.data.stream import Batch, MaskMaker
+from asda.engine import full_weights, gathered
+from asda.errors import UserError
+from asda.models.classifier import Classifier, classification_loss, lr_scales
+from asda.models.masks import inverse_block_masks, visible_indices
+from asda.models.pretrain import MaskedStudents, Teacher, ema_decay, ema_update
+
+Terms = dict[str, Tensor]
+
+
+class Pretraining:
+    """Students that see a fifth of a clip predict what the teacher makes of all of it."""
+
+    def __init__(self, config: Config, objective: PretrainConfig, device: torch.device):
+        self._config, self._objective = config, objective
+        self.module = MaskedStudents(config.model, objective)
+        self.teacher = Teacher(self.module.encoder, objective.target_layers).to(device)
+        self.lr_scales: dict[str, float] = {}
+
+    def masks(self) -> MaskMaker:
+        """Draws the visible patches of all students of one clip: rng -> [M, K] int64."""
+        patch = self._config.model.patch
+        grid = (self._config.data.frames // patch, self._config.model.mel_bins // patch)
+
+        def draw(rng: np.random.Generator) -> np.ndarray:
+            return visible_indices(inverse_block_masks(rng, self._objective.students, grid, self._objective.mask))
+
+        return draw
+
+    def loss(self, engine: Any, patches_BNP: Tensor, batch: Batch) -> tuple[Tensor, Terms]:
+        """Teacher targets once a clip, then all students of all clips."""
+        assert batch.visible_BMK is not None
+        visible_BMK = torch.from_numpy(batch.visible_BMK).to(patches_BNP.device, non_blocking=True)
+        with torch.autocast(patches_BNP.device.type, torch.bfloat16, enabled=self._config.engine.precision == "bf16"):
+            targets = self.teacher.targets(patches_BNP)
+        losses = engine(patches_BNP, visible_BMK, targets.tokens, targets.cls)
+        terms = {
+            "loss": losses.total,
+            "frame_loss": losses.frame,
+            "utterance_loss": losses.utterance,
+            "prediction_variance": losses.pred_var,
+            "target_variance": targets.target_var,
+        }
+        return losses.total, terms
+
+    def after_update(self, num_updates: int) -> dict[str, float]:
+        """The teacher follows the student."""
+        decay = ema_decay(self._objective.ema, num_updates)
+        with gathered(self.module.encoder.parameters()):
+            ema_update(self.teacher, self.module.encoder, decay)
+        return {"ema_decay": decay}
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """The students' module and the teacher."""
+        teacher = {name: tensor.cpu() for name, tensor in self.teacher.encoder.state_dict().items()}
+        return {"model": full_weights(self.module), "teacher": teacher}
+
+    def restore(self, folder: Path) -> None:
+        """Take the teacher from a checkpoint; the engine restores the rest."""
+        self.teacher.encoder.load_state_dict(checkpoint.read_weights(folder, "teacher"))
+
+
+class Classification:
+    """Labels from the CLS token."""
+
+    def __init__(self, config: Config, objective: ClassifyConfig, vocabulary: tuple[str, ...]):
+        if not vocabulary:
+            raise UserError(f"{config.data.train} has no labels; objective.kind classify needs shards made with labels")
+        self._objective, self._num_classes = objective, len(vocabulary)
+        self.module = Classifier(config.model, objective, len(vocabulary))
+        if objective.init_from:
+            _load_encoder(self.module, objective, config.model)
+        self.lr_scales = lr_scales(self.module, objective.layer_decay)
+
+    def masks(self) -> None:
+        """A classifier sees everything."""
+
+    def loss(self, engine: Any, patches_BNP: Tensor, batch: Batch) -> tuple[Tensor, Terms]:
+        """Cross-entropy or binary cross-entropy over the clips."""
+        targets_BC = torch.from_numpy(batch.targets(self._num_classes)).to(patches_BNP.device)
+        loss = classification_loss(engine(patches_BNP), targets_BC, self._objective)
+        return loss, {"loss": loss}
+
+    def after_update(self, num_updates: int) -> dict[str, float]:
+        """Nothing follows a classifier."""
+        return {}
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """The classifier."""
+        return {"model": full_weights(self.module)}
+
+    def restore(self, folder: Path) -> None:
+        """The engine restores everything."""
+
+
+Objective = Pretraining | Classification
+
+
+def make_objective(config: Config, vocabulary: tuple[str, ...], device: torch.device) -> Objective:
+    """The objective that the configuration asks for, freshly initialised from run.seed."""
+    torch.manual_seed(config.run.seed)
+    if isinstance(config.objective, PretrainConfig):
+        return Pretraining(config, config.objective, device)
+    return Classification(config, config.objective, vocabulary)
+
+
+def _load_encoder(classifier: Classifier, objective: ClassifyConfig, model: ModelConfig) -> None:
+    """Start from a pre-trained encoder: the students' weights as published recipes do, or the teacher's."""
+    folder = checkpoint.resolve(Path(objective.init_from))
+    config, _ = checkpoint.read_state(folder)
+    if config.model != model:
+        theirs, ours = config.model.model_dump(), model.model_dump()
+        name = next(name for name in ours if ours[name] != theirs[name])
+        raise UserError(
+            f"objective.init_from {folder} was trained with model.{name} {theirs[name]}, this run has {ours[name]}; "
+            "use the same model section"
+        )
+    stem = "model" if objective.init_weights == "student" else "teacher"
+    weights = checkpoint.read_weights(folder, stem)
+    if stem == "model":
+        prefix = "encoder."
+        weights = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+    classifier.encoder.load_state_dict(weights)

@@ -1,0 +1,19 @@
+"""A small real dataset for the tests: synthetic sounds, written as files and sharded by tools/make_shards.py."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+from sounds import write_dataset  # noqa: E402  # tools/ is not a package
+
+
+def make_dataset(folder: Path, clips_per_class: int) -> Path:
+    """Write audio and shards (splits train and test, several shards) below `folder`; returns the shards' folder."""
+    write_dataset(folder / "audio", clips_per_class, seed=5)
+    command = [sys.executable, ROOT / "tools" / "make_shards.py", "--source", "folder", "--input", folder / "audio"]
+    command += ["--out", folder / "shards", "--split", "train=75%", "--split", "test=25%", "--clips-per-shard", "16"]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder / "shards"

@@ -1,0 +1,37 @@
+"""Users read sentences; programmers' mistakes keep their traceback."""
+
+import subprocess
+import sys
+
+import pytest
+
+from asda.errors import INTERRUPTED_EXIT, LOST_PEER_EXIT, USER_ERROR_EXIT
+
+
+def run(raised: str, **environment: str) -> tuple[int, str]:
+    code = f"from asda.errors import *\ndef main():\n    raise {raised}\nexit_with_sentence(main)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("raised", "exit_code", "line"),
+    [
+        ("UserError('shard x is cut')", USER_ERROR_EXIT, "error: shard x is cut\n"),
+        ("RuntimeError('[gloo] Connection closed by peer [127.0.0.1]')", LOST_PEER_EXIT, "stopped, because another rank"),
+        ("KeyboardInterrupt", INTERRUPTED_EXIT, "interrupted\n"),
+    ],
+)
+def test_an_expected_end_is_one_line(raised: str, exit_code: int, line: str) -> None:
+    assert run(raised)[0] == exit_code
+    assert run(raised)[1].startswith(line)
+    code, text = run(raised, RANK="1", WORLD_SIZE="2")
+    assert code == exit_code
+    assert text.startswith(f"[rank 1] {line}")
+    assert text.count("\n") == 1
+
+
+def test_our_own_mistakes_keep_their_traceback() -> None:
+    code, text = run("RuntimeError('shapes differ')")
+    assert code == 1
+    assert "Traceback" in text

@@ -1,0 +1,276 @@
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from kaldi import MOST, float64_log_mel, kaldi_log_mel
+
+from asda.data.pipeline import PatchPipeline
+from asda.errors import UserError
+
+FRAMES, PATCH, MEAN, STD, PAD = 128, 16, -4.268, 4.569, 0.0
+Batches = list[tuple[list[np.ndarray], int]]
+BOTH = pytest.mark.parametrize("native", [False, True], ids=["threads", "native"])
+
+
+def pipeline(source: Iterator, **changes) -> PatchPipeline:
+    settings = {
+        "frames": FRAMES, "patch": PATCH, "mean": MEAN, "std": STD, "pad_log_mel": PAD,
+        "batch_size": 4, "device": "cpu", "threads": 2, "prefetch": 2,
+    }  # fmt: skip
+    return PatchPipeline(source, **(settings | changes))
+
+
+def noise(num_samples: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 2000, num_samples).astype(np.int16)
+
+
+def noise_batches(num_batches: int, clips: int = 2, num_samples: int = 8000) -> Batches:
+    return [([noise(num_samples, 100 * n + c) for c in range(clips)], n) for n in range(num_batches)]
+
+
+def expected_patches(mel_TM: np.ndarray, frames: int = FRAMES) -> torch.Tensor:
+    """The definition, one patch after the other: [N, P]."""
+    padded_TM = np.full((frames, 128), PAD)
+    padded_TM[: len(mel_TM)] = mel_TM[:frames]
+    x_TM = (padded_TM - MEAN) / (2 * STD)
+    corners = [(t, m) for t in range(0, frames, PATCH) for m in range(0, 128, PATCH)]
+    return torch.tensor(np.array([x_TM[t : t + PATCH, m : m + PATCH].flatten() for t, m in corners])).float()
+
+
+@pytest.fixture(scope="module")
+def real_clips(shared: Path) -> list[np.ndarray]:
+    """Twelve clips of 10 s, loud, clipped, quiet and shifted ones among them."""
+    paths = sorted((shared / "data" / "pile").rglob("*.ogg"))[5::55]
+    return [soundfile.read(path, dtype="int16")[0] for path in paths]
+
+
+@BOTH
+def test_clips_of_any_length_become_torchaudios_patches(native: bool):
+    lengths = [400, 559, 560, 8000, 20_720, 20_879, 20_880, 48_000]  # 1, 1, 2, 48, 128, 128, 129 and 298 frames
+    clips = [noise(length, seed) for seed, length in enumerate(lengths)]
+    with pipeline(iter([(clips[:4], "a"), (clips[4:], "b")]), native=native) as batches:
+        patches = torch.cat([patches_BNP for patches_BNP, _ in batches])
+    expected = torch.stack([expected_patches(kaldi_log_mel(clip)) for clip in clips])
+    assert patches.shape == expected.shape == (8, FRAMES // 16 * 8, 256)
+    assert patches.dtype == torch.float32
+    assert (patches - expected).abs().max() <= MOST / (2 * STD)
+
+
+def test_real_clips_become_torchaudios_patches(real_clips: list[np.ndarray]):
+    with pipeline(iter([(real_clips[:8], 0), (real_clips[8:], 1)]), frames=1024, batch_size=8) as batches:
+        patches = torch.cat([patches_BNP for patches_BNP, _ in batches])
+    for patches_NP, clip in zip(patches, real_clips, strict=True):
+        assert (patches_NP - expected_patches(kaldi_log_mel(clip), 1024)).abs().max() <= MOST / (2 * STD)
+
+
+def test_the_native_graph_differs_from_float64_by_rounding_only(real_clips: list[np.ndarray]):
+    with pipeline(([[clip], None] for clip in real_clips), frames=1008, mean=0.0, std=0.5, native=True) as batches:
+        for clip, (patches_BNP, _) in zip(real_clips, batches, strict=True):
+            mel_TM = patches_BNP[0].view(63, 8, 16, 16).transpose(1, 2).reshape(1008, 128).numpy()
+            exact_TM, slack_TM = float64_log_mel(clip)
+            assert (np.abs(mel_TM[: len(exact_TM)] - exact_TM) <= slack_TM).all()
+            assert (mel_TM[len(exact_TM) :] == PAD).all()
+
+
+@BOTH
+def test_padding_has_its_value_before_normalisation(native: bool):
+    with pipeline(iter([([noise(400)], 0)]), native=native, pad_log_mel=-3.0) as batches:
+        patches_NP = next(batches)[0][0]
+    assert torch.allclose(patches_NP[8:], torch.full((56, 256), (-3.0 - MEAN) / (2 * STD)))
+
+
+@BOTH
+def test_batches_of_any_size_come_in_order_with_their_extras(native: bool):
+    sizes = [4, 1, 3, 4, 2]
+    source = [([noise(4000, n) for _ in range(size)], {"number": n}) for n, size in enumerate(sizes)]
+    with pipeline(iter(source), native=native) as batches:
+        found = list(batches)
+    assert [len(patches_BNP) for patches_BNP, _ in found] == sizes
+    assert all(extra is given for (_, extra), (_, given) in zip(found, source, strict=True))
+    for n, (patches_BNP, _) in enumerate(found):
+        assert (patches_BNP - expected_patches(kaldi_log_mel(noise(4000, n)))).abs().max() <= MOST / (2 * STD)
+
+
+@pytest.mark.parametrize("num_batches", [0, 1, 2, 3])
+def test_sources_shorter_than_the_prefetch_end_as_they_should(num_batches: int):
+    batches = pipeline(iter(noise_batches(num_batches)), prefetch=3)
+    assert [n for _, n in batches] == list(range(num_batches))
+    assert next(batches, "ended") == "ended"
+
+
+def test_the_source_is_read_lazily_and_in_the_callers_thread():
+    taken = []
+
+    def source():
+        for batch in noise_batches(10):
+            taken.append(threading.current_thread())
+            yield batch
+
+    with pipeline(source(), prefetch=3) as batches:
+        assert not taken
+        for n in range(5):
+            next(batches)
+            assert len(taken) == n + 3
+    assert set(taken) == {threading.main_thread()}
+
+
+@BOTH
+def test_an_error_of_the_source_comes_out_unchanged_after_the_batches_before_it(native: bool):
+    damage = UserError("shard train-000003.tar.zst is damaged at key dog-7")
+
+    def source():
+        yield from noise_batches(3)
+        raise damage
+
+    seen = []
+    batches = pipeline(source(), native=native)
+    with pytest.raises(UserError) as caught:
+        seen.extend(n for _, n in batches)
+    assert caught.value is damage
+    assert seen == [0, 1, 2]
+    assert next(batches, "ended") == "ended"
+
+
+@BOTH
+def test_tensors_own_their_memory(native: bool):
+    with pipeline(iter(noise_batches(8)), native=native) as batches:
+        kept, copies = [], []
+        for patches_BNP, _ in batches:
+            kept.append(patches_BNP)
+            copies.append(patches_BNP.clone())
+    assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
+
+
+def test_the_source_may_overwrite_its_array_once_the_batch_is_out():
+    buffer_S = np.empty(8000, dtype=np.int16)
+
+    def source():
+        for n in range(6):
+            buffer_S[:] = noise(8000, n)
+            yield [buffer_S], n
+
+    with pipeline(source()) as batches:
+        for patches_BNP, n in batches:
+            expected = expected_patches(kaldi_log_mel(noise(8000, n)))
+            assert (patches_BNP[0] - expected).abs().max() <= MOST / (2 * STD)
+
+
+def test_read_only_samples_are_accepted():
+    samples_S = np.frombuffer(noise(8000).tobytes(), dtype=np.int16)
+    with pipeline(iter([([samples_S], 0)])) as batches:
+        assert next(batches)[0].isfinite().all()
+
+
+@BOTH
+def test_a_second_pipeline_works_while_the_first_is_alive(native: bool):
+    alone = [patches_BNP for patches_BNP, _ in pipeline(iter(noise_batches(4)))]
+    with pipeline(iter(noise_batches(4))) as training:
+        found = [next(training)[0]]
+        with pipeline(iter(noise_batches(3)), native=native) as evaluation:
+            assert len(list(evaluation)) == 3
+        found += [patches_BNP for patches_BNP, _ in training]
+    assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+
+
+def num_threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+@BOTH
+def test_closing_ends_every_thread_with_work_under_way(native: bool):
+    list(pipeline(iter(noise_batches(2)), native=native))  # torch's own threads start here, and stay
+    before = num_threads()
+    for prefetch in (1, 2, 4):
+        with pipeline(iter(noise_batches(50)), native=native, prefetch=prefetch) as batches:
+            next(batches)
+            assert num_threads() > before
+        batches.close()
+        assert next(batches, "ended") == "ended"
+    deadline = time.monotonic() + 2  # the kernel lists a thread for a moment after it was joined
+    while num_threads() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert num_threads() <= before
+
+
+def test_an_error_of_the_source_ends_every_thread():
+    list(pipeline(iter(noise_batches(2))))
+    before = num_threads()
+
+    def source():
+        yield from noise_batches(1)
+        raise UserError("damaged")
+
+    with pytest.raises(UserError) as caught:
+        list(pipeline(source()))
+    deadline = time.monotonic() + 2
+    while num_threads() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert num_threads() <= before
+    assert caught.traceback  # alive, and with it the frames of DALI
+
+
+def test_torch_computes_with_as_many_threads_as_before_elsewhere():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    seen = []
+    with pipeline(iter(noise_batches(2))) as batches:
+        next(batches)
+        thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+    seen.append(torch.get_num_threads())
+    torch.set_num_threads(before)
+    assert seen == [3, 3]
+
+
+PROGRAM = """
+import itertools, sys, time
+import numpy as np
+from asda.data.pipeline import PatchPipeline
+clip = np.random.default_rng(0).integers(-9000, 9000, 160_000).astype(np.int16)
+batches = PatchPipeline((([clip] * 4, n) for n in itertools.count()), frames=1024, patch=16, mean=0.0, std=1.0,
+                        pad_log_mel=0.0, batch_size=4, device="cpu", threads=2, prefetch=4, native={native})
+next(batches)
+print("ready", flush=True)
+{then}
+"""
+
+
+def start(native: bool, then: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", PROGRAM.format(native=native, then=then)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@BOTH
+def test_a_program_that_forgets_to_close_still_ends_and_says_nothing(native: bool):
+    stdout, stderr = (process := start(native, "next(batches)")).communicate(timeout=60)
+    assert (process.returncode, stdout, stderr) == (0, "ready\n", "")
+
+
+@pytest.mark.parametrize("then", ["[None for _ in batches]", "time.sleep(60)"])
+def test_ctrl_c_ends_the_program_at_once(then: str):
+    process = start(False, then)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT)
+    assert stderr.rstrip().endswith("KeyboardInterrupt")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_patches_made_on_a_gpu_are_those_of_the_cpu():
+    batches = noise_batches(6)
+    with pipeline(iter(batches)) as on_cpu, pipeline(iter(batches), device="gpu") as on_gpu:
+        for (cpu_BNP, _), (gpu_BNP, _) in zip(on_cpu, on_gpu, strict=True):
+            assert gpu_BNP.is_cuda
+            assert (gpu_BNP.cpu() - cpu_BNP).abs().max() <= MOST / (2 * STD)

@@ -1,0 +1,286 @@
+"""The main job from the outside: launched processes, killed and continued runs, wrong input, every ZeRO stage."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sounds_dataset import make_dataset
+
+from asda.config import OptimizerConfig, load_config
+from asda.engine import deepspeed_dict, free_port, learning_rate, micro_batch_of
+from asda.errors import USER_ERROR_EXIT, UserError
+from asda.runlog import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+TINY = [
+    "model.width=32", "model.depth=2", "model.heads=2", "data.frames=64", "engine.precision=fp32",
+    "optimizer.batch=8", "optimizer.warmup_steps=2", "run.log_every=1",
+]  # fmt: skip
+TINY_PRETRAIN = [*TINY, "objective.target_layers=2", "objective.students=2", "objective.decoder.width=32", "objective.decoder.layers=1"]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("train"), clips_per_class=8)
+
+
+@pytest.fixture(scope="module")
+def pretrained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six uninterrupted steps on two ranks, with a checkpoint every two."""
+    run = tmp_path_factory.mktemp("runs") / "pretrained"
+    launch(2, "train.py", *pretraining(shards, run))
+    return run
+
+
+def pretraining(shards: Path, run: Path, *more: str) -> list[str]:
+    config = str(ROOT / "configs" / "demo_pretrain.json")
+    run_keys = ["optimizer.steps=6", "run.save_every=2", "run.keep=9", f"run.folder={run}"]
+    return ["--config", config, f"data.train={shards}:train", *TINY_PRETRAIN, *run_keys, *more]
+
+
+def finetuning(shards: Path, run: Path, *more: str) -> list[str]:
+    config = str(ROOT / "configs" / "demo_finetune.json")
+    data = [f"data.train={shards}:train", f"data.valid={shards}:test", f"run.folder={run}"]
+    return ["--config", config, *data, *TINY, "optimizer.steps=4", "run.eval_every=2", "run.save_every=4", *more]
+
+
+def command(ranks: int, script: str, *arguments: str) -> list[str]:
+    """ranks 0: plain python."""
+    deepspeed = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    launcher = deepspeed if ranks else [sys.executable]
+    return [*launcher, str(ROOT / "asda" / script), *arguments]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+def start(argv: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(argv, capture_output=True, text=True, env=environment(), timeout=240, check=False)
+
+
+def launch(ranks: int, script: str, *arguments: str) -> str:
+    done = start(command(ranks, script, *arguments))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {entry["step"]: entry["loss"] for entry in read_metrics(run, "train")}
+
+
+def weights(run: Path, step: int, stem: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step-{step:07d}" / f"{stem}.safetensors")
+
+
+@pytest.mark.launch
+def test_pretraining_on_two_ranks_falls_and_does_not_collapse(pretrained: Path) -> None:
+    entries = read_metrics(pretrained, "train")
+    assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 5, 6]
+    assert entries[-1]["frame_loss"] < entries[0]["frame_loss"]
+    assert all(entry["target_variance"] > 0.5 for entry in entries)
+    resolved = load_config(pretrained / "config.json")
+    assert resolved.data.log_mel != "dataset", "the run folder has every value resolved"
+
+
+@pytest.mark.launch
+def test_the_teacher_is_the_moving_average_of_the_recorded_students(pretrained: Path) -> None:
+    # Between two checkpoints lie two updates; the student in between is not recorded, but it is bounded by the lr:
+    # fp32 weights move by at most about 2 lr = 2e-3 a step, and the teacher by 1 - decay = 0.01 of the distance.
+    teachers = [weights(pretrained, step, "teacher") for step in (4, 6)]
+    student = weights(pretrained, 6)
+    for name, before in teachers[0].items():
+        moved = teachers[1][name] - before
+        predicted = (1 - 0.99**2) * (student[f"encoder.{name}"] - before)
+        assert (moved - predicted).abs().max() < 0.02 * 2e-3 + 1e-6
+    assert any((teachers[1][name] != teachers[0][name]).any() for name in teachers[0])
+
+
+@pytest.mark.launch
+def test_a_run_killed_at_any_moment_continues_to_the_same_losses(shards: Path, pretrained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "killed"
+    argv = command(2, "train.py", *pretraining(shards, run))
+    process = subprocess.Popen(
+        argv, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / "step-0000002").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (run / "checkpoints" / "step-0000006").exists(), "killed too late to test anything"
+    assert "continuing from" in launch(2, "train.py", *pretraining(shards, run))
+    assert losses(run) == losses(pretrained)
+    for stem in ("model", "teacher"):
+        for name, tensor in weights(pretrained, 6, stem).items():
+            assert torch.equal(weights(run, 6, stem)[name], tensor), name
+
+
+@pytest.mark.launch
+def test_a_finished_run_says_so_and_changes_nothing(shards: Path, pretrained: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (pretrained / "checkpoints").rglob("*")}
+    assert "6 of 6 steps are done" in launch(2, "train.py", *pretraining(shards, pretrained))
+    assert {path: path.stat().st_mtime_ns for path in (pretrained / "checkpoints").rglob("*")} == before
+    assert sorted(losses(pretrained)) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_zero_stage_in_bf16_trains_like_the_others(stage: int, shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / str(stage)
+    launch(0, "train.py", *pretraining(shards, run, "optimizer.steps=3", f"engine.zero_stage={stage}", "engine.precision=bf16"))
+    # The same seed gives the same first loss, before any update, whatever the stage. Later ones differ by rounding in
+    # bf16 (relative 2**-9 a weight), of which a mean over hundreds of terms shows less.
+    launch(0, "train.py", *pretraining(shards, tmp_path / "fp32", "optimizer.steps=3"))
+    assert losses(run) == pytest.approx(losses(tmp_path / "fp32"), rel=2**-8)
+    assert losses(run)[3] < losses(run)[1]
+
+
+@pytest.mark.launch
+def test_two_ranks_accumulation_and_one_rank_give_the_same_losses_in_fp32(
+    shards: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    # Decoder noise is drawn per rank; without it the arithmetic is the same sum in another order: 1e-5 relative in
+    # fp32, times the growth over six steps of Adam, whose first steps divide by small second moments.
+    for name, ranks, micro_batch in (("two", 2, 4), ("one", 0, 2)):
+        arguments = pretraining(shards, tmp_path / name, "objective.decoder.noise_std=0", f"engine.micro_batch={micro_batch}")
+        launch(ranks, "train.py", *arguments, "optimizer.steps=3")
+    for step, loss in losses(tmp_path / "two").items():
+        assert losses(tmp_path / "one")[step] == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.launch
+def test_finetuning_starts_from_the_encoder_and_evaluation_agrees_on_any_number_of_ranks(
+    shards: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "finetuned"
+    output = launch(0, "train.py", *finetuning(shards, run, f"objective.init_from={pretrained}"))
+    assert "valid step 4: clips 16  classes 8  accuracy" in output
+    figures = {}
+    for ranks in (0, 2, 3):
+        out = tmp_path / f"{ranks}.json"
+        assert "16 clips of" in launch(ranks, "evaluate.py", "--checkpoint", str(run), "--out", str(out))
+        figures[ranks] = json.loads(out.read_text())
+    assert figures[0] == figures[2] == figures[3]
+    valid = read_metrics(run, "valid")[-1]
+    assert {key: figures[0][key] for key in ("accuracy", "mAP", "clips")} == {
+        key: valid[key] for key in ("accuracy", "mAP", "clips")
+    }
+
+
+@pytest.mark.launch
+def test_torchrun_starts_it_as_well(shards: Path, tmp_path: Path) -> None:
+    script = str(ROOT / "asda" / "train.py")
+    argv = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", script]
+    done = start([*argv, *pretraining(shards, tmp_path / "run", "optimizer.steps=2")])
+    assert done.returncode == 0, done.stderr
+    assert sorted(losses(tmp_path / "run")) == [1, 2]
+
+
+@pytest.mark.launch
+def test_a_flipped_byte_stops_training_with_the_shard_and_the_key(shards: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(shards, tmp_path / "shards")
+    shard = copy / "train-000001.tar.zst"
+    damaged = bytearray(shard.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    shard.write_bytes(damaged)
+    done = start(command(2, "train.py", *pretraining(copy, tmp_path / "run")))
+    assert done.returncode != 0
+    sentences = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert sentences
+    assert all("train-000001.tar.zst is damaged at key" in line for line in sentences)
+    assert "Traceback" not in done.stderr
+
+
+def wrong(name: str, shards: Path, pretrained: Path, tmp_path: Path) -> list[str]:
+    """Arguments of train.py with one thing wrong."""
+    run = tmp_path / "run"
+    cut = tmp_path / "cut"
+    if name == "cut shard":
+        shutil.copytree(shards, cut)
+        os.truncate(cut / "train-000000.tar.zst", 1000)
+    return {
+        "unknown key": pretraining(shards, run, "optimizer.lrr=1"),
+        "no shards": pretraining(tmp_path / "nowhere", run),
+        "no split": pretraining(shards, run, f"data.train={shards}:nosplit"),
+        "cut shard": pretraining(cut, run),
+        "batch": pretraining(shards, pretrained, "optimizer.batch=16"),
+        "seed": pretraining(shards, pretrained, "run.seed=2"),
+        "never": pretraining(shards, pretrained, "resume=never"),
+        "ranks": pretraining(shards, pretrained),
+        "init": finetuning(shards, run, "objective.init_from=nowhere"),
+        "size": finetuning(shards, run, f"objective.init_from={pretrained}", "model.width=64"),
+    }[name]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("unknown key", "unknown key optimizer.lrr; did you mean optimizer.lr?"),
+        ("no shards", "holds no dataset.json"),
+        ("no split", "has no split 'nosplit'; it has test, train"),
+        ("cut shard", "train-000000.tar.zst has 1000 bytes"),
+        ("batch", "was trained with optimizer.batch 8, this configuration says 16"),
+        ("seed", "was trained with run.seed 1, this configuration says 2"),
+        ("never", "already has a checkpoint, and resume is never"),
+        ("ranks", "was saved by 2 ranks and this run has 1"),
+        ("init", "there is no checkpoint in nowhere"),
+        ("size", "was trained with model.width 32, this run has 64"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_no_run(
+    name: str, sentence: str, shards: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    done = start(command(0, "train.py", *wrong(name, shards, pretrained, tmp_path)))
+    assert done.returncode == USER_ERROR_EXIT, done.stderr
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--checkpoint", "nowhere"], "there is no checkpoint in nowhere"),
+        (["--checkpoint", "{pretrained}"], "is a pre-training checkpoint and has no classes"),
+    ],
+)
+def test_wrong_evaluations_are_one_sentence(arguments: list[str], sentence: str, pretrained: Path) -> None:
+    done = start(command(0, "evaluate.py", *[text.format(pretrained=pretrained) for text in arguments]))
+    assert done.returncode == USER_ERROR_EXIT
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_learning_rate_is_the_official_schedule(shared: Path) -> None:
+    # golden/asda_trajectory.json: lr of each of 8 updates, warm-up 3, peak 5e-4; float64 there and here
+    updates = json.loads((shared / "golden" / "asda_trajectory.json").read_text())["updates"]
+    config = OptimizerConfig(steps=8, warmup_steps=3, lr=5e-4, batch=2)
+    assert [learning_rate(config, update["update"]) for update in updates] == pytest.approx(
+        [update["lr"] for update in updates], rel=1e-12
+    )
+
+
+@pytest.mark.parametrize(("batch", "ranks", "limit", "expected"), [(48, 4, 12, 12), (48, 1, 12, 12), (48, 2, 10, 8), (6, 2, 9, 3)])
+def test_the_micro_batch_is_the_largest_that_divides(batch: int, ranks: int, limit: int, expected: int) -> None:
+    config = load_config(ROOT / "configs" / "as2m.json", [f"optimizer.batch={batch}", f"engine.micro_batch={limit}"])
+    assert micro_batch_of(config, ranks) == expected
+    generated = deepspeed_dict(config, ranks)
+    parts = generated["train_micro_batch_size_per_gpu"] * generated["gradient_accumulation_steps"] * ranks
+    assert parts == generated["train_batch_size"] == batch
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused() -> None:
+    with pytest.raises(UserError, match="optimizer.batch 48 must be a multiple of the number of ranks, 5"):
+        micro_batch_of(load_config(ROOT / "configs" / "as2m.json"), 5)
