@@ -99,7 +99,10 @@ def newest(run: Path, warn: Callable[[str], None] = print) -> Path | None:
             return folder
         warn(f"checkpoint {folder} is damaged ({complaint}); looking at the one before it")
     if folders:
-        raise UserError(f"none of the {len(folders)} checkpoints in {run / 'checkpoints'} is intact; restore one, or start in another run.folder")
+        raise UserError(
+            f"none of the {len(folders)} checkpoints in {run / 'checkpoints'} is intact; restore one, "
+            "or start in another run.folder"
+        )
     return None
 
 
@@ -133,7 +136,9 @@ def resolve(path: Path) -> Path:
         return path
     found = newest(path) if path.is_dir() else None
     if found is None:
-        raise UserError(f"there is no checkpoint in {path}; give a run folder, or one of its checkpoints/step-... folders")
+        raise UserError(
+            f"there is no checkpoint in {path}; give a run folder, or one of its checkpoints/step-... folders"
+        )
     return found
 
 
@@ -142,8 +147,8 @@ def read_state(folder: Path) -> tuple[Config, State]:
     fields = json.loads((folder / "state.json").read_text())
     if fields["format"] != FORMAT or fields["order_version"] != ORDER_VERSION:
         raise UserError(
-            f"checkpoint {folder} has format {fields['format']} and data order {fields['order_version']}; this version of "
-            f"asda reads format {FORMAT} and order {ORDER_VERSION}"
+            f"checkpoint {folder} has format {fields['format']} and data order {fields['order_version']}; "
+            f"this version of asda reads format {FORMAT} and order {ORDER_VERSION}"
         )
     return load_config(folder / "config.json"), State(**{**fields, "vocabulary": tuple(fields["vocabulary"])})
 

@@ -42,7 +42,7 @@ class ModelConfig(Section):
     attention_lambda: float = 0.1  # A = softmax(q1 k1) - lambda softmax(q2 k2); the paper says 0.3, the code 0.1
     attention_scale: PositiveFloat = 0.95  # factor after the attention's norm, 1 - 0.05
     patch: PositiveInt = 16  # frames and mel bins per patch
-    mel_bins: PositiveInt = 128
+    mel_bins: Literal[128] = 128  # what the front-end makes
     max_time_patches: PositiveInt = 768  # rows of the position table; 768 x 16 frames = 123 s
 
     @model_validator(mode="after")
@@ -53,7 +53,7 @@ class ModelConfig(Section):
         if self.width % 4:
             raise ValueError(f"model.width {self.width} must be a multiple of 4 (sine and cosine on two axes)")
         if self.mel_bins % self.patch:
-            raise ValueError(f"model.mel_bins {self.mel_bins} must be a multiple of model.patch {self.patch}")
+            raise ValueError(f"model.patch {self.patch} must divide model.mel_bins {self.mel_bins}")
         return self
 
 
@@ -70,7 +70,7 @@ class DecoderConfig(Section):
     def shaped(self) -> Self:
         """Refuse convolutions that do not keep the grid."""
         if self.kernel % 2 == 0:
-            raise ValueError(f"objective.decoder.kernel {self.kernel} must be odd, so that the patch grid keeps its size")
+            raise ValueError(f"objective.decoder.kernel {self.kernel} must be odd, to keep the patch grid")
         if self.width % self.groups:
             raise ValueError(f"objective.decoder.width {self.width} must be a multiple of groups {self.groups}")
         return self
@@ -105,12 +105,13 @@ class PretrainConfig(Section):
 
 
 class ClassifyConfig(Section):
-    """A classifier on the CLS token, from a pre-trained encoder or from scratch."""
+    """A classifier on the encoder, pre-trained or from scratch."""
 
     kind: Literal["classify"]
     init_from: str  # a run folder or one checkpoint of it; "" starts from scratch
     init_weights: Literal["student", "teacher"] = "student"
     loss: Literal["ce", "bce"]  # one label a clip, or any number
+    pooling: Literal["cls", "mean"] = "cls"  # the CLS token, as the published recipes, or the mean over patch tokens
     label_smoothing: Fraction = 0.0  # only with ce
     drop_path: Fraction = 0.0  # of the last block; linear from 0 at the first
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # lr of block i is multiplied by decay ** (depth - i)
@@ -119,7 +120,7 @@ class ClassifyConfig(Section):
     def smooths_only_ce(self) -> Self:
         """Refuse a value that would do nothing."""
         if self.loss == "bce" and self.label_smoothing:
-            raise ValueError(f"objective.label_smoothing {self.label_smoothing} must be 0 with loss bce, which has none")
+            raise ValueError(f"objective.label_smoothing {self.label_smoothing} must be 0 with loss bce")
         return self
 
 
@@ -188,7 +189,7 @@ class Config(Section):
     optimizer: OptimizerConfig
     engine: EngineConfig = EngineConfig()
     run: RunConfig
-    resume: Literal["auto", "never"] = "auto"  # auto continues from the newest checkpoint of run.folder, if there is one
+    resume: Literal["auto", "never"] = "auto"  # auto continues from run.folder's newest checkpoint, if any
 
     @model_validator(mode="after")
     def fits(self) -> Self:
@@ -202,7 +203,8 @@ class Config(Section):
             )
         if self.optimizer.warmup_steps > self.optimizer.steps:
             raise ValueError(
-                f"optimizer.warmup_steps {self.optimizer.warmup_steps} must not exceed optimizer.steps {self.optimizer.steps}"
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} must not exceed "
+                f"optimizer.steps {self.optimizer.steps}"
             )
         if isinstance(self.objective, PretrainConfig) and self.data.valid:
             raise ValueError(f"data.valid {self.data.valid!r} must be empty in pre-training, which evaluates nothing")
@@ -290,7 +292,8 @@ def _explain(error: ValidationError, tree: dict[str, Any]) -> str:
     elif first["type"] == "value_error":
         sentence = first["msg"].removeprefix("Value error, ")
     elif first["type"] == "union_tag_invalid":
-        sentence = f"{where}.kind is {first['ctx']['tag']!r}; it must be one of {first['ctx']['expected_tags']}"
+        tags = first.get("ctx", {})
+        sentence = f"{where}.kind is {tags.get('tag')!r}; it must be one of {tags.get('expected_tags')}"
     else:
         sentence = f"{where} is {json.dumps(first['input'])[:80]}: {first['msg'][0].lower()}{first['msg'][1:]}"
     more = f" (and {len(others)} more like it)" if others else ""
@@ -305,7 +308,9 @@ def _nearest(keys: list[Any]) -> str:
     by_name = {k.rpartition(".")[2]: k for k in known}
     close = difflib.get_close_matches(dotted, siblings, n=1, cutoff=0.5)
     close = close or [by_name[n] for n in difflib.get_close_matches(str(keys[-1]), by_name, n=1, cutoff=0.6)]
-    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(k.rpartition('.')[2] for k in siblings)}"
+    return (
+        f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(k.rpartition('.')[2] for k in siblings)}"
+    )
 
 
 def _known_keys(section: type[Section], prefix: str = "") -> list[str]:

@@ -19,7 +19,7 @@ from asda.errors import UserError
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all processes of the run."""
+    """Where a process stands among all processes of the run."""
 
     rank: int
     world_size: int
@@ -120,6 +120,12 @@ def set_learning_rate(engine: Any, lr: float) -> None:
     """Set the rate of every parameter group, each by its own scale."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
+
+
+def gradient_norm(engine: Any) -> float:
+    """The norm of the last update's gradient over all parameters, before clipping; nan where DeepSpeed has none."""
+    norm = engine.get_global_grad_norm()
+    return float("nan") if norm is None else float(norm)
 
 
 @contextmanager

@@ -51,9 +51,7 @@ def _predict(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores and targets of all clips, [N, C] each, in the dataset's order, on every rank."""
     batch = config.engine.micro_batch
-    stream = evaluation_batches(
-        dataset, config.data, batch=batch, rank=processes.rank, world_size=processes.world_size
-    )
+    stream = evaluation_batches(dataset, config.data, batch=batch, rank=processes.rank, world_size=processes.world_size)
     num_classes = len(dataset.vocabulary)
     scores, targets = [np.empty((0, num_classes), np.float32)], [np.empty((0, num_classes), np.float32)]
     autocast = torch.autocast(processes.device.type, torch.bfloat16, enabled=config.engine.precision == "bf16")
@@ -73,7 +71,7 @@ def evaluate(path: Path, data: str | None, out: Path | None) -> None:
     folder = checkpoint.resolve(path)
     config, state = checkpoint.read_state(folder)
     if not isinstance(config.objective, ClassifyConfig):
-        raise UserError(f"{folder} is a pre-training checkpoint and has no classes; fine-tune it first (objective.init_from)")
+        raise UserError(f"{folder} is a pre-training checkpoint and has no classes; fine-tune it first")
     valid = data or config.data.valid
     if not valid:
         raise UserError(f"{folder} names no held-out data; give --data FOLDER:SPLIT")
@@ -84,7 +82,9 @@ def evaluate(path: Path, data: str | None, out: Path | None) -> None:
         return
     out = out or folder.parent.parent / "evaluation.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"checkpoint": str(folder), "data": valid, "step": state.step, **figures}, indent=2) + "\n")
+    out.write_text(
+        json.dumps({"checkpoint": str(folder), "data": valid, "step": state.step, **figures}, indent=2) + "\n"
+    )
     print(_in_words(figures, valid), f"written to {out}", sep="\n")
 
 
@@ -101,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="asda/evaluate.py",
         description="Accuracy or mean average precision of a fine-tuned checkpoint on held-out shards.",
-        epilog="example:\n  deepspeed --num_accelerators 2 asda/evaluate.py --checkpoint runs/esc10 --data shards/env:fold4",
+        epilog="example:\n  deepspeed --num_accelerators 2 asda/evaluate.py --checkpoint runs/x --data shards/y:test",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkpoint", required=True, type=Path, help="a run folder (its newest), or one checkpoint")

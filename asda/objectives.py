@@ -1,9 +1,9 @@
 """What a run learns: masked students against their teacher, or labels. Both have the same four methods.
 
-    module              what DeepSpeed trains
-    loss(engine, ...)   one micro-batch -> the loss to differentiate, and its terms for the log
-    after_update(...)   once the weights have moved
-    weights(engine)     file stem -> tensors, what a checkpoint publishes
+module              what DeepSpeed trains
+loss(engine, ...)   one micro-batch -> the loss to differentiate, and its terms for the log
+after_update(...)   once the weights have moved
+weights(engine)     file stem -> tensors, what a checkpoint publishes
 """
 
 from pathlib import Path

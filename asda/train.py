@@ -23,6 +23,7 @@ from asda.data.order import hash_of
 from asda.data.stream import Batch, ClipDataset, training_batches, with_patches
 from asda.engine import (
     Processes,
+    gradient_norm,
     join_processes,
     learning_rate,
     make_engine,
@@ -98,8 +99,8 @@ def train(config: Config) -> None:
 
             last = done == config.optimizer.steps
             if done % config.run.log_every == 0 or last:
-                figures = meter.figures(processes.world_size) | extra
-                figures |= {"lr": learning_rate(config.optimizer, step), "grad_norm": float(engine.get_global_grad_norm() or 0)}
+                rates = {"lr": learning_rate(config.optimizer, step), "grad_norm": gradient_norm(engine)}
+                figures = meter.figures(processes.world_size) | extra | rates
                 log.record("train", done, figures)
                 _stop_if_not_finite(figures, done)
             if config.data.valid and (done % config.run.eval_every == 0 or last):
@@ -173,7 +174,9 @@ def _restore(
     saved, state = checkpoint.read_state(folder)
     _refuse_another_run(folder, saved, config)
     if state.data_fingerprint != dataset.fingerprint:
-        raise UserError(f"the shards of {config.data.train} are not those that {folder} was trained on; give another run.folder")
+        raise UserError(
+            f"the shards of {config.data.train} are not those that {folder} was trained on; give another run.folder"
+        )
     if state.world_size != processes.world_size:
         raise UserError(
             f"{folder} was saved by {state.world_size} ranks and this run has {processes.world_size}; "
@@ -234,7 +237,8 @@ def _derived_numbers(
     assert isinstance(stats, LogMelStats)
     return [
         f"model       {num_parameters:,} trainable parameters, {num_patches} patches a clip",
-        f"data        {len(dataset):,} clips in {len(dataset.shards)} shards, log-mel mean {stats.mean:.3f} std {stats.std:.3f}",
+        f"data        {len(dataset):,} clips in {len(dataset.shards)} shards, "
+        f"log-mel mean {stats.mean:.3f} std {stats.std:.3f}",
         f"step        {settings.batch} clips = {processes.world_size} ranks x {accumulation} x {micro_batch}, "
         f"{config.engine.precision}, ZeRO stage {config.engine.zero_stage}, {processes.device.type}",
         f"run         {settings.steps:,} steps = {settings.steps * settings.batch / len(dataset):.1f} epochs, "

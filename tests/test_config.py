@@ -35,7 +35,9 @@ def test_the_as2m_config_spells_out_the_published_recipe() -> None:
 
 
 def test_dotted_overrides_replace_values_and_read_json() -> None:
-    config = load_config(AS2M, ["engine.zero_stage=3", "data.train=elsewhere:train", "data.log_mel.mean=-5", "resume=never"])
+    config = load_config(
+        AS2M, ["engine.zero_stage=3", "data.train=elsewhere:train", "data.log_mel.mean=-5", "resume=never"]
+    )
     assert (config.engine.zero_stage, config.data.train, config.resume) == (3, "elsewhere:train", "never")
     assert config.data.log_mel.mean == -5  # type: ignore[union-attr]
     assert load_config(AS2M, ['data.train=["a:x", "b:y+z"]']).data.train == ["a:x", "b:y+z"]
@@ -91,7 +93,7 @@ def test_a_bad_value_is_one_sentence_with_key_and_rule(override: str, sentence: 
 def test_a_file_that_is_no_config_is_refused(text: str, sentence: str, tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_text(text)
-    with pytest.raises(UserError, match="run.json") as caught:
+    with pytest.raises(UserError, match=r"run\.json") as caught:
         load_config(path)
     assert sentence in str(caught.value)
 

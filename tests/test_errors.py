@@ -18,7 +18,11 @@ def run(raised: str, **environment: str) -> tuple[int, str]:
     ("raised", "exit_code", "line"),
     [
         ("UserError('shard x is cut')", USER_ERROR_EXIT, "error: shard x is cut\n"),
-        ("RuntimeError('[gloo] Connection closed by peer [127.0.0.1]')", LOST_PEER_EXIT, "stopped, because another rank"),
+        (
+            "RuntimeError('[gloo] Connection closed by peer [127.0.0.1]')",
+            LOST_PEER_EXIT,
+            "stopped, because another rank",
+        ),
         ("KeyboardInterrupt", INTERRUPTED_EXIT, "interrupted\n"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The stream: every clip as it was written, in the order asked for, on any number of ranks, or an error that names it."""
+"""The stream: every clip as it was written, in the order asked for, on any number of ranks; or an error."""
 
 import shutil
 import subprocess
@@ -38,7 +38,9 @@ def data_config(**values: object) -> DataConfig:
     return DataConfig(train="unused:train", frames=256, **values)  # type: ignore[arg-type]
 
 
-def batches_of(dataset: ClipDataset, config: DataConfig, rank: int = 0, ranks: int = 1, first: int = 0) -> Iterator[Batch]:
+def batches_of(
+    dataset: ClipDataset, config: DataConfig, rank: int = 0, ranks: int = 1, first: int = 0
+) -> Iterator[Batch]:
     return training_batches(
         dataset, config, seed=1, first_step=first, batch=12, micro_batch=3, rank=rank, world_size=ranks, masks=None
     )
@@ -82,7 +84,9 @@ def test_a_stream_started_in_mid_epoch_continues_the_same_sequence(shards: Path)
     dataset = ClipDataset(f"{shards}:train", labelled=True)
     whole = [clip.draw for batch in islice(batches_of(dataset, data_config()), 40) for clip in batch.clips]
     for first in (1, 4, 7):  # 48 clips, 12 a step: steps 4 and 7 lie in the second epoch
-        rest = [c.draw for b in islice(batches_of(dataset, data_config(), first=first), 40 - 4 * first) for c in b.clips]
+        rest = [
+            c.draw for b in islice(batches_of(dataset, data_config(), first=first), 40 - 4 * first) for c in b.clips
+        ]
         assert rest == whole[12 * first :]
     assert sorted(whole[:48]) == [Draw(0, n) for n in range(48)]
 
@@ -112,7 +116,9 @@ def test_a_random_crop_makes_exactly_the_frames_asked_for_and_moves(shards: Path
 
 
 def test_patches_belong_to_their_clips(shards: Path) -> None:
-    config: Config = load_config(CONFIG, ['data.log_mel={"mean": -4.0, "std": 3.0}', "data.device=cpu", "data.crop=start"])
+    config: Config = load_config(
+        CONFIG, ['data.log_mel={"mean": -4.0, "std": 3.0}', "data.device=cpu", "data.crop=start"]
+    )
     dataset = ClipDataset(f"{shards}:test", labelled=True)
     stream = evaluation_batches(dataset, config.data, batch=5, rank=0, world_size=1)
     num_clips = 0

@@ -25,7 +25,13 @@ TINY = [
     "model.width=32", "model.depth=2", "model.heads=2", "data.frames=64", "engine.precision=fp32",
     "optimizer.batch=8", "optimizer.warmup_steps=2", "run.log_every=1",
 ]  # fmt: skip
-TINY_PRETRAIN = [*TINY, "objective.target_layers=2", "objective.students=2", "objective.decoder.width=32", "objective.decoder.layers=1"]
+TINY_PRETRAIN = [
+    *TINY,
+    "objective.target_layers=2",
+    "objective.students=2",
+    "objective.decoder.width=32",
+    "objective.decoder.layers=1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +60,7 @@ def finetuning(shards: Path, run: Path, *more: str) -> list[str]:
 
 
 def command(ranks: int, script: str, *arguments: str) -> list[str]:
-    """ranks 0: plain python."""
+    """Ranks 0: plain python."""
     deepspeed = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
     launcher = deepspeed if ranks else [sys.executable]
     return [*launcher, str(ROOT / "asda" / script), *arguments]
@@ -106,7 +112,9 @@ def test_the_teacher_is_the_moving_average_of_the_recorded_students(pretrained: 
 
 
 @pytest.mark.launch
-def test_a_run_killed_at_any_moment_continues_to_the_same_losses(shards: Path, pretrained: Path, tmp_path: Path) -> None:
+def test_a_run_killed_at_any_moment_continues_to_the_same_losses(
+    shards: Path, pretrained: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "killed"
     argv = command(2, "train.py", *pretraining(shards, run))
     process = subprocess.Popen(
@@ -137,7 +145,11 @@ def test_a_finished_run_says_so_and_changes_nothing(shards: Path, pretrained: Pa
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_zero_stage_in_bf16_trains_like_the_others(stage: int, shards: Path, tmp_path: Path) -> None:
     run = tmp_path / str(stage)
-    launch(0, "train.py", *pretraining(shards, run, "optimizer.steps=3", f"engine.zero_stage={stage}", "engine.precision=bf16"))
+    launch(
+        0,
+        "train.py",
+        *pretraining(shards, run, "optimizer.steps=3", f"engine.zero_stage={stage}", "engine.precision=bf16"),
+    )
     # The same seed gives the same first loss, before any update, whatever the stage. Later ones differ by rounding in
     # bf16 (relative 2**-9 a weight), of which a mean over hundreds of terms shows less.
     launch(0, "train.py", *pretraining(shards, tmp_path / "fp32", "optimizer.steps=3"))
@@ -152,7 +164,9 @@ def test_two_ranks_accumulation_and_one_rank_give_the_same_losses_in_fp32(
     # Decoder noise is drawn per rank; without it the arithmetic is the same sum in another order: 1e-5 relative in
     # fp32, times the growth over six steps of Adam, whose first steps divide by small second moments.
     for name, ranks, micro_batch in (("two", 2, 4), ("one", 0, 2)):
-        arguments = pretraining(shards, tmp_path / name, "objective.decoder.noise_std=0", f"engine.micro_batch={micro_batch}")
+        arguments = pretraining(
+            shards, tmp_path / name, "objective.decoder.noise_std=0", f"engine.micro_batch={micro_batch}"
+        )
         launch(ranks, "train.py", *arguments, "optimizer.steps=3")
     for step, loss in losses(tmp_path / "two").items():
         assert losses(tmp_path / "one")[step] == pytest.approx(loss, rel=1e-4)
@@ -272,7 +286,9 @@ def test_the_learning_rate_is_the_official_schedule(shared: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("batch", "ranks", "limit", "expected"), [(48, 4, 12, 12), (48, 1, 12, 12), (48, 2, 10, 8), (6, 2, 9, 3)])
+@pytest.mark.parametrize(
+    ("batch", "ranks", "limit", "expected"), [(48, 4, 12, 12), (48, 1, 12, 12), (48, 2, 10, 8), (6, 2, 9, 3)]
+)
 def test_the_micro_batch_is_the_largest_that_divides(batch: int, ranks: int, limit: int, expected: int) -> None:
     config = load_config(ROOT / "configs" / "as2m.json", [f"optimizer.batch={batch}", f"engine.micro_batch={limit}"])
     assert micro_batch_of(config, ranks) == expected
@@ -282,5 +298,5 @@ def test_the_micro_batch_is_the_largest_that_divides(batch: int, ranks: int, lim
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused() -> None:
-    with pytest.raises(UserError, match="optimizer.batch 48 must be a multiple of the number of ranks, 5"):
+    with pytest.raises(UserError, match=r"optimizer\.batch 48 must be a multiple of the number of ranks, 5"):
         micro_batch_of(load_config(ROOT / "configs" / "as2m.json"), 5)

@@ -53,7 +53,7 @@ class WavFolder(Dataset):
 
 
 def reference_log_mel(wave_S: torch.Tensor) -> torch.Tensor:
-    """torchaudio's Kaldi features as the published recipes call them, [T, 128]."""
+    """Torchaudio's Kaldi features as the published recipes call them, [T, 128]."""
     wave_1S = (wave_S - wave_S.mean())[None]
     return kaldi.fbank(
         wave_1S, htk_compat=True, window_type="hanning", num_mel_bins=128, dither=0.0, sample_frequency=SAMPLE_RATE_HZ
@@ -79,7 +79,11 @@ def bench_data() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         shards = write_clips(folder)
-        overrides = [f"data.train={shards}:train", 'data.log_mel={"mean": -4.268, "std": 4.569}', f"data.threads={WORKERS}"]
+        overrides = [
+            f"data.train={shards}:train",
+            'data.log_mel={"mean": -4.268, "std": 4.569}',
+            f"data.threads={WORKERS}",
+        ]
         config = load_config(ROOT / "configs" / "as2m.json", overrides)
         dataset = ClipDataset(config.data.train, labelled=False)
         loader = DataLoader(WavFolder(folder / "wav", config), BATCH, num_workers=WORKERS, persistent_workers=True)

@@ -1,7 +1,7 @@
-"""The whole road on one small set of sounds: shards, pre-training, fine-tuning, evaluation, report. What `make demo` runs.
+"""The whole road on one small set of sounds: shards, pre-training, fine-tuning, evaluation, report.
 
-Without --audio it synthesises eight classes of sounds. With --audio FOLDER (one subfolder per class) it takes yours.
-Every step is the command that a user would type; they are printed as they run.
+What `make demo` runs. Without --audio it synthesises eight classes of sounds; with --audio FOLDER (one subfolder per
+class) it takes yours. Every step is the command that a user would type; they are printed as they run.
 """
 
 import argparse
@@ -34,7 +34,17 @@ def demo(audio: Path | None, out: Path) -> None:
         write_dataset(audio, CLIPS_PER_CLASS, seed=1)
     shards, pretrained, finetuned, scratch = (out / name for name in ("shards", "pretrained", "finetuned", "scratch"))
     split_arguments = [argument for split in splits for argument in ("--split", split)]
-    _run(_tool("make_shards.py"), "--source", "folder", "--input", audio, "--out", shards, "--overwrite", *split_arguments)
+    _run(
+        _tool("make_shards.py"),
+        "--source",
+        "folder",
+        "--input",
+        audio,
+        "--out",
+        shards,
+        "--overwrite",
+        *split_arguments,
+    )
     _train("demo_pretrain.json", f"data.train={shards}:{train}", f"run.folder={pretrained}")
     for folder, start in ((finetuned, pretrained), (scratch, "")):
         data = (f"data.train={shards}:{labelled}", f"data.valid={shards}:test")
@@ -80,7 +90,9 @@ def _print_table(finetuned: Path, scratch: Path) -> None:
     for name, run in (("pre-trained, then fine-tuned", finetuned), ("the same network from scratch", scratch)):
         figures = json.loads((run / "evaluation.json").read_text())
         print(f"{name:34} {100 * figures['accuracy']:6.1f} %  {figures['mAP']:.3f}")
-    print(f"{'chance':34} {100 / figures['classes']:6.1f} %     ({figures['clips']} clips, {figures['classes']} classes)")
+    print(
+        f"{'chance':34} {100 / figures['classes']:6.1f} %     ({figures['clips']} clips, {figures['classes']} classes)"
+    )
 
 
 def main() -> None:

@@ -19,6 +19,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 
 from asda import checkpoint
@@ -27,17 +29,19 @@ from asda.data.fbank import log_mel
 from asda.data.order import Draw, clip_rng
 from asda.data.stream import Clip, ClipDataset, fetch_clips
 from asda.errors import UserError, exit_with_sentence
-from asda.models.encoder import Encoder
+from asda.models.encoder import Block, Encoder
 from asda.models.masks import inverse_block_masks
 from asda.runlog import read_metrics
 
 FRAME_SHIFT_S = 0.01
 BLUE, ORANGE, GREY = "#2a6f97", "#e07a1f", "#8d99ae"
-STYLE = """
+HEAD = """<!doctype html>
+<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>asda</title><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; } figure { margin: 1rem 0; }
 img { max-width: 100%; } figcaption { color: #555; font-size: .9rem; } table { border-collapse: collapse; }
 td, th { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; } td:first-child { text-align: left; }
+</style>
 """
 
 
@@ -60,8 +64,8 @@ def write_report(pretrained: Path, finetuned: Path, scratch: Path, out: Path) ->
         "<h2>Curves</h2>",
         _figure(
             _curves(pretrained, finetuned, scratch),
-            "Left: what the students fail to predict of the teacher (frame loss, logarithmic). Middle: the spread of the "
-            "teacher's targets and of the predictions over patches; a spread of 0 would be collapse. Right: the "
+            "Left: what the students fail to predict of the teacher (frame loss, logarithmic). Middle: the spread of "
+            "the teacher's targets and of the predictions over patches; a spread of 0 would be collapse. Right: the "
             "classifier's loss on its training clips, with and without pre-training.",
         ),
         "<h2>What a student sees</h2>",
@@ -74,14 +78,14 @@ def write_report(pretrained: Path, finetuned: Path, scratch: Path, out: Path) ->
         "<h2>Where the teacher looks</h2>",
         _figure(
             _attention(clip, config, teacher),
-            "Attention of the CLS token in the last block, mean over heads, laid over the patches of the same clip: the "
-            f"first map, the second map, and the first minus {config.model.attention_lambda:g} times the second, which is "
-            "what mixes the values. Colours of the last picture are centred at zero: red adds, blue subtracts.",
+            "Attention of the CLS token in the last block, mean over heads, laid over the patches of the same clip: "
+            f"the first map, the second map, and the first minus {config.model.attention_lambda:g} times the second, "
+            "which is what mixes the values. Red adds and blue subtracts. The numbers are multiples "
+            "of what a patch would get if attention were spread evenly.",
         ),
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>asda</title><style>{STYLE}</style>"
-    out.write_text(head + "\n".join(page) + "</html>\n", encoding="utf-8")
+    out.write_text(HEAD + "\n".join(page) + "</html>\n", encoding="utf-8")
 
 
 def _liveliest(clips: list[Clip]) -> Clip:
@@ -180,7 +184,9 @@ def _last_maps(image_TF: np.ndarray, config: Config, encoder: Encoder) -> tuple[
     tokens_BND = encoder.embed(patches_BNP)
     for block in encoder.blocks[:-1]:
         tokens_BND, _ = block(tokens_BND)
-    return encoder.blocks[-1].attn.maps(tokens_BND)
+    last = encoder.blocks[-1]
+    assert isinstance(last, Block)
+    return last.attn.maps(tokens_BND)
 
 
 def _cls_row(map_BHNN: torch.Tensor, config: Config) -> np.ndarray:
@@ -201,7 +207,9 @@ def _image(clip: Clip, config: Config) -> np.ndarray:
     return (image_TF - np.float32(stats.mean)) / np.float32(2 * stats.std)
 
 
-def _show(axes: plt.Axes, image_TF: np.ndarray, palette: object, low: float, high: float, bar: bool = False) -> None:
+def _show(
+    axes: Axes, image_TF: np.ndarray, palette: str | Colormap, low: float, high: float, bar: bool = False
+) -> None:
     extent = (0, len(image_TF) * FRAME_SHIFT_S, 0, image_TF.shape[1])
     drawn = axes.imshow(image_TF.T, origin="lower", aspect="auto", cmap=palette, vmin=low, vmax=high, extent=extent)
     axes.set_xlabel("seconds")
@@ -211,7 +219,9 @@ def _show(axes: plt.Axes, image_TF: np.ndarray, palette: object, low: float, hig
 
 def main() -> None:
     """Parse the command line and write the page."""
-    parser = argparse.ArgumentParser(prog="tools/report.py", description="One HTML page about a pre-training run and its use.")
+    parser = argparse.ArgumentParser(
+        prog="tools/report.py", description="One HTML page about a pre-training run and its use."
+    )
     parser.add_argument("--pretrained", required=True, type=Path, help="the pre-training run's folder")
     parser.add_argument("--finetuned", required=True, type=Path, help="run fine-tuned from it, with evaluation.json")
     parser.add_argument("--scratch", required=True, type=Path, help="the same from scratch, with evaluation.json")

@@ -71,7 +71,9 @@ def footsteps(rng: np.random.Generator, time_S: np.ndarray) -> np.ndarray:
 
 def wind(rng: np.random.Generator, time_S: np.ndarray) -> np.ndarray:
     """Low noise that swells and falls."""
-    gusts_S = 1.2 + np.sin(_turns(time_S, rng.uniform(0.2, 0.7), rng)) * np.sin(_turns(time_S, rng.uniform(0.5, 1.5), rng))
+    gusts_S = 1.2 + np.sin(_turns(time_S, rng.uniform(0.2, 0.7), rng)) * np.sin(
+        _turns(time_S, rng.uniform(0.5, 1.5), rng)
+    )
     return _noise(rng, time_S.size, slope=1.2) * gusts_S
 
 

@@ -85,7 +85,7 @@ class ShuffledOrder:
 
 
 def rank_slice(start: int, stop: int, rank: int, world_size: int) -> range:
-    """Rank's share of the positions start .. stop - 1: contiguous, disjoint, together all; sizes differ by at most 1."""
+    """Rank's share of the positions start .. stop - 1: contiguous, disjoint, together all, even to 1."""
     size = stop - start
     return range(start + size * rank // world_size, start + size * (rank + 1) // world_size)
 

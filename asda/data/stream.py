@@ -152,7 +152,7 @@ def with_patches(
     """Add the patches: iterates over (float32 [B, N, P] on the device, the batch they belong to)."""
     stats = config.data.log_mel
     assert isinstance(stats, LogMelStats), "train.py writes the figures of the shards into the configuration"
-    place = {"auto": "gpu" if device.type == "cuda" else "cpu", "cpu": "cpu", "gpu": "gpu"}[config.data.device]
+    on_gpu = config.data.device == "gpu" or (config.data.device == "auto" and device.type == "cuda")
     return PatchPipeline(
         (([clip.samples for clip in batch.clips], batch) for batch in batches),
         frames=config.data.frames,
@@ -161,7 +161,7 @@ def with_patches(
         std=stats.std,
         pad_log_mel=config.data.pad_log_mel,
         batch_size=batch_size,
-        device=place,
+        device="gpu" if on_gpu else "cpu",
         threads=config.data.threads,
         prefetch=2,  # what DALI holds ready; the reading ahead is done by the threads before it
     )
@@ -232,7 +232,9 @@ def _read_ahead(
 def _parse_spec(spec: str) -> list[tuple[DatasetIndex, str]]:
     folder, colon, names = spec.rpartition(":")
     if not colon or not folder or not names:
-        raise UserError(f"cannot read the data {spec!r}; write FOLDER:SPLIT or FOLDER:SPLIT+SPLIT, as in shards/esc:fold1+fold2")
+        raise UserError(
+            f"cannot read the data {spec!r}; write FOLDER:SPLIT or FOLDER:SPLIT+SPLIT, as in shards/esc:fold1"
+        )
     index = load_dataset(Path(folder), names.split("+"))
     return [(index, name) for name in names.split("+")]
 

@@ -1,4 +1,4 @@
-"""A classifier on the encoder's CLS token, its losses, and the learning rates of its layers.
+"""A classifier on the encoder's tokens, its losses, and the learning rates of its layers.
 
 Shapes: B clips, N patches of a clip, P pixels of a patch, D width, C classes.
 """
@@ -13,13 +13,14 @@ from asda.models.encoder import INIT_STD, NORM_EPS, Encoder
 
 
 class Classifier(nn.Module):
-    """The encoder over all patches of a clip, then CLS -> LayerNorm -> Linear.
+    """The encoder over all patches of a clip, then CLS (or the mean of the patch tokens) -> LayerNorm -> Linear.
 
     A pre-trained encoder is loaded into `encoder`; the norm and the head start from scratch.
     """
 
     def __init__(self, model: ModelConfig, config: ClassifyConfig, num_classes: int):
         super().__init__()
+        self.pooling = config.pooling
         self.encoder = Encoder(model, config.drop_path)
         self.norm = nn.LayerNorm(model.width, eps=NORM_EPS)
         self.head = nn.Linear(model.width, num_classes)
@@ -28,8 +29,9 @@ class Classifier(nn.Module):
 
     def forward(self, patches_BNP: Tensor) -> Tensor:
         """Logits [B, C] in fp32 from normalised log-mel patches of whole clips."""
-        cls_BD = self.encoder(patches_BNP)[:, 0]
-        return self.head(self.norm(cls_BD)).float()
+        tokens_BND = self.encoder(patches_BNP)  # CLS first
+        clip_BD = tokens_BND[:, 0] if self.pooling == "cls" else tokens_BND[:, 1:].mean(1)
+        return self.head(self.norm(clip_BD)).float()
 
 
 def classification_loss(logits_BC: Tensor, targets_BC: Tensor, config: ClassifyConfig) -> Tensor:
