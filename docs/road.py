@@ -2,12 +2,12 @@
 
 BOXES = [  # (column, row, title, what it does, where it is)
     (0, 0, "audio files", "WAV, FLAC, OGG, MP3 ...", "csv, folder"),
-    (1, 0, "tar shards", "one checksummed zstd frame a clip", "tools/make_shards.py"),
+    (1, 0, "tar shards", "one checked zstd frame a clip", "tools/make_shards.py"),
     (2, 0, "verified stream", "pure order, webdataset's stages", "asda/data/stream.py"),
     (3, 0, "log-mel patches", "Kaldi-exact, in one DALI pipeline", "asda/data/pipeline.py"),
-    (3, 1, "16 masked students", "each sees a fifth; differential attention", "asda/models/pretrain.py"),
+    (3, 1, "16 masked students", "each sees a fifth of the clip", "asda/models/pretrain.py"),
     (2, 1, "DeepSpeed ZeRO", "one loop, atomic checkpoints", "asda/train.py"),
-    (1, 1, "fine-tuning", "labels from the CLS token", "asda/train.py"),
+    (1, 1, "fine-tuning", "labels, from the same encoder", "asda/train.py"),
     (0, 1, "evaluation", "every held-out clip once", "asda/evaluate.py"),
 ]
 WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 230, 84, 34, 70, 12

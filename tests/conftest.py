@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from sounds_dataset import make_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,3 +21,9 @@ def shared() -> Path:
         reason = f"needs real audio and golden numbers in {folder} (set ASDA_SHARED to their folder)"
         pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
     return folder
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 8 classes x 8 synthetic clips: train (48 clips, 3 shards) and test (16, 1 shard); ../audio has the files."""
+    return make_dataset(tmp_path_factory.mktemp("sounds"), clips_per_class=8)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from sounds_dataset import make_dataset
 
 from asda.config import Config, DataConfig, load_config
 from asda.data.fbank import log_mel, num_samples
@@ -27,11 +26,6 @@ from asda.data.stream import (
 from asda.errors import UserError
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo_finetune.json"
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("stream"), clips_per_class=8)
 
 
 def data_config(**values: object) -> DataConfig:

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from sounds_dataset import make_dataset
 
 from asda.config import OptimizerConfig, load_config
 from asda.engine import deepspeed_dict, free_port, learning_rate, micro_batch_of
@@ -32,11 +31,6 @@ TINY_PRETRAIN = [
     "objective.decoder.width=32",
     "objective.decoder.layers=1",
 ]
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("train"), clips_per_class=8)
 
 
 @pytest.fixture(scope="module")

@@ -126,6 +126,8 @@ def _curves(pretrained: Path, finetuned: Path, scratch: Path) -> Figure:
     steps = [entry["step"] for entry in entries]
     loss.semilogy(steps, [entry["frame_loss"] for entry in entries], color=BLUE)
     loss.set(title="pre-training: frame loss", xlabel="step")
+    loss.yaxis.set_major_formatter("{x:g}")
+    loss.yaxis.set_minor_formatter("{x:g}")
     spread.plot(steps, [entry["target_variance"] for entry in entries], color=BLUE, label="targets")
     spread.plot(steps, [entry["prediction_variance"] for entry in entries], color=ORANGE, label="predictions")
     spread.set(title="pre-training: spread", xlabel="step", ylim=(0, None))

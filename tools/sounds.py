@@ -33,7 +33,7 @@ def bell(rng: np.random.Generator, time_S: np.ndarray) -> np.ndarray:
 
 def rain(rng: np.random.Generator, time_S: np.ndarray) -> np.ndarray:
     """Steady hiss with drops."""
-    drops_S = (rng.random(time_S.size) < rng.uniform(20, 120) / SAMPLE_RATE_HZ) * rng.uniform(1, 4, time_S.size)
+    drops_S = (rng.random(time_S.size) < rng.uniform(20, 120) / SAMPLE_RATE_HZ) * rng.uniform(0.5, 1.5, time_S.size)
     return 0.3 * _noise(rng, time_S.size, slope=0.3) + np.convolve(drops_S, np.exp(-np.arange(120) / 15), "same")
 
 
@@ -97,7 +97,7 @@ def synthesise(synth: Synth, rng: np.random.Generator) -> np.ndarray:
     sound_S = _unit(synth(rng, time_S))
     background_S = _unit(_noise(rng, time_S.size, slope=rng.uniform(0, 1)))
     mixed_S = _unit(sound_S + background_S * 10 ** (-rng.uniform(5, 20) / 20))  # signal to noise 5 to 20 dB
-    return np.clip(mixed_S * 10 ** (-rng.uniform(14, 30) / 20), -1, 1)
+    return np.clip(mixed_S * 10 ** (-rng.uniform(18, 32) / 20), -1, 1)
 
 
 def _unit(samples_S: np.ndarray) -> np.ndarray:
