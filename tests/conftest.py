@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from launching import finetuning, launch, pretraining
 from sounds_dataset import make_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,5 +26,22 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of 8 classes x 8 synthetic clips: train (48 clips, 3 shards) and test (16, 1 shard); ../audio has the files."""
+    """Shards of 8 classes x 8 synthetic clips: train (48 clips, 3 shards), test (16, 1 shard); files in ../audio."""
     return make_dataset(tmp_path_factory.mktemp("sounds"), clips_per_class=8)
+
+
+@pytest.fixture(scope="session")
+def pretrained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six uninterrupted pre-training steps on two ranks, with a checkpoint every two."""
+    run = tmp_path_factory.mktemp("runs") / "pretrained"
+    launch(2, "train.py", *pretraining(shards, run))
+    return run
+
+
+@pytest.fixture(scope="session")
+def finetuned(shards: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four fine-tuning steps from `pretrained` on one rank, with its evaluation.json."""
+    run = tmp_path_factory.mktemp("runs") / "finetuned"
+    launch(0, "train.py", *finetuning(shards, run, f"objective.init_from={pretrained}"))
+    launch(0, "evaluate.py", "--checkpoint", str(run))
+    return run
