@@ -149,7 +149,7 @@ def full_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
     """Average named numbers over all ranks."""
-    packed = torch.tensor(list(values.values()), dtype=torch.float64, device="cpu" if device.type == "cpu" else device)
+    packed = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
     dist.all_reduce(packed)
     return dict(zip(values, (packed / dist.get_world_size()).tolist(), strict=True))
 

@@ -57,7 +57,7 @@ def _predict(
     autocast = torch.autocast(processes.device.type, torch.bfloat16, enabled=config.engine.precision == "bf16")
     with with_patches(stream, config, batch, processes.device) as batches, torch.inference_mode(), autocast:
         for patches_BNP, clips in batches:
-            scores.append(model(patches_BNP).float().cpu().numpy())
+            scores.append(model(patches_BNP.to(processes.device)).float().cpu().numpy())
             targets.append(clips.targets(num_classes))
     parts = [None] * processes.world_size
     dist.all_gather_object(parts, (np.concatenate(scores), np.concatenate(targets)))

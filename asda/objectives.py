@@ -1,9 +1,13 @@
-"""What a run learns: masked students against their teacher, or labels. Both have the same four methods.
+"""What a run learns: masked students against their teacher, or labels. The loop knows both by the same names:
 
-module              what DeepSpeed trains
-loss(engine, ...)   one micro-batch -> the loss to differentiate, and its terms for the log
-after_update(...)   once the weights have moved
-weights(engine)     file stem -> tensors, what a checkpoint publishes
+    module             what DeepSpeed trains
+    lr_scales          parameter name -> factor of its learning rate
+    masks()            draws what the students of a clip see, if there are students
+    loss(...)          one micro-batch -> the loss to differentiate, and its terms for the log
+    after_update(...)  once the weights have moved
+    weights()          file stem -> tensors, what a checkpoint publishes; restore(...) takes them back
+
+What both share lies in asda/train.py.
 """
 
 from pathlib import Path

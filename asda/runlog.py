@@ -7,6 +7,8 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from asda.errors import UserError
+
 
 class RunLog:
     """The record of one run in its folder.
@@ -19,7 +21,10 @@ class RunLog:
         self._enabled = enabled
         if not enabled:
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the run folder {folder}: {error.strerror}; give another run.folder") from None
         self._metrics_path = folder / "metrics.jsonl"
         _drop_later_lines(self._metrics_path, first_step)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
@@ -57,8 +62,10 @@ class RunLog:
 
 def read_metrics(folder: Path, kind: str) -> list[dict]:
     """The lines of one kind of a run's metrics.jsonl."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path} is missing; is {folder} the folder of a run?")
+    return [entry for entry in map(json.loads, path.read_text().splitlines()) if entry["kind"] == kind]
 
 
 def _drop_later_lines(path: Path, first_step: int) -> None:

@@ -89,7 +89,7 @@ def train(config: Config) -> None:
             engine.train()
             for _ in range(accumulation):
                 patches_BNP, batch = meter.wait_for(batches)
-                loss, terms = objective.loss(engine, patches_BNP, batch)
+                loss, terms = objective.loss(engine, patches_BNP.to(processes.device), batch)
                 engine.backward(loss)
                 engine.step()
                 meter.add(terms, len(batch.clips))

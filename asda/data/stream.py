@@ -149,10 +149,12 @@ def evaluation_batches(
 def with_patches(
     batches: Iterator[Batch], config: Config, batch_size: int, device: torch.device
 ) -> PatchPipeline[Batch]:
-    """Add the patches: iterates over (float32 [B, N, P] on the device, the batch they belong to)."""
+    """Add the patches: iterates over (float32 [B, N, P] where DALI computes them, the batch they belong to)."""
     stats = config.data.log_mel
     assert isinstance(stats, LogMelStats), "train.py writes the figures of the shards into the configuration"
-    on_gpu = config.data.device == "gpu" or (config.data.device == "auto" and device.type == "cuda")
+    if config.data.device == "gpu" and device.type != "cuda":
+        raise UserError("data.device is gpu, but this machine has no CUDA device; use auto or cpu")
+    on_gpu = config.data.device != "cpu" and device.type == "cuda"
     return PatchPipeline(
         (([clip.samples for clip in batch.clips], batch) for batch in batches),
         frames=config.data.frames,
