@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -18,38 +19,31 @@ from sounds import CLASSES, write_dataset
 from asda.errors import UserError, exit_with_sentence
 
 ROOT = Path(__file__).resolve().parent.parent
-CLIPS_PER_CLASS = 80
+CLIPS_PER_CLASS = 120
 RANKS = 2
 
 
 def demo(audio: Path | None, out: Path) -> None:
     """Run every part once, in `out`; a second run starts over."""
     started = time.monotonic()
-    splits, train, labelled = ("train=70%", "test=30%"), "train", "train"
-    if audio is None:
-        # Many clips without labels and few with: what pre-training is for.
-        splits, train, labelled = ("unlabelled=60%", "labelled=10%", "test=30%"), "unlabelled+labelled", "labelled"
-        audio = out / "audio"
-        print(f"synthesising {CLIPS_PER_CLASS} clips of each of {', '.join(CLASSES)} into {audio}", flush=True)
-        write_dataset(audio, CLIPS_PER_CLASS, seed=1)
     shards, pretrained, finetuned, scratch = (out / name for name in ("shards", "pretrained", "finetuned", "scratch"))
-    split_arguments = [argument for split in splits for argument in ("--split", split)]
-    _run(
-        _tool("make_shards.py"),
-        "--source",
-        "folder",
-        "--input",
-        audio,
-        "--out",
-        shards,
-        "--overwrite",
-        *split_arguments,
-    )
-    _train("demo_pretrain.json", f"data.train={shards}:{train}", f"run.folder={pretrained}")
-    for folder, start in ((finetuned, pretrained), (scratch, "")):
-        data = (f"data.train={shards}:{labelled}", f"data.valid={shards}:test")
-        _train("demo_finetune.json", *data, f"run.folder={folder}", f"objective.init_from={start}")
-        _run(*_launch("evaluate.py"), "--checkpoint", folder)
+    if audio is None:
+        audio = out / "audio"
+        _synthesise(audio)
+        # Many clips without labels and few with: what pre-training is for.
+        splits, unlabelled, labelled = ("unlabelled=65%", "labelled=5%", "test=30%"), "unlabelled+labelled", "labelled"
+    else:
+        splits, unlabelled, labelled = ("train=70%", "test=30%"), "train", "train"
+    chosen = [argument for split in splits for argument in ("--split", split)]
+    _run(_tool("make_shards.py"), "--source", "folder", "--input", audio, "--out", shards, "--overwrite", *chosen)
+
+    _train("demo_pretrain.json", pretrained, f"data.train={shards}:{unlabelled}")
+    data = (f"data.train={shards}:{labelled}", f"data.valid={shards}:test")
+    _train("demo_finetune.json", finetuned, *data, f"objective.init_from={pretrained}")
+    _train("demo_finetune.json", scratch, *data, "objective.init_from=")
+    for run in (finetuned, scratch):
+        _run(*_launch("evaluate.py"), "--checkpoint", run)
+
     report = out / "report.html"
     runs = ("--pretrained", pretrained, "--finetuned", finetuned, "--scratch", scratch)
     _run(_tool("report.py"), *runs, "--out", report)
@@ -57,15 +51,20 @@ def demo(audio: Path | None, out: Path) -> None:
     print(f"\n{report}  (curves, masks and attention; open it in a browser)\n{time.monotonic() - started:.0f} s in all")
 
 
+def _synthesise(audio: Path) -> None:
+    print(f"synthesising {CLIPS_PER_CLASS} clips of each of {', '.join(CLASSES)} into {audio}", flush=True)
+    shutil.rmtree(audio, ignore_errors=True)
+    write_dataset(audio, CLIPS_PER_CLASS, seed=1)
+
+
 def _tool(name: str) -> Path:
     return ROOT / "tools" / name
 
 
-def _train(config: str, *overrides: str) -> None:
+def _train(config: str, run: Path, *overrides: str) -> None:
     # The demo is about the road from the start; continuing an older demo would hide half of it.
-    folder = next(item for item in overrides if item.startswith("run.folder=")).removeprefix("run.folder=")
-    subprocess.run(["rm", "-rf", folder], check=True)
-    _run(*_launch("train.py"), "--config", ROOT / "configs" / config, *overrides)
+    shutil.rmtree(run, ignore_errors=True)
+    _run(*_launch("train.py"), "--config", ROOT / "configs" / config, f"run.folder={run}", *overrides)
 
 
 def _launch(script: str) -> tuple[str, ...]:

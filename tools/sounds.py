@@ -31,10 +31,21 @@ def bell(rng: np.random.Generator, time_S: np.ndarray) -> np.ndarray:
     return samples_S
 
 
-def rain(rng: np.random.Generator, time_S: np.ndarray) -> np.ndarray:
-    """Steady hiss with drops."""
-    drops_S = (rng.random(time_S.size) < rng.uniform(20, 120) / SAMPLE_RATE_HZ) * rng.uniform(0.5, 1.5, time_S.size)
-    return 0.3 * _noise(rng, time_S.size, slope=0.3) + np.convolve(drops_S, np.exp(-np.arange(120) / 15), "same")
+def cricket(rng: np.random.Generator, time_S: np.ndarray) -> np.ndarray:
+    """A high trill in bursts."""
+    burst_S = (time_S * rng.uniform(1.2, 3) + rng.random()) % 1 < rng.uniform(0.35, 0.6)
+    pulses_S = np.clip(np.sin(_turns(time_S, rng.uniform(25, 45), rng)), 0, None)
+    return burst_S * pulses_S * _tone(time_S, np.full_like(time_S, rng.uniform(3000, 5500)), harmonics=1)
+
+
+def drip(rng: np.random.Generator, time_S: np.ndarray) -> np.ndarray:
+    """Drops into water: short plinks that rise in pitch, at irregular times."""
+    samples_S = np.zeros_like(time_S)
+    for start_s in np.cumsum(rng.uniform(0.15, 0.6, 10)):
+        since_S = np.clip(time_S - start_s, 0, None)
+        phase_S = 2 * np.pi * rng.uniform(500, 1300) * (since_S + rng.uniform(3, 8) * since_S**2)
+        samples_S += (since_S > 0) * np.exp(-since_S * rng.uniform(25, 45)) * np.sin(phase_S)
+    return samples_S
 
 
 def engine(rng: np.random.Generator, time_S: np.ndarray) -> np.ndarray:
@@ -69,16 +80,8 @@ def footsteps(rng: np.random.Generator, time_S: np.ndarray) -> np.ndarray:
     return thump_S + 0.3 * np.exp(-since_S * 60) * _noise(rng, time_S.size, slope=0.5)
 
 
-def wind(rng: np.random.Generator, time_S: np.ndarray) -> np.ndarray:
-    """Low noise that swells and falls."""
-    gusts_S = 1.2 + np.sin(_turns(time_S, rng.uniform(0.2, 0.7), rng)) * np.sin(
-        _turns(time_S, rng.uniform(0.5, 1.5), rng)
-    )
-    return _noise(rng, time_S.size, slope=1.2) * gusts_S
-
-
 CLASSES: dict[str, Synth] = {
-    synth.__name__: synth for synth in (alarm, bell, bird, engine, footsteps, rain, siren, wind)
+    synth.__name__: synth for synth in (alarm, bell, bird, cricket, drip, engine, footsteps, siren)
 }
 
 
