@@ -53,7 +53,7 @@ def write_report(pretrained: Path, finetuned: Path, scratch: Path, out: Path) ->
     if not isinstance(objective, PretrainConfig):
         raise UserError(f"{pretrained} is not a pre-training run; give one whose objective.kind is pretrain")
     dataset = ClipDataset(config.data.train, labelled=False)
-    clip = _liveliest(fetch_clips(dataset, [Draw(0, number) for number in range(min(24, len(dataset)))]))
+    clip = _liveliest(fetch_clips(dataset, [Draw(0, number) for number in range(min(24, len(dataset)))]), config)
     teacher = Encoder(config.model)
     teacher.load_state_dict(checkpoint.read_weights(folder, "teacher"))
 
@@ -88,9 +88,15 @@ def write_report(pretrained: Path, finetuned: Path, scratch: Path, out: Path) ->
     out.write_text(HEAD + "\n".join(page) + "</html>\n", encoding="utf-8")
 
 
-def _liveliest(clips: list[Clip]) -> Clip:
-    """The clip whose spectrum changes most: a picture of it shows more than one of steady noise."""
-    return max(clips, key=lambda clip: float(np.abs(np.diff(log_mel(clip.samples), axis=0)).mean()))
+def _liveliest(clips: list[Clip], config: Config) -> Clip:
+    """The clip whose patches change most over time: a picture of it shows more than one of steady noise."""
+
+    def liveliness(clip: Clip) -> float:
+        patch = config.model.patch
+        means_tf = _image(clip, config).reshape(-1, patch, config.model.mel_bins // patch, patch).mean((1, 3))
+        return float(means_tf.std(0).mean())
+
+    return max(clips, key=liveliness)
 
 
 def _table(runs: dict[str, Path]) -> str:
