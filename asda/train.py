@@ -47,8 +47,8 @@ intact checkpoint of run.folder is used (resume=never refuses instead)."""
 
 def train(config: Config) -> None:
     """Run a configuration to its last step, from its newest checkpoint if it has one."""
-    classify = isinstance(config.objective, ClassifyConfig)
-    dataset = ClipDataset(config.data.train, labelled=classify)
+    dataset = ClipDataset(config.data.train, labelled=isinstance(config.objective, ClassifyConfig))
+    _refuse_unfit_labels(config, dataset)
     if config.data.log_mel == "dataset":
         config = config.model_copy(update={"data": config.data.model_copy(update={"log_mel": dataset.log_mel})})
     processes = join_processes()
@@ -87,12 +87,14 @@ def train(config: Config) -> None:
             # Noise and drop path follow from (seed, step, rank): a resumed step repeats them without stored state.
             torch.manual_seed(int(hash_of(config.run.seed, step, processes.rank)))
             engine.train()
+            losses = []
             for _ in range(accumulation):
                 patches_BNP, batch = meter.wait_for(batches)
                 loss, terms = objective.loss(engine, patches_BNP.to(processes.device), batch)
                 engine.backward(loss)
                 engine.step()
                 meter.add(terms, len(batch.clips))
+                losses.append(loss.detach())
             done = step + 1
             extra = objective.after_update(done)
             log.advance()
@@ -108,6 +110,8 @@ def train(config: Config) -> None:
                     figures = evaluate_weights(config, objective.weights()["model"], dataset.vocabulary, processes)
                 log.record("valid", done, figures)
             if done % config.run.save_every == 0 or last:
+                # Weights that came from a loss without a value must never replace a checkpoint.
+                _stop_if_not_finite(mean_over_ranks({"loss": float(sum(losses))}, processes.device), done)
                 state = State(done, dataset.vocabulary, dataset.fingerprint, processes.world_size)
                 with meter.paused():
                     folder = checkpoint.save(
@@ -156,6 +160,15 @@ class Meter:
         means["data_wait_share"] = self._waited_s / elapsed
         self.__init__(self._device)
         return mean_over_ranks(means, self._device)
+
+
+def _refuse_unfit_labels(config: Config, dataset: ClipDataset) -> None:
+    one_label = isinstance(config.objective, ClassifyConfig) and config.objective.loss == "ce"
+    if one_label and dataset.num_labels != len(dataset):
+        raise UserError(
+            f"{config.data.train} has {dataset.num_labels} labels on {len(dataset)} clips; objective.loss ce wants "
+            "one label on every clip, use bce for any number"
+        )
 
 
 def _newest_checkpoint(run: Path, config: Config, processes: Processes) -> Path | None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -166,7 +167,13 @@ def wrong(name: str, shards: Path, pretrained: Path, tmp_path: Path) -> list[str
     if name == "cut shard":
         shutil.copytree(shards, cut)
         os.truncate(cut / "train-000000.tar.zst", 1000)
+    if name == "two labels":
+        clips = [f"{path},{path.parent.name};loud" for path in sorted((shards.parent / "audio").glob("*/000.wav"))]
+        (tmp_path / "two.csv").write_text("\n".join(["path,label", *clips]))
+        tool = [sys.executable, ROOT / "tools" / "make_shards.py", "--source", "csv", "--input", tmp_path / "two.csv"]
+        subprocess.run([*tool, "--out", tmp_path / "two"], check=True, capture_output=True)
     return {
+        "two labels": finetuning(tmp_path / "two", run, "objective.init_from=", "data.valid="),
         "unknown key": pretraining(shards, run, "optimizer.lrr=1"),
         "no shards": pretraining(tmp_path / "nowhere", run),
         "no split": pretraining(shards, run, f"data.train={shards}:nosplit"),
@@ -186,6 +193,7 @@ def wrong(name: str, shards: Path, pretrained: Path, tmp_path: Path) -> list[str
     [
         ("unknown key", "unknown key optimizer.lrr; did you mean optimizer.lr?"),
         ("no shards", "holds no dataset.json"),
+        ("two labels", "has 16 labels on 8 clips; objective.loss ce wants one label on every clip"),
         ("no split", "has no split 'nosplit'; it has test, train"),
         ("cut shard", "train-000000.tar.zst has 1000 bytes"),
         ("batch", "was trained with optimizer.batch 8, this configuration says 16"),

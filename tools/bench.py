@@ -30,7 +30,7 @@ from asda.errors import exit_with_sentence
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIP_SECONDS = 10
-NUM_CLIPS = 128
+NUM_CLIPS = 384
 BATCH = 16
 WORKERS = 2  # threads of ours, processes of the baseline
 ROUNDS = 5

@@ -39,6 +39,7 @@ class ClipDataset:
 
     Attributes:
         vocabulary: class names, a label's id is its position; empty where labels are not used.
+        num_labels: labels of all clips together; equal to the number of clips where each has one.
         log_mel: mean and standard deviation of the log-mel values of all clips.
         shards: all shards, in the order that numbers the clips.
         fingerprint: one hash of all shards; what it stays equal for is the same data in the same order.
@@ -59,6 +60,7 @@ class ClipDataset:
         self.vocabulary = _one_vocabulary([index for index, _ in parts]) if labelled else ()
         self.shards = [ShardFile(index.folder, shard) for index, name in parts for shard in index.splits[name].shards]
         self.log_mel = _pooled_stats([index.splits[name].log_mel for index, name in parts])
+        self.num_labels = sum(sum(index.splits[name].class_counts) for index, name in parts)
         self.fingerprint = xxhash.xxh3_128_hexdigest("".join(shard.entry.hash for shard in self.shards).encode())
         self._first_clip = [0, *accumulate(shard.entry.clips for shard in self.shards)]
 
@@ -88,7 +90,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Batch:
-    """The clips of one micro-batch, in order; `visible` only where students need it."""
+    """The clips of one micro-batch, in order; masks only where there are students."""
 
     clips: list[Clip]
     visible_BMK: np.ndarray | None  # [B, M, K] int64, the patches that each student sees
