@@ -17,7 +17,7 @@ class UserError(Exception):
 
 
 def exit_with_sentence(main: Callable[[], None]) -> None:
-    """Run `main`; turn a UserError into one line on stderr and exit code 2, without a traceback.
+    """Run `main`; turn a UserError, or a file that cannot be opened, into one line on stderr and exit code 2.
 
     A rank that only notices that another one has gone says so in one line too, and exits with 3.
     """
@@ -25,6 +25,10 @@ def exit_with_sentence(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         _leave(f"error: {error}", USER_ERROR_EXIT)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _leave(f"error: {error.filename}: {error.strerror}", USER_ERROR_EXIT)
     except RuntimeError as error:
         if not any(words in str(error).lower() for words in LOST_PEER_WORDS):
             raise

@@ -23,6 +23,11 @@ def run(raised: str, **environment: str) -> tuple[int, str]:
             LOST_PEER_EXIT,
             "stopped, because another rank",
         ),
+        (
+            "PermissionError(13, 'Permission denied', 'out.json')",
+            USER_ERROR_EXIT,
+            "error: out.json: Permission denied\n",
+        ),
         ("KeyboardInterrupt", INTERRUPTED_EXIT, "interrupted\n"),
     ],
 )

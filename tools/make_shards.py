@@ -266,12 +266,9 @@ def split_line(name: str, split: SplitIndex) -> str:
 
 
 def main() -> None:
-    """Run; files that cannot be opened are the user's to mend."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
-    try:
-        make_shards(parse_args())
-    except OSError as error:
-        raise UserError(f"{error.filename or 'a file'}: {error.strerror}") from error
+    """Run, and clean up after SIGTERM as after Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    make_shards(parse_args())
 
 
 if __name__ == "__main__":
