@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from asda.config import Config, dump_config, load_config
+from asda.config import Config, Description, InputConfig, dump_config, load_config, load_description
 from asda.data.order import ORDER_VERSION
 from asda.errors import UserError
 
@@ -76,8 +76,7 @@ def save(
     if is_first:
         (temporary / "config.json").write_text(dump_config(config))
         (temporary / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
-        for stem, tensors in weights.items():
-            save_file(tensors, temporary / f"{stem}.safetensors")
+        _save_tensors(temporary, weights)
     dist.barrier()
     if is_first:
         _commit(temporary, folder)
@@ -124,7 +123,7 @@ def damage(folder: Path) -> str | None:
 
 
 def resolve(path: Path) -> Path:
-    """A checkpoint folder as given, or the newest intact one of a run folder.
+    """A checkpoint folder or a folder of weights as given, or the newest intact checkpoint of a run folder.
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -133,6 +132,8 @@ def resolve(path: Path) -> Path:
         complaint = damage(path)
         if complaint:
             raise UserError(f"checkpoint {path} is damaged: {complaint}; use another one of its run")
+        return path
+    if (path / "model.safetensors").is_file():  # published weights need no manifest
         return path
     found = newest(path) if path.is_dir() else None
     if found is None:
@@ -153,6 +154,39 @@ def read_state(folder: Path) -> tuple[Config, State]:
     return load_config(folder / "config.json"), State(**{**fields, "vocabulary": tuple(fields["vocabulary"])})
 
 
+def read_description(folder: Path) -> Description:
+    """The network, its input and its labels, of a checkpoint or of converted weights."""
+    if not (folder / "state.json").is_file():
+        return load_description(folder / "config.json")
+    config, state = read_state(folder)
+    assert config.data.log_mel != "dataset", "a run resolves it before it saves"
+    return Description(
+        _about=config.about,
+        preset=config.preset,
+        size=config.size,
+        objective=config.objective,
+        data=InputConfig(frames=config.data.frames, log_mel=config.data.log_mel, pad_log_mel=config.data.pad_log_mel),
+        model=config.model,
+        labels=state.vocabulary,
+    )
+
+
+def write_weights(folder: Path, description: Description, weights: dict[str, dict[str, Tensor]]) -> None:
+    """Write a folder of weights that resolve, read_description and read_weights take: whole, or not at all.
+
+    Args:
+        folder: must not exist.
+        description: becomes config.json.
+        weights: file stem ("model", "teacher") -> tensors.
+    """
+    temporary = folder.with_name(TEMPORARY + folder.name)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    (temporary / "config.json").write_text(dump_config(description))
+    _save_tensors(temporary, weights)
+    _commit(temporary, folder)
+
+
 def read_weights(folder: Path, stem: str) -> dict[str, Tensor]:
     """The tensors of model.safetensors or teacher.safetensors, on the CPU."""
     path = folder / f"{stem}.safetensors"
@@ -160,6 +194,11 @@ def read_weights(folder: Path, stem: str) -> dict[str, Tensor]:
         return load_file(path)
     except (FileNotFoundError, SafetensorError) as error:
         raise UserError(f"cannot read {path} ({error})") from None
+
+
+def _save_tensors(folder: Path, weights: dict[str, dict[str, Tensor]]) -> None:
+    for stem, tensors in weights.items():
+        save_file(tensors, folder / f"{stem}.safetensors")
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -179,7 +218,8 @@ def _commit(temporary: Path, folder: Path) -> None:
     }
     manifest = temporary / "manifest.json"
     manifest.write_text(json.dumps({"format": FORMAT, "files": entries}, indent=2) + "\n")
-    for path in [*files, manifest, temporary / "engine", temporary]:
+    folders = [path for path in temporary.rglob("*") if path.is_dir()]
+    for path in [*files, manifest, *folders, temporary]:
         _sync(path)
     if folder.exists():  # the same step, saved again after a resume from an older checkpoint
         shutil.rmtree(folder)

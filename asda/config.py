@@ -10,11 +10,12 @@ of them out.
 import difflib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from asda.errors import UserError
+from asda.presets import DEFAULT_PRESET, DEFAULT_SIZE, filled
 
 MAX_CONFIG_BYTES = 1 << 20  # a run is described in a few kilobytes; more is not a config
 
@@ -23,6 +24,7 @@ Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Kind = TypeVar("Kind", "Config", "Description")
 DataSpecs = str | list[str]  # "FOLDER:SPLIT" or "FOLDER:SPLIT+SPLIT", or several of them
 
 
@@ -39,8 +41,10 @@ class ModelConfig(Section):
     depth: PositiveInt = 12  # blocks
     heads: PositiveInt = 12  # heads of each of the two attention maps
     mlp_ratio: PositiveFloat = 3.5  # hidden width of the MLP / width
-    attention_lambda: float = 0.1  # A = softmax(q1 k1) - lambda softmax(q2 k2); the paper says 0.3, the code 0.1
-    attention_scale: PositiveFloat = 0.95  # factor after the attention's norm, 1 - 0.05
+    # A = softmax(q1 k1) - lambda softmax(q2 k2): a number, "learned" per block, or "absent", which leaves one softmax
+    attention_lambda: float | Literal["learned", "absent"] = 0.1
+    attention_norm: Literal["joint", "per_head", "none"] = "joint"  # LayerNorm over all heads, RMSNorm of each, nothing
+    attention_scale: PositiveFloat | Literal["by_depth"] = 0.95  # after the norm; by_depth is 0.2 + 0.6 exp(-0.3 block)
     patch: PositiveInt = 16  # frames and mel bins per patch
     mel_bins: Literal[128] = 128  # what the front-end makes
     max_time_patches: PositiveInt = 768  # rows of the position table; 768 x 16 frames = 123 s
@@ -111,7 +115,9 @@ class ClassifyConfig(Section):
     init_from: str  # a run folder or one checkpoint of it; "" starts from scratch
     init_weights: Literal["student", "teacher"] = "student"
     loss: Literal["ce", "bce"]  # one label a clip, or any number
-    pooling: Literal["cls", "mean"] = "cls"  # the CLS token, as the published recipes, or the mean over patch tokens
+    # What stands for a clip: the CLS token, as the published recipes; the mean over patch tokens; or their mean after a
+    # sigmoid, weighted by itself
+    pooling: Literal["cls", "mean", "linear_softmax"] = "cls"
     label_smoothing: Fraction = 0.0  # only with ce
     drop_path: Fraction = 0.0  # of the last block; linear from 0 at the first
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # lr of block i is multiplied by decay ** (depth - i)
@@ -164,6 +170,7 @@ class EngineConfig(Section):
     """How DeepSpeed runs it: what may change between machines without changing the recipe."""
 
     precision: Literal["bf16", "fp32"] = "bf16"
+    attention: Literal["auto", "explicit", "sdpa", "triton"] = "auto"  # how it is computed; auto takes the fastest
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     micro_batch: PositiveInt = 12  # most clips a rank takes at once; gradients are accumulated up to optimizer.batch
 
@@ -183,6 +190,8 @@ class Config(Section):
     """One run."""
 
     about: dict[str, str] = Field(default={}, alias="_about")  # the story: source, expected metric, hardware, command
+    preset: Literal["released", "paper", "learned", "eat"] = DEFAULT_PRESET  # asda/presets.py; sets what is not given
+    size: Literal["tiny", "small", "base", "large"] = DEFAULT_SIZE
     objective: PretrainConfig | ClassifyConfig = Field(discriminator="kind")
     data: DataConfig
     model: ModelConfig
@@ -215,8 +224,31 @@ class Config(Section):
         return self
 
 
+class InputConfig(Section):
+    """How a clip becomes patches."""
+
+    frames: PositiveInt  # log-mel frames of 10 ms a clip was cut or padded to
+    log_mel: LogMelStats
+    pad_log_mel: float = 0.0  # raw log-mel of padding
+
+
+class Description(Section):
+    """The network of a folder of weights, its input and its labels: config.json where no run of ours made the weights.
+
+    Keys are as in a run's configuration.
+    """
+
+    about: dict[str, str] = Field(default={}, alias="_about")
+    preset: Literal["released", "paper", "learned", "eat"] = DEFAULT_PRESET
+    size: Literal["tiny", "small", "base", "large"] = DEFAULT_SIZE
+    objective: PretrainConfig | ClassifyConfig = Field(discriminator="kind")
+    data: InputConfig
+    model: ModelConfig
+    labels: tuple[str, ...] = ()  # of a classifier, in the order of its logits
+
+
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a run from a JSON file and dotted overrides.
+    """Read a run from a JSON file and dotted overrides; what neither gives comes from the preset and the size.
 
     Args:
         path: the JSON file.
@@ -228,15 +260,24 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     tree = _read_json_object(Path(path))
     for override in overrides or []:
         _apply_override(tree, override)
-    try:
-        return Config.model_validate_json(json.dumps(tree))
-    except ValidationError as error:
-        raise UserError(f"{path}: {_explain(error, tree)}") from None
+    return _checked(tree, Config, path)
 
 
-def dump_config(config: Config) -> str:
-    """The resolved tree as JSON text; load_config reads it back to an equal tree."""
+def load_description(path: Path) -> Description:
+    """Read the config.json of a folder of weights; raises UserError as load_config does."""
+    return _checked(_read_json_object(path), Description, path)
+
+
+def dump_config(config: Config | Description) -> str:
+    """The resolved tree as JSON text; load_config or load_description reads it back to an equal tree."""
     return config.model_dump_json(by_alias=True, indent=2) + "\n"
+
+
+def _checked(tree: dict[str, Any], kind: type[Kind], path: str | Path) -> Kind:
+    try:
+        return kind.model_validate_json(json.dumps(filled(tree)))
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error, kind)}") from None
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:
@@ -279,14 +320,14 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[key] = value
 
 
-def _explain(error: ValidationError, tree: dict[str, Any]) -> str:
+def _explain(error: ValidationError, kind: type[Section]) -> str:
     """The first complaint as one sentence; the count of the others after it."""
-    first, *others = error.errors(include_url=False)
-    # A discriminated union puts its tag ("pretrain") into the location; it is no key of the file.
-    keys = [part for part in first["loc"] if part not in ("pretrain", "classify", "str", "list[str]", "LogMelStats")]
+    errors = error.errors(include_url=False)
+    first, keys = errors[0], _keys_of(errors[0]["loc"])
     where = ".".join(map(str, keys)) or "the config"
+    others = [other for other in errors[1:] if _keys_of(other["loc"]) != keys]
     if first["type"] == "extra_forbidden":
-        sentence = f"unknown key {where}{_nearest(keys)}"
+        sentence = f"unknown key {where}{_nearest(keys, kind)}"
     elif first["type"] == "missing":
         sentence = f"the key {where} is missing"
     elif first["type"] == "value_error":
@@ -295,14 +336,23 @@ def _explain(error: ValidationError, tree: dict[str, Any]) -> str:
         tags = first.get("ctx", {})
         sentence = f"{where}.kind is {tags.get('tag')!r}; it must be one of {tags.get('expected_tags')}"
     else:
-        sentence = f"{where} is {json.dumps(first['input'])[:80]}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        # A value that may be of several types has a complaint of each.
+        rules = [e["msg"][0].lower() + e["msg"][1:] for e in errors if _keys_of(e["loc"]) == keys]
+        sentence = f"{where} is {json.dumps(first['input'])[:80]}: {', or '.join(rules)}"
     more = f" (and {len(others)} more like it)" if others else ""
     return sentence + more
 
 
-def _nearest(keys: list[Any]) -> str:
+def _keys_of(location: tuple[Any, ...]) -> list[Any]:
+    """The keys of the file in a pydantic location, which also names the branches of unions: pretrain, float."""
+    sections = ("pretrain", "classify", "LogMelStats")
+    types = ("str", "float", "constrained-float", "list[", "literal[")
+    return [key for key in location if key not in sections and not str(key).startswith(types)]
+
+
+def _nearest(keys: list[Any], kind: type[Section]) -> str:
     """'; did you mean data.train?' for a key that looks like a known one."""
-    known = _known_keys(Config)
+    known = _known_keys(kind)
     dotted = ".".join(map(str, keys))
     siblings = [k for k in known if k.rpartition(".")[0] == dotted.rpartition(".")[0]]
     by_name = {k.rpartition(".")[2]: k for k in known}

@@ -19,6 +19,7 @@ from asda.data.stream import ClipDataset, evaluation_batches, with_patches
 from asda.engine import Processes, join_processes
 from asda.errors import UserError, exit_with_sentence
 from asda.metrics import summary
+from asda.models.attention import set_attention_path
 from asda.models.classifier import Classifier
 
 
@@ -42,6 +43,7 @@ def evaluate_weights(
         )
     model = Classifier(config.model, config.objective, len(vocabulary))
     model.load_state_dict(weights)
+    set_attention_path(model, config.engine.attention)
     scores_NC, targets_NC = _predict(model.to(processes.device).eval(), dataset, config, processes)
     return summary(scores_NC, targets_NC, single_label=config.objective.loss == "ce")
 

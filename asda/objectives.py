@@ -22,6 +22,7 @@ from asda.config import ClassifyConfig, Config, ModelConfig, PretrainConfig
 from asda.data.stream import Batch, MaskMaker
 from asda.engine import full_weights, gathered
 from asda.errors import UserError
+from asda.models.attention import set_attention_path
 from asda.models.classifier import Classifier, classification_loss, lr_scales
 from asda.models.masks import inverse_block_masks, visible_indices
 from asda.models.pretrain import MaskedStudents, Teacher, ema_decay, ema_update
@@ -35,6 +36,7 @@ class Pretraining:
     def __init__(self, config: Config, objective: PretrainConfig, device: torch.device):
         self._config, self._objective = config, objective
         self.module = MaskedStudents(config.model, objective)
+        set_attention_path(self.module, config.engine.attention)
         self.teacher = Teacher(self.module.encoder, objective.target_layers).to(device)
         self.lr_scales: dict[str, float] = {}
 
@@ -91,6 +93,7 @@ class Classification:
         self.module = Classifier(config.model, objective, len(vocabulary))
         if objective.init_from:
             _load_encoder(self.module, objective, config.model)
+        set_attention_path(self.module, config.engine.attention)
         self.lr_scales = lr_scales(self.module, objective.layer_decay)
 
     def masks(self) -> None:
@@ -128,9 +131,8 @@ def make_objective(config: Config, vocabulary: tuple[str, ...], device: torch.de
 def _load_encoder(classifier: Classifier, objective: ClassifyConfig, model: ModelConfig) -> None:
     """Start from a pre-trained encoder: the students' weights as published recipes do, or the teacher's."""
     folder = checkpoint.resolve(Path(objective.init_from))
-    config, _ = checkpoint.read_state(folder)
-    if config.model != model:
-        theirs, ours = config.model.model_dump(), model.model_dump()
+    theirs, ours = checkpoint.read_description(folder).model.model_dump(), model.model_dump()
+    if theirs != ours:
         name = next(name for name in ours if ours[name] != theirs[name])
         raise UserError(
             f"objective.init_from {folder} was trained with model.{name} {theirs[name]}, this run has {ours[name]}; "

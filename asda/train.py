@@ -34,6 +34,7 @@ from asda.engine import (
 from asda.errors import UserError, exit_with_sentence
 from asda.evaluate import evaluate_weights
 from asda.objectives import Objective, make_objective
+from asda.presets import departures
 from asda.runlog import RunLog
 
 EXAMPLES = """examples:
@@ -248,7 +249,9 @@ def _derived_numbers(
     accumulation = settings.batch // processes.world_size // micro_batch
     stats = config.data.log_mel
     assert isinstance(stats, LogMelStats)
+    changed = departures(config.model_dump())
     return [
+        f"preset      {config.preset}, {config.size}" + (f"; but {'; '.join(changed)}" if changed else ""),
         f"model       {num_parameters:,} trainable parameters, {num_patches} patches a clip",
         f"data        {len(dataset):,} clips in {len(dataset.shards)} shards, "
         f"log-mel mean {stats.mean:.3f} std {stats.std:.3f}",

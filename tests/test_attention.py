@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from asda.config import ModelConfig
-from asda.models.attention import DifferentialAttention, attention_map, differential_attention
+from asda.models.attention import Attention, attention_map, differential_attention
 
 B, H, N, E = 3, 4, 7, 24
 
@@ -17,9 +17,9 @@ def random_inputs(dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return [torch.randn(B, H, N, E, dtype=dtype, requires_grad=True) for _ in range(5)]
 
 
-def module_of(attention_lambda: float = 0.1) -> DifferentialAttention:
+def module_of(attention_lambda: float = 0.1) -> Attention:
     torch.manual_seed(0)
-    return DifferentialAttention(golden.TINY.model_copy(update={"attention_lambda": attention_lambda})).double()
+    return Attention(golden.TINY.model_copy(update={"attention_lambda": attention_lambda}), block=0).double()
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.1, 0.3, 1.0])
@@ -96,7 +96,7 @@ def test_permuted_tokens_give_permuted_outputs():
 
 def test_the_norm_over_the_heads_has_epsilon_1e_5():
     # A wrong epsilon changes logits by 6e-6, too near the rounding noise for the golden numbers to show it.
-    assert DifferentialAttention(ModelConfig(width=8, heads=2)).norm.eps == 1e-5
+    assert Attention(ModelConfig(width=8, heads=2), block=0).norm.eps == 1e-5
 
 
 def test_large_logits_do_not_overflow():

@@ -13,7 +13,7 @@ from asda.models.classifier import Classifier, classification_loss, lr_scales
 NUM_CLASSES = 13
 NUM_CLIPS = 2
 LOSSES = ["bce", "ce"]
-POOLINGS = {"cls": "CLS_TOKEN", "mean": "MEAN_POOLING"}
+POOLINGS = {"cls": "CLS_TOKEN", "mean": "MEAN_POOLING", "linear_softmax": "LIN_SOFTMAX"}
 LABELS = {"bce": "label.multi", "ce": "label.onehot"}
 
 
@@ -35,7 +35,7 @@ def classifier(shared: Path) -> Classifier:
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("num_frames", [96, 128, 192])
-def test_logits_are_the_official_ones_at_every_length_and_with_both_poolings(
+def test_logits_are_the_official_ones_at_every_length_and_with_every_pooling(
     num_frames: int, pooling: str, official: dict[str, Tensor], shared: Path
 ):
     classifier = Classifier(golden.TINY, config_of(pooling=pooling), NUM_CLASSES).eval()

@@ -49,7 +49,7 @@ def test_dotted_overrides_replace_values_and_read_json() -> None:
         ("data.trian=x", "unknown key data.trian; did you mean data.train?"),
         ("objective.mask.ratoi=0.5", "did you mean objective.mask.ratio?"),
         ("zero_stage=1", "did you mean engine.zero_stage?"),
-        ("quux=1", "unknown key quux; known here: _about, objective, data"),
+        ("quux=1", "unknown key quux; known here: _about, preset, size, objective"),
         ("optimizer.lr=-1", "optimizer.lr is -1: input should be greater than 0"),
         ("optimizer.lr=NaN", "optimizer.lr is NaN: input should be a finite number"),
         ("optimizer.lr=Infinity", "finite"),

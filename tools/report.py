@@ -29,6 +29,7 @@ from asda.data.fbank import log_mel
 from asda.data.order import Draw, clip_rng
 from asda.data.stream import Clip, ClipDataset, fetch_clips
 from asda.errors import UserError, exit_with_sentence
+from asda.models.attention import Attention
 from asda.models.encoder import Block, Encoder
 from asda.models.masks import inverse_block_masks
 from asda.runlog import read_metrics
@@ -79,9 +80,9 @@ def write_report(pretrained: Path, finetuned: Path, scratch: Path, out: Path) ->
         _figure(
             _attention(clip, config, teacher),
             "Attention of the CLS token in the last block, mean over heads, laid over the patches of the same clip: "
-            f"the first map, the second map, and the first minus {config.model.attention_lambda:g} times the second, "
-            "which is what mixes the values. Red adds and blue subtracts. The numbers are multiples "
-            "of what a patch would get if attention were spread evenly.",
+            "the first map, the second map, and the first minus lambda times the second, which mixes the values "
+            "(one map where there is no lambda). Red adds and blue subtracts. The numbers are multiples of what a "
+            "patch would get if attention were spread evenly.",
         ),
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -170,31 +171,34 @@ def _masked_spectrogram(clip: Clip, config: Config, objective: PretrainConfig) -
 @torch.inference_mode()
 def _attention(clip: Clip, config: Config, encoder: Encoder) -> Figure:
     image_TF = _image(clip, config)
-    first_TF, second_TF = (_cls_row(one, config) for one in _last_maps(image_TF, config, encoder))
-    difference_TF = first_TF - config.model.attention_lambda * second_TF
-    figure, axes = plt.subplots(1, 4, figsize=(13, 2.8), layout="constrained", sharey=True)
+    maps_TF = [_cls_row(one, config) for one in _last_block(encoder).maps(_last_input(image_TF, config, encoder))]
+    figure, axes = plt.subplots(1, 4 if len(maps_TF) > 1 else 2, figsize=(13, 2.8), layout="constrained", sharey=True)
     _show(axes[0], image_TF, "magma", image_TF.min(), image_TF.max())
     axes[0].set(title="the clip", ylabel="mel bin")
-    top = max(first_TF.max(), second_TF.max())
-    for one, shown, title in ((axes[1], first_TF, "first map"), (axes[2], second_TF, "second map")):
+    top = max(map_TF.max() for map_TF in maps_TF)
+    for one, shown, title in zip(axes[1:], maps_TF, ("first map", "second map"), strict=False):
         _show(one, shown, "viridis", 0, top, bar=True)
         one.set_title(title)
-    limit = np.abs(difference_TF).max()
-    _show(axes[3], difference_TF, "RdBu_r", -limit, limit, bar=True)
-    axes[3].set_title(f"first - {config.model.attention_lambda:g} x second")
+    if len(maps_TF) > 1:
+        lam = float(_last_block(encoder).current_lambda())
+        difference_TF = maps_TF[0] - lam * maps_TF[1]
+        limit = np.abs(difference_TF).max()
+        _show(axes[3], difference_TF, "RdBu_r", -limit, limit, bar=True)
+        axes[3].set_title(f"first - {lam:.3g} x second")
     return figure
 
 
-def _last_maps(image_TF: np.ndarray, config: Config, encoder: Encoder) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both attention maps of the last block for one clip, [1, H, 1 + N, 1 + N] each."""
-    patch = config.model.patch
-    patches_BNP = torch.from_numpy(image_TF).unfold(0, patch, patch).unfold(1, patch, patch).reshape(1, -1, patch**2)
-    tokens_BND = encoder.embed(patches_BNP)
-    for block in encoder.blocks[:-1]:
-        tokens_BND, _ = block(tokens_BND)
+def _last_block(encoder: Encoder) -> Attention:
     last = encoder.blocks[-1]
     assert isinstance(last, Block)
-    return last.attn.maps(tokens_BND)
+    return last.attn
+
+
+def _last_input(image_TF: np.ndarray, config: Config, encoder: Encoder) -> torch.Tensor:
+    """The tokens that enter the last block for one clip, [1, 1 + N, D]."""
+    patch = config.model.patch
+    patches_BNP = torch.from_numpy(image_TF).unfold(0, patch, patch).unfold(1, patch, patch).reshape(1, -1, patch**2)
+    return encoder.layers(patches_BNP)[-2]
 
 
 def _cls_row(map_BHNN: torch.Tensor, config: Config) -> np.ndarray:

@@ -6,14 +6,16 @@ Shapes: B clips, N patches of a clip, P pixels of a patch, D width, C classes.
 import re
 
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, logsigmoid
 
 from asda.config import ClassifyConfig, ModelConfig
 from asda.models.encoder import INIT_STD, NORM_EPS, Encoder
 
+CERTAINTY_GAP = 1e-6  # of the logarithm of a pooled probability: 1 would have no logit; the released value
+
 
 class Classifier(nn.Module):
-    """The encoder over all patches of a clip, then CLS (or the mean of the patch tokens) -> LayerNorm -> Linear.
+    """The encoder over all patches of a clip, then its tokens pooled -> LayerNorm -> Linear.
 
     A pre-trained encoder is loaded into `encoder`; the norm and the head start from scratch.
     """
@@ -29,9 +31,30 @@ class Classifier(nn.Module):
 
     def forward(self, patches_BNP: Tensor) -> Tensor:
         """Logits [B, C] in fp32 from normalised log-mel patches of whole clips."""
-        tokens_BND = self.encoder(patches_BNP)  # CLS first
-        clip_BD = tokens_BND[:, 0] if self.pooling == "cls" else tokens_BND[:, 1:].mean(1)
+        return self.logits(self.encoder(patches_BNP))
+
+    def logits(self, tokens_BND: Tensor) -> Tensor:
+        """Logits [B, C] in fp32 from the encoder's tokens [B, 1 + N, D], CLS first."""
+        clip_BD = POOLINGS[self.pooling](tokens_BND)
         return self.head(self.norm(clip_BD)).float()
+
+
+def linear_softmax(features_BND: Tensor) -> Tensor:
+    """Each feature's mean over the tokens, as a probability weighted by itself: [B, N, D] -> [B, D].
+
+    With p = sigmoid(feature) it is the logit of sum(p^2) / sum(p) (Wang et al., 2019). Logarithms keep it from
+    overflowing; in fp64, because a difference of two of them loses digits that the next norm would show.
+    """
+    log_p_BND = logsigmoid(features_BND.double())
+    log_pooled_BD = (2 * log_p_BND).logsumexp(1) - log_p_BND.logsumexp(1) - CERTAINTY_GAP
+    return (log_pooled_BD - (-log_pooled_BD.expm1()).log()).to(features_BND.dtype)
+
+
+POOLINGS = {
+    "cls": lambda tokens_BND: tokens_BND[:, 0],
+    "mean": lambda tokens_BND: tokens_BND[:, 1:].mean(1),
+    "linear_softmax": lambda tokens_BND: linear_softmax(tokens_BND[:, 1:]),
+}
 
 
 def classification_loss(logits_BC: Tensor, targets_BC: Tensor, config: ClassifyConfig) -> Tensor:

@@ -1,4 +1,4 @@
-"""The ASDA encoder: patches become tokens, tokens pass through post-norm blocks of differential attention.
+"""The encoder of ASDA and EAT: patches become tokens, tokens pass through post-norm blocks of attention.
 
 Shapes: B sequences, T time patches, F mel patches, N patches of a sequence (T * F when all are there), P pixels of
 a patch, D width.
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from asda.config import ModelConfig
-from asda.models.attention import DifferentialAttention
+from asda.models.attention import Attention
 
 NORM_EPS = 1e-6  # EAT and ASDA; the norm inside the attention has 1e-5
 INIT_STD = 0.02  # of the weights of linear layers, as in BERT
@@ -68,17 +68,17 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each followed by its residual and then its norm (post-norm)."""
 
-    def __init__(self, config: ModelConfig, drop_path: float):
+    def __init__(self, config: ModelConfig, number: int, drop_path: float):
         super().__init__()
-        self.attn = DifferentialAttention(config)
+        self.attn = Attention(config, number)
         self.norm1 = nn.LayerNorm(config.width, eps=NORM_EPS)
         self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio))
         self.norm2 = nn.LayerNorm(config.width, eps=NORM_EPS)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, tokens_BND: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens_BND: Tensor, present_BN: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The block's output and, from before the last residual, the MLP's, of which the targets are made."""
-        tokens_BND = self.norm1(tokens_BND + self.drop_path(self.attn(tokens_BND)))
+        tokens_BND = self.norm1(tokens_BND + self.drop_path(self.attn(tokens_BND, present_BN)))
         ffn_BND = self.mlp(tokens_BND)
         return self.norm2(tokens_BND + self.drop_path(ffn_BND)), ffn_BND
 
@@ -100,7 +100,7 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
         rates = np.linspace(0, drop_path, config.depth).tolist()
-        self.blocks = nn.ModuleList([Block(config, rate) for rate in rates])
+        self.blocks = nn.ModuleList([Block(config, number, rate) for number, rate in enumerate(rates)])
         table_ND = sincos_positions(config.max_time_patches, self.num_mel_patches, config.width)
         self.register_buffer("positions", table_ND, persistent=False)
         self._init_weights()
@@ -110,20 +110,30 @@ class Encoder(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.weight)
         nn.init.normal_(self.cls_token)
 
-    def forward(self, patches_BNP: Tensor, where_BN: Tensor | None = None) -> Tensor:
+    def forward(self, patches_BNP: Tensor, where_BN: Tensor | None = None, present_BN: Tensor | None = None) -> Tensor:
         """Encode each sequence of patches by itself.
 
         Args:
             patches_BNP: normalised log-mel, any float dtype; the pixels of a patch frame by frame.
             where_BN: int64 places of the patches in their clip, time * F + mel; None when all are there in order.
+            present_BN: False where a patch is padding, of which no token takes anything; None when there is none.
 
         Returns:
             [B, 1 + N, D] tokens, CLS first, in the dtype of the weights (or of autocast).
         """
         tokens_BND = self.embed(patches_BNP, where_BN)
+        present_BN = with_cls(present_BN)
         for block in self.blocks:
-            tokens_BND, _ = block(tokens_BND)
+            tokens_BND, _ = block(tokens_BND, present_BN)
         return tokens_BND
+
+    def layers(self, patches_BNP: Tensor, present_BN: Tensor | None = None) -> list[Tensor]:
+        """The input of the first block, then the output of each, CLS included: (depth + 1) x [B, 1 + N, D]."""
+        outputs = [self.embed(patches_BNP)]
+        present_BN = with_cls(present_BN)
+        for block in self.blocks:
+            outputs.append(block(outputs[-1], present_BN)[0])
+        return outputs
 
     def ffn_outputs(self, patches_BNP: Tensor) -> list[Tensor]:
         """What the MLP of each block adds to its residual, CLS included, for whole clips: depth x [B, 1 + N, D]."""
@@ -141,3 +151,8 @@ class Encoder(nn.Module):
         patch_tokens_BND = self.patch_embed(patches_BNP.to(dtype)) + positions.to(dtype)
         cls_B1D = self.cls_token.expand(len(patches_BNP), -1, -1)
         return self.norm(torch.cat([cls_B1D, patch_tokens_BND], dim=1))
+
+
+def with_cls(present_BN: Tensor | None) -> Tensor | None:
+    """Which tokens are present when these patches are: CLS always is, [B, 1 + N]."""
+    return None if present_BN is None else nn.functional.pad(present_BN, (1, 0), value=True)

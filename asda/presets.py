@@ -1,0 +1,137 @@
+"""Published recipes by name, so that a configuration need not spell them out.
+
+    {"preset": "eat", "size": "large", "model": {"mlp_ratio": 3.5}, ...}
+
+A preset is a network function, a size its dimensions; both also set the values of the pre-training objective that
+were published with them. What a configuration gives itself wins, and checkpoints record every value beside the names.
+"""
+
+from typing import Any
+
+Tree = dict[str, Any]
+
+PRESETS: dict[str, Tree] = {
+    # ASDA as its published code computes it: 49.0 mAP on AS-2M
+    "released": {
+        "model": {
+            "mlp_ratio": 3.5,
+            "attention_lambda": 0.1,
+            "attention_norm": "joint",
+            "attention_scale": 0.95,
+        },
+        "objective": {"utterance_weight": 96.0},  # 0.5, summed over 12 clips x 16 students
+    },
+    # ASDA as its paper describes it
+    "paper": {
+        "model": {
+            "mlp_ratio": 3.5,
+            "attention_lambda": 0.3,
+            "attention_norm": "joint",
+            "attention_scale": 0.95,
+        },
+        "objective": {"utterance_weight": 96.0},
+    },
+    # ASDA's attention with what the Differential Transformer (Ye et al., 2024) learns and normalises
+    "learned": {
+        "model": {
+            "mlp_ratio": 3.5,
+            "attention_lambda": "learned",
+            "attention_norm": "per_head",
+            "attention_scale": "by_depth",
+        },
+        "objective": {"utterance_weight": 96.0},
+    },
+    # EAT (Chen et al., IJCAI 2024), whose attention is the ordinary one; SSLAM has the same network
+    "eat": {
+        "model": {
+            "mlp_ratio": 4.0,
+            "attention_lambda": "absent",
+            "attention_norm": "none",
+            "attention_scale": 1.0,
+        },
+        "objective": {"utterance_weight": 192.0},  # 1, summed over 12 clips x 16 students
+    },
+}
+
+_BASE_OBJECTIVE: Tree = {
+    "target_layers": 12,
+    "mask": {"ratio": 0.8, "adjust": 0.07, "block": 5},
+    "ema": {"decay": 0.9998, "end_decay": 0.99999, "anneal_steps": 100_000},
+}
+
+
+def _of_base_depth(width: int, heads: int) -> Tree:
+    """The published base recipe at a width: 12 blocks of 64-wide heads, a decoder of 6 layers."""
+    decoder = {"layers": 6, "width": width, "kernel": 3, "groups": 16}
+    return {
+        "model": {"width": width, "depth": 12, "heads": heads},
+        "objective": {**_BASE_OBJECTIVE, "decoder": decoder},
+    }
+
+
+SIZES: dict[str, Tree] = {
+    "tiny": _of_base_depth(192, 3),  # ours; the widths of DeiT-tiny and -small
+    "small": _of_base_depth(384, 6),  # ours
+    "base": _of_base_depth(768, 12),
+    "large": {  # EAT-large
+        "model": {"width": 1024, "depth": 24, "heads": 16},
+        "objective": {
+            "target_layers": 24,
+            "mask": {"ratio": 0.75, "adjust": 0.1, "block": 5},
+            "decoder": {"layers": 3, "width": 1024, "kernel": 5, "groups": 16},
+            "ema": {"decay": 0.9998, "end_decay": 0.99999, "anneal_steps": 150_000},
+        },
+    },
+}
+
+DEFAULT_PRESET = "released"
+DEFAULT_SIZE = "base"
+
+
+def filled(tree: Tree) -> Tree:
+    """A configuration with the values of its preset and its size where it gives none itself."""
+    defaults = _defaults(tree.get("preset", DEFAULT_PRESET), tree.get("size", DEFAULT_SIZE))
+    objective = tree.get("objective")
+    if not isinstance(objective, dict) or objective.get("kind") != "pretrain":
+        defaults.pop("objective", None)
+    return _merged(defaults, tree)
+
+
+def departures(tree: Tree) -> list[str]:
+    """Where a complete configuration departs from its preset and size: 'model.attention_lambda 0.2 (released: 0.1)'."""
+    found = []
+    for name, source in ((tree["preset"], PRESETS), (tree["size"], SIZES)):
+        for dotted, published in _leaves(source[name]).items():
+            value = _at(tree, dotted)
+            if value is not None and value != published:
+                found.append(f"{dotted} {value} ({name}: {published})")
+    return found
+
+
+def _defaults(preset: Any, size: Any) -> Tree:
+    """Both tables in one; empty where a name is unknown, which the configuration's own check reports."""
+    of_preset = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+    of_size = SIZES.get(size, {}) if isinstance(size, str) else {}
+    return _merged(of_size, of_preset)
+
+
+def _merged(defaults: Any, given: Any) -> Any:
+    if not isinstance(defaults, dict) or not isinstance(given, dict):
+        return given
+    return {key: _merged(defaults[key], given[key]) if key in given else defaults[key] for key in defaults} | {
+        key: value for key, value in given.items() if key not in defaults
+    }
+
+
+def _leaves(tree: Tree, prefix: str = "") -> Tree:
+    leaves: Tree = {}
+    for key, value in tree.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
+
+
+def _at(tree: Any, dotted: str) -> Any:
+    """The value at a dotted key; None when a section on the way lacks it, as a classifier's objective lacks masks."""
+    for key in dotted.split("."):
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
