@@ -75,7 +75,7 @@ class Attention(nn.Module):
         self.path: Path = "auto"
         self.qk = nn.Linear(width, 2 * num_maps * width)  # rows: q1, q2, k1, k2; or q, k
         self.v = nn.Linear(width, width)
-        self._lambda = _make_lambda(config, block)
+        self.lam = _make_lambda(config, block)
         self.norm = {
             "joint": lambda: nn.LayerNorm(width, eps=NORM_EPS),
             "per_head": lambda: PerHeadNorm(features),
@@ -94,7 +94,7 @@ class Attention(nn.Module):
 
     def current_lambda(self) -> Lambda:
         """The weight of the second map."""
-        return self._lambda() if isinstance(self._lambda, nn.Module) else self._lambda
+        return self.lam() if isinstance(self.lam, nn.Module) else self.lam
 
     def maps(self, tokens_BND: Tensor) -> tuple[Tensor, ...]:
         """The maps before their difference, each [B, H, N, N] with rows that sum to 1: for pictures."""
