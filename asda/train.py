@@ -19,6 +19,7 @@ from torch import Tensor
 from asda import checkpoint
 from asda.checkpoint import State
 from asda.config import ClassifyConfig, Config, LogMelStats, dump_config, load_config
+from asda.costs import in_flop, network_costs
 from asda.data.order import hash_of
 from asda.data.stream import Batch, ClipDataset, training_batches, with_patches
 from asda.engine import (
@@ -250,9 +251,11 @@ def _derived_numbers(
     stats = config.data.log_mel
     assert isinstance(stats, LogMelStats)
     changed = departures(config.model_dump())
+    costs = network_costs(config.model, config.objective, config.data.frames, len(dataset.vocabulary))
+    flops = sum(costs.flops.values())
     return [
         f"preset      {config.preset}, {config.size}" + (f"; but {'; '.join(changed)}" if changed else ""),
-        f"model       {num_parameters:,} trainable parameters, {num_patches} patches a clip",
+        f"model       {num_parameters:,} trainable parameters, {num_patches} patches and {in_flop(flops)} a clip",
         f"data        {len(dataset):,} clips in {len(dataset.shards)} shards, "
         f"log-mel mean {stats.mean:.3f} std {stats.std:.3f}",
         f"step        {settings.batch} clips = {processes.world_size} ranks x {accumulation} x {micro_batch}, "
