@@ -1,3 +1,33 @@
-"""asda: audio self-supervised learning with differential attention, from tar shards to tags."""
+"""asda: audio self-supervised learning with differential attention, from tar shards to tags.
+
+import asda
+model = asda.load("runs/x")
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from asda.inference import Model
 
 __version__ = "0.1.0"
+
+
+def load(
+    path: str | Path,
+    weights: Literal["student", "teacher"] = "student",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> "Model":
+    """Open a trained or a converted model for features and tags; see asda.inference, which says what they are.
+
+    Args:
+        path: a run folder (its newest checkpoint counts), one of its checkpoints, or a folder of converted weights.
+        weights: "teacher" takes the EMA teacher of a pre-training checkpoint.
+        device: where the network computes; "auto" takes a GPU when there is one. Results are always on the CPU.
+
+    Raises:
+        asda.errors.UserError: there is no model at the path, or its weights do not fit its config.json.
+    """
+    from asda.inference import load  # here, because it imports torch, which takes a second
+
+    return load(path, weights, device)

@@ -129,18 +129,30 @@ def make_objective(config: Config, vocabulary: tuple[str, ...], device: torch.de
 
 
 def _load_encoder(classifier: Classifier, objective: ClassifyConfig, model: ModelConfig) -> None:
-    """Start from a pre-trained encoder: the students' weights as published recipes do, or the teacher's."""
+    """Start from a pre-trained encoder: the students' weights as published recipes do, or the teacher's.
+
+    A classifier gives its encoder too. The longest clip may differ: its positions are computed.
+    """
     folder = checkpoint.resolve(Path(objective.init_from))
     theirs, ours = checkpoint.read_description(folder).model.model_dump(), model.model_dump()
-    if theirs != ours:
-        name = next(name for name in ours if ours[name] != theirs[name])
+    differing = [name for name in ours if ours[name] != theirs[name] and name != "max_time_patches"]
+    if differing:
+        name = differing[0]
         raise UserError(
             f"objective.init_from {folder} was trained with model.{name} {theirs[name]}, this run has {ours[name]}; "
             "use the same model section"
         )
     stem = "model" if objective.init_weights == "student" else "teacher"
+    if stem == "teacher" and not (folder / "teacher.safetensors").is_file():
+        raise UserError(
+            f"objective.init_weights is teacher, but {folder} holds no teacher (classifiers and some published "
+            "checkpoints have none); use objective.init_weights=student"
+        )
     weights = checkpoint.read_weights(folder, stem)
     if stem == "model":
         prefix = "encoder."
         weights = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+    complaint = checkpoint.misfit(classifier.encoder.state_dict(), weights)
+    if complaint:
+        raise UserError(f"{folder}/{stem}.safetensors does not fit its config.json: {complaint}")
     classifier.encoder.load_state_dict(weights)

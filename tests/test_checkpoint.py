@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from asda import checkpoint
 from asda.checkpoint import State
-from asda.config import Config, load_config
+from asda.config import Config, Description, load_config
 from asda.errors import UserError
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo_pretrain.json"
@@ -118,3 +118,50 @@ def test_a_folder_without_checkpoints_is_named(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path) is None
     with pytest.raises(UserError, match=str(tmp_path)):
         checkpoint.resolve(tmp_path)
+
+
+@pytest.fixture
+def description(config: Config) -> Description:
+    data = {"frames": 64, "log_mel": {"mean": -4.0, "std": 4.5}}
+    return Description.model_validate({"objective": config.objective, "data": data, "model": config.model})
+
+
+def test_a_folder_of_weights_gives_back_what_was_written(tmp_path: Path, description: Description) -> None:
+    folder = tmp_path / "deep" / "weights"
+    checkpoint.write_weights(folder, description, {"model": {"w": torch.ones(2)}, "teacher": {"w": torch.zeros(2)}})
+    assert checkpoint.resolve(folder) == folder
+    assert checkpoint.read_description(folder) == description
+    assert torch.equal(checkpoint.read_weights(folder, "teacher")["w"], torch.zeros(2))
+
+
+def test_a_folder_of_weights_is_replaced_only_when_asked_and_only_if_it_holds_nothing_else(
+    tmp_path: Path, description: Description
+) -> None:
+    folder = tmp_path / "weights"
+    checkpoint.write_weights(folder, description, {"model": {"w": torch.ones(2)}})
+    with pytest.raises(UserError, match="exists"):
+        checkpoint.write_weights(folder, description, {"model": {"w": torch.zeros(2)}})
+    checkpoint.write_weights(folder, description, {"model": {"w": torch.zeros(2)}}, replace=True)
+    assert torch.equal(checkpoint.read_weights(folder, "model")["w"], torch.zeros(2))
+    (folder / "notes.txt").touch()
+    with pytest.raises(UserError, match="not a folder of weights alone"):
+        checkpoint.write_weights(folder, description, {"model": {"w": torch.ones(2)}}, replace=True)
+    assert (folder / "notes.txt").exists()
+
+
+def test_weights_that_cannot_be_written_leave_nothing(tmp_path: Path, description: Description) -> None:
+    shared_memory = torch.ones(4)
+    with pytest.raises(RuntimeError, match="share memory"):
+        checkpoint.write_weights(tmp_path / "x", description, {"model": {"a": shared_memory, "b": shared_memory}})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_misfit_names_three_keys_with_shapes_and_counts_the_rest() -> None:
+    expected = {name: torch.ones(2, 3) for name in "abcde"}
+    assert checkpoint.misfit(expected, expected) is None
+    found = {"a": torch.ones(3, 2), "b": torch.ones(2, 3), "z": torch.ones(1)}
+    complaint = checkpoint.misfit(expected, found)
+    assert complaint == "c [2, 3] is missing, d [2, 3] is missing, e [2, 3] is missing, and 2 more"
+    assert checkpoint.misfit({"a": torch.ones(2)}, found) == (
+        "b [2, 3] is unexpected, z [1] is unexpected, a [3, 2] should be [2]"
+    )

@@ -1,0 +1,428 @@
+"""A trained network as a function of audio: features, tags, and tags over time.
+
+    model = asda.load("runs/x")
+    features = model.features(audio, 48_000)  # embeddings of patches, of frames, of the whole
+    tags = model.tags(audio, 48_000, top=5)
+    timeline = model.timeline(audio, 48_000, window_s=2.0, hop_s=1.0)
+
+1. wave       mean over channels, 16 kHz                asda.data.waveform
+2. chunks     stretches as long as those trained on     `cut`
+3. log-mel    Kaldi's, minus its mean, over 2 std       `Model.log_mel`, asda.data.fbank
+4. network    chunks in batches of bounded size         `Model.encode_log_mel`, `Model.logits_of_log_mel`
+5. clip       chunks joined, or averaged                `Model.features`, `Model.logits`
+
+Steps 1 and 3 are those of the official feature extraction (EAT, ASDA). What a clip gives does not depend on the clips
+beside it in a list, but for the rounding of fp32. Memory does not grow with a clip's length, but for the clip itself
+and its features.
+
+Shapes: B chunks, S samples, T frames of a log-mel (or time patches of a clip), M mel bins, F mel patches, N patches, P
+pixels of a patch, D width, C classes, W windows.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby, islice
+from numbers import Integral
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax, logsigmoid
+
+from asda import checkpoint
+from asda.config import ClassifyConfig, Description
+from asda.data.audio import SAMPLE_RATE_HZ
+from asda.data.fbank import FRAME_SHIFT, FRAME_WINDOW, log_mel_of_wave, num_frames, num_samples
+from asda.data.waveform import Audio, is_list, to_wave, to_waves
+from asda.errors import UserError
+from asda.models.classifier import Classifier
+from asda.models.encoder import Encoder, with_cls
+
+FRAMES_PER_S = SAMPLE_RATE_HZ // FRAME_SHIFT  # 100
+PATCHES_AT_ONCE = 2048  # of all chunks in a batch: 4 chunks of 10.24 s
+
+Weights = Literal["student", "teacher"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Features:
+    """Embeddings of one clip; fp32, on the CPU."""
+
+    patches: Tensor  # [T, F, D], one per patch of 16 frames x 16 mel bins; low frequencies first
+    frames: Tensor  # [T, D], their means over the mel patches
+    utterance: Tensor  # [D], the CLS token
+    times_s: Tensor  # [T], the centre of what each step sees
+
+
+@dataclass(frozen=True)
+class Tag:
+    """A class, and how probable it is that the clip has it."""
+
+    label: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Probabilities in the windows of one clip; fp32, on the CPU."""
+
+    starts_s: Tensor  # [W]
+    ends_s: Tensor  # [W]; the last window ends with the clip's last frame
+    probabilities: Tensor  # [W, C], classes in the order of Model.labels
+
+
+def load(path: str | Path, weights: Weights = "student", device: Device = "auto") -> "Model":
+    """What asda.load does; see there."""
+    if weights not in ("student", "teacher"):
+        raise UserError(f"weights {weights!r} must be 'student' or 'teacher'")
+    place = _checked_device(device)
+    folder = checkpoint.resolve(Path(path))
+    description = checkpoint.read_description(folder)
+    if weights == "teacher" and not (folder / "teacher.safetensors").is_file():
+        raise UserError(f"{folder} has no teacher, which only pre-training keeps; take weights='student'")
+    tensors = checkpoint.read_weights(folder, "model" if weights == "student" else "teacher")
+    if isinstance(description.objective, ClassifyConfig):
+        if not description.labels:
+            raise UserError(
+                f"{folder}/config.json gives its classifier no labels; name them in the order of its logits"
+            )
+        classifier = Classifier(description.model, description.objective, len(description.labels))
+        _fill(classifier, tensors, folder)
+        return Model(description, classifier.encoder, classifier, place)
+    encoder = Encoder(description.model)
+    if weights == "student":  # the decoder beside it is for pre-training only
+        tensors = {name.removeprefix("encoder."): t for name, t in tensors.items() if name.startswith("encoder.")}
+    _fill(encoder, tensors, folder)
+    return Model(description, encoder, None, place)
+
+
+class Model:
+    """A network, and all that makes its input of audio. Made by asda.load; never trains, keeps no state between calls.
+
+    Everywhere below, `audio` is a numpy array or a tensor, [S] or [channels, S] (averaged), of floats with full scale 1
+    or of int16; 0.025 s or longer. Where a list of clips may stand in its place, a list of results comes back.
+    `sample_rate_hz` is a whole number from 1000 to 768000. Results are fp32, on the CPU, and fit for training on.
+    UserError says what is wrong with an argument: a shape, a sample that is not finite, a clip that is too short.
+
+    Attributes:
+        description: the network's sizes, its input and its objective.
+        labels: class names in the order of the logits; empty where there is no classifier.
+        width: features of an embedding, D.
+        depth: blocks of the encoder.
+        hop_s: a time patch, 0.16 s.
+        chunk_s: the stretch that the network sees at once, as long as the clips it was trained on; 10.24 s by default.
+    """
+
+    sample_rate_hz = SAMPLE_RATE_HZ  # to which all audio is resampled
+
+    def __init__(self, description: Description, encoder: Encoder, classifier: Classifier | None, device: torch.device):
+        """Take loaded modules; `encoder` is the classifier's where there is one."""
+        self.description = description
+        self.labels: tuple[str, ...] = description.labels if classifier else ()
+        self.width, self.depth = description.model.width, description.model.depth
+        self.hop_s = description.model.patch / FRAMES_PER_S
+        self.chunk_s = description.data.frames / FRAMES_PER_S
+        self._encoder = encoder.to(device).eval().requires_grad_(False)
+        self._classifier = classifier.to(device).eval().requires_grad_(False) if classifier else None
+        self._device = device
+        self._patch, self._chunk = description.model.patch, description.data.frames  # frames
+        self._check_whole_patches(self._chunk, "data.frames")
+
+    @overload
+    def features(self, audio: Audio, sample_rate_hz: float, layer: int | None = None) -> Features: ...
+    @overload
+    def features(self, audio: Sequence[Audio], sample_rate_hz: float, layer: int | None = None) -> list[Features]: ...
+    def features(
+        self, audio: Audio | Sequence[Audio], sample_rate_hz: float, layer: int | None = None
+    ) -> Features | list[Features]:
+        """Embeddings of clips of any length.
+
+        A clip of T frames (of 25 ms every 10 ms) is cut every `chunk_s`. A chunk holds the samples that its frames
+        need: neighbours share 15 ms, and no frame is lost, only samples behind the last whole one. Each chunk is
+        encoded by itself: its own mean is removed, its positions begin at 0, and its last frames are filled up to a
+        whole patch with data.pad_log_mel. So the features of a clip are those of its chunks, one after the other; the
+        utterance embedding is the mean of theirs, weighted by their number of patches.
+
+        Args:
+            audio: a clip, or a list of them.
+            sample_rate_hz: of the clip, or of all of them.
+            layer: 0 is the input of the first block, `depth` (the default) the output of the last.
+        """
+        depth = self._checked_layer(layer)
+        clips = [cut(wave_S, self._chunk, self._chunk) for wave_S in to_waves(audio, sample_rate_hz)]
+        batches = in_batches(chain.from_iterable(clips), self._num_patches)
+        tokens = chain.from_iterable(self._encode_chunks(chunks, depth) for chunks in batches)
+        return _like(audio, [self._join(list(islice(tokens, len(chunks)))) for chunks in clips])
+
+    @overload
+    def logits(self, audio: Audio, sample_rate_hz: float) -> Tensor: ...
+    @overload
+    def logits(self, audio: Sequence[Audio], sample_rate_hz: float) -> list[Tensor]: ...
+    def logits(self, audio: Audio | Sequence[Audio], sample_rate_hz: float) -> Tensor | list[Tensor]:
+        """Logits [C] of clips of any length; their sigmoid (bce) or softmax (ce) gives the clip's probabilities.
+
+        A clip is cut as for `features`. One that is a single chunk is filled up with data.pad_log_mel to the length
+        that the network was trained on: its logits are those that asda/evaluate.py computes. A longer clip has the
+        mean of its chunks' probabilities, weighted by their frames, and as logits the log-odds (bce) or the logarithms
+        (ce) of that mean; its last chunk is filled up to a whole patch only.
+
+        Args:
+            audio: a clip, or a list of them.
+            sample_rate_hz: of the clip, or of all of them.
+        """
+        self._check_classifier()
+        clips = [cut(wave_S, self._chunk, self._chunk) for wave_S in to_waves(audio, sample_rate_hz)]
+        logits = self._stretch_logits(clips)
+        return _like(audio, [self._merge(list(islice(logits, len(chunks))), chunks) for chunks in clips])
+
+    @overload
+    def tags(self, audio: Audio, sample_rate_hz: float, top: int = 10) -> list[Tag]: ...
+    @overload
+    def tags(self, audio: Sequence[Audio], sample_rate_hz: float, top: int = 10) -> list[list[Tag]]: ...
+    def tags(self, audio: Audio | Sequence[Audio], sample_rate_hz: float, top: int = 10) -> list[Tag] | list[list[Tag]]:
+        """The most probable classes of clips of any length, the first the most probable.
+
+        Args:
+            audio: a clip, or a list of them; see `logits` for what becomes of long ones.
+            sample_rate_hz: of the clip, or of all of them.
+            top: how many, at most.
+        """
+        if isinstance(top, bool) or not isinstance(top, Integral) or top < 1:
+            raise UserError(f"top {top!r} must be a whole number, 1 or more")
+        logits = self.logits(audio, sample_rate_hz)
+        clips = logits if isinstance(logits, list) else [logits]
+        return _like(audio, [self._strongest(self._probabilities(logits_C), top) for logits_C in clips])
+
+    def timeline(
+        self, audio: Audio, sample_rate_hz: float, window_s: float | None = None, hop_s: float | None = None
+    ) -> Timeline:
+        """Probabilities of the classes in windows that follow each other through a clip.
+
+        Windows are heard as the chunks of a long clip are, see `logits`. The first begins with the clip, and the last
+        is the first that reaches its end, where it is cut. Short windows tell times apart better and classes worse.
+
+        Args:
+            audio: one clip.
+            sample_rate_hz: of the clip.
+            window_s: length, in whole frames of 0.01 s, at most chunk_s, which is the default.
+            hop_s: from the start of a window to the next, at most window_s, which is the default.
+        """
+        self._check_classifier()
+        window = self._in_frames("window_s", window_s, self._chunk)
+        hop = self._in_frames("hop_s", hop_s, window)
+        wave_S = to_wave(audio, sample_rate_hz)
+        windows = cut(wave_S, window, hop)
+        logits = self._stretch_logits([windows])
+        starts_W = torch.arange(len(windows), dtype=torch.float64) * hop
+        ends_W = (starts_W + window).clamp(max=num_frames(len(wave_S)))
+        probabilities_WC = torch.stack([self._probabilities(logits_C) for logits_C in logits])
+        return Timeline((starts_W / FRAMES_PER_S).float(), (ends_W / FRAMES_PER_S).float(), probabilities_WC)
+
+    def log_mel(self, audio: Audio, sample_rate_hz: float) -> Tensor:
+        """The log-mel of one clip as the network takes it, (log-mel - mean) / (2 std): [T, 128], nothing padded.
+
+        T is the number of frames of 25 ms every 10 ms that lie wholly within the clip.
+
+        Args:
+            audio: one clip.
+            sample_rate_hz: of the clip.
+        """
+        return self._normalised(log_mel_of_wave(to_wave(audio, sample_rate_hz)))
+
+    def encode_log_mel(self, mel_BTM: Tensor, layer: int | None = None) -> Tensor:
+        """The encoder's tokens [B, 1 + N, D], CLS first, then patches frame by frame (number = time * F + mel).
+
+        Args:
+            mel_BTM: normalised log-mel as from `log_mel`; T a multiple of the patch's 16 frames. Nothing is padded.
+            layer: as for `features`.
+        """
+        self._check_log_mel(mel_BTM)
+        # A copy, because nothing can be trained on what inference_mode makes; the others join or copy it too.
+        return self._encode(mel_BTM, self._checked_layer(layer)).clone()
+
+    def logits_of_log_mel(self, mel_BTM: Tensor) -> Tensor:
+        """Logits [B, C].
+
+        Args:
+            mel_BTM: as for `encode_log_mel`.
+        """
+        self._check_classifier()
+        self._check_log_mel(mel_BTM)
+        return self._classify(mel_BTM).clone()
+
+    def __repr__(self) -> str:
+        sizes = f"{self.depth} blocks of width {self.width}, {len(self.labels)} classes"
+        return f"asda Model ({self.description.preset}, {sizes}, on {self._device})"
+
+    @torch.inference_mode()
+    def _encode(self, mel_BTM: Tensor, depth: int, present_BN: Tensor | None = None) -> Tensor:
+        """The output of block number `depth`, counted from 1, on the CPU."""
+        tokens_BND = self._encoder.embed(self._patches(mel_BTM))
+        present_BN = None if present_BN is None else with_cls(present_BN.to(self._device))
+        for block in self._encoder.blocks[:depth]:
+            tokens_BND, _ = block(tokens_BND, present_BN)
+        return tokens_BND.float().cpu()
+
+    @torch.inference_mode()
+    def _classify(self, mel_BTM: Tensor) -> Tensor:
+        assert self._classifier is not None
+        return self._classifier(self._patches(mel_BTM)).cpu()
+
+    def _patches(self, mel_BTM: Tensor) -> Tensor:
+        """[B, N, P] on the device: time-major, the pixels of a patch frame by frame."""
+        blocks = mel_BTM.to(self._device, torch.float32).unflatten(1, (-1, self._patch)).unflatten(3, (-1, self._patch))
+        return blocks.transpose(2, 3).flatten(3).flatten(1, 2)
+
+    def _encode_chunks(self, chunks: list[Tensor], depth: int) -> list[Tensor]:
+        """Tokens [1 + N, D] of each chunk, however many patches the others have."""
+        sizes = [self._num_patches(chunk_S) for chunk_S in chunks]
+        mel_BTM = self._stack(chunks, max(sizes) // self._encoder.num_mel_patches * self._patch)
+        present_BN = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
+        tokens_BND = self._encode(mel_BTM, depth, None if present_BN.all() else present_BN)
+        return [tokens_ND[: 1 + size] for tokens_ND, size in zip(tokens_BND, sizes, strict=True)]
+
+    def _stretch_logits(self, clips: list[list[Tensor]]) -> Iterator[Tensor]:
+        """Logits [C] of each stretch of each clip. What is a clip by itself is filled up to the length trained on; a
+        part of one only to a whole patch: a network that has seen little padding takes it for a sound.
+        """
+        sized = ((self._heard_frames(one, len(stretches)), one) for stretches in clips for one in stretches)
+        for frames, group in groupby(sized, key=itemgetter(0)):
+            num_patches = frames // self._patch * self._encoder.num_mel_patches
+            for batch in in_batches((one for _, one in group), lambda _, size=num_patches: size):
+                yield from self._classify(self._stack(batch, frames)).clone()
+
+    def _heard_frames(self, stretch_S: Tensor, num_stretches: int) -> int:
+        whole_patches = self._num_patches(stretch_S) // self._encoder.num_mel_patches * self._patch
+        return self._chunk if num_stretches == 1 else whole_patches
+
+    def _stack(self, chunks: list[Tensor], frames: int) -> Tensor:
+        """Normalised log-mels of waves [S], filled up to `frames` frames: [B, T, M]."""
+        padding = self._normalised(torch.tensor(self.description.data.pad_log_mel))
+        mel_BTM = padding.repeat(len(chunks), frames, self.description.model.mel_bins)
+        for mel_TM, chunk_S in zip(mel_BTM, chunks, strict=True):
+            mel_TM[: num_frames(len(chunk_S))] = self._normalised(log_mel_of_wave(chunk_S))
+        return mel_BTM
+
+    def _normalised(self, mel: Tensor) -> Tensor:
+        stats = self.description.data.log_mel
+        return (mel - stats.mean) / (2 * stats.std)
+
+    def _num_patches(self, chunk_S: Tensor) -> int:
+        return math.ceil(num_frames(len(chunk_S)) / self._patch) * self._encoder.num_mel_patches
+
+    def _join(self, tokens: list[Tensor]) -> Features:
+        """One clip of its chunks' tokens [1 + N, D]."""
+        patches_ND = torch.cat([tokens_ND[1:] for tokens_ND in tokens])
+        patches_TFD = patches_ND.unflatten(0, (-1, self._encoder.num_mel_patches))
+        weight_K = torch.tensor([len(tokens_ND) - 1.0 for tokens_ND in tokens])
+        cls_KD = torch.stack([tokens_ND[0] for tokens_ND in tokens])
+        utterance_D = (weight_K / weight_K.sum()) @ cls_KD
+        first_centre = ((self._patch - 1) * FRAME_SHIFT + FRAME_WINDOW) / 2  # samples
+        centre_T = first_centre + torch.arange(len(patches_TFD), dtype=torch.float64) * self._patch * FRAME_SHIFT
+        return Features(patches_TFD, patches_TFD.mean(1), utterance_D, (centre_T / SAMPLE_RATE_HZ).float())
+
+    def _merge(self, logits: list[Tensor], chunks: list[Tensor]) -> Tensor:
+        """Logits of the mean probabilities; logarithms throughout, because fp32 has no probability near 1 but 1."""
+        if len(logits) == 1:
+            return logits[0]
+        frames_K1 = torch.tensor([[num_frames(len(chunk_S))] for chunk_S in chunks])
+        log_weight_K1 = (frames_K1 / frames_K1.sum()).log()
+        logits_KC = torch.stack(logits)
+        if self._loss == "ce":
+            return (log_weight_K1 + log_softmax(logits_KC, dim=1)).logsumexp(0)
+        log_yes_C, log_no_C = ((log_weight_K1 + logsigmoid(sign * logits_KC)).logsumexp(0) for sign in (1, -1))
+        return log_yes_C - log_no_C
+
+    def _probabilities(self, logits_C: Tensor) -> Tensor:
+        return logits_C.softmax(0) if self._loss == "ce" else logits_C.sigmoid()
+
+    def _strongest(self, probabilities_C: Tensor, top: int) -> list[Tag]:
+        found = probabilities_C.topk(min(top, len(self.labels)))
+        return [Tag(self.labels[c], p) for p, c in zip(found.values.tolist(), found.indices.tolist(), strict=True)]
+
+    @property
+    def _loss(self) -> str:
+        assert isinstance(self.description.objective, ClassifyConfig)
+        return self.description.objective.loss
+
+    def _check_classifier(self) -> None:
+        if self._classifier is None:
+            raise UserError("this model has features but no classifier; fine-tune it, and load what comes of that")
+
+    def _checked_layer(self, layer: int | None) -> int:
+        if layer is None:
+            return self.depth
+        if isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= layer <= self.depth:
+            raise UserError(
+                f"layer {layer!r} must be a whole number from 0, the input of the first block, to {self.depth}, the "
+                "output of the last"
+            )
+        return int(layer)
+
+    def _in_frames(self, name: str, seconds: float | None, most: int) -> int:
+        """A stretch of time in frames; `most` where none is given."""
+        if seconds is None:
+            return most
+        frames = round(seconds * FRAMES_PER_S) if math.isfinite(seconds) else 0
+        if not 1 <= frames <= most:
+            raise UserError(f"{name} {seconds!r} must be from 0.01 to {most / FRAMES_PER_S:g}")
+        return frames
+
+    def _check_whole_patches(self, frames: int, name: str) -> None:
+        most = self.description.model.max_time_patches * self._patch
+        if frames % self._patch or not 0 < frames <= most:
+            raise UserError(f"{name} {frames} must be a multiple of a patch's {self._patch}, and at most {most}")
+
+    def _check_log_mel(self, mel_BTM: Tensor) -> None:
+        mel_bins = self.description.model.mel_bins
+        if mel_BTM.ndim != 3 or not len(mel_BTM) or mel_BTM.shape[2] != mel_bins:
+            raise UserError(f"the log-mel has shape {tuple(mel_BTM.shape)}; give [clips, frames, {mel_bins}]")
+        self._check_whole_patches(mel_BTM.shape[1], "the log-mel's number of frames")
+
+
+def cut(wave_S: Tensor, window: int, hop: int) -> list[Tensor]:
+    """Stretches that make `window` log-mel frames, every `hop` frames, of a wave at 16 kHz, S >= 400.
+
+    The last is the first that reaches the wave's last frame; it may be shorter, but has a frame at least.
+    """
+    num_windows = 1 + max(0, math.ceil((num_frames(len(wave_S)) - window) / hop))
+    starts = range(0, num_windows * hop * FRAME_SHIFT, hop * FRAME_SHIFT)
+    return [wave_S[start : start + num_samples(window)] for start in starts]
+
+
+def in_batches(chunks: Iterable[Tensor], num_patches: Callable[[Tensor], int]) -> Iterator[list[Tensor]]:
+    """Chunks in order, as many at once as have PATCHES_AT_ONCE patches when all are padded to the longest."""
+    batch: list[Tensor] = []
+    longest = 0
+    for chunk_S in chunks:
+        longest = max(longest, num_patches(chunk_S))
+        if batch and longest * (len(batch) + 1) > PATCHES_AT_ONCE:
+            yield batch
+            batch, longest = [], num_patches(chunk_S)
+        batch.append(chunk_S)
+    if batch:
+        yield batch
+
+
+def _like(audio: Audio | Sequence[Audio], results: list[Any]) -> Any:
+    """A list of results for a list of clips, the result for a clip."""
+    return results if is_list(audio) else results[0]
+
+
+def _checked_device(device: Device) -> torch.device:
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device {device!r} must be 'auto', 'cpu' or 'cuda'")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device 'cuda': this machine has no CUDA device that torch can use; take 'auto' or 'cpu'")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _fill(module: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
+    complaint = checkpoint.misfit(module.state_dict(), weights)
+    if complaint:
+        raise UserError(f"the weights in {folder} do not fit its config.json: {complaint}")
+    module.load_state_dict(weights)

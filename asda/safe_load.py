@@ -1,0 +1,127 @@
+"""Read what torch.save has written without running any of it.
+
+A pickle names classes and functions and asks for them to be called. torch's weights_only reader calls none that it
+does not know. Checkpoints of fairseq also name a few classes that only hold settings (argparse.Namespace, nodes of
+omegaconf, enums); an inert stand-in takes the place of those, so that neither their code nor their modules are needed.
+Any other name is refused.
+"""
+
+import pickle
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from asda.errors import UserError
+
+# Packages whose objects in a checkpoint are settings and counters. The last line holds the folders that fairseq's
+# user_dir names: classes of the official repositories are pickled under those.
+SETTINGS_PACKAGES = {
+    *("argparse", "collections", "enum", "fairseq", "numpy", "omegaconf", "pathlib", "typing"),
+    *("ASDA", "EAT", "SSLAM", "SSLAM_Stage2", "data2vec", "examples"),
+}
+SETTINGS_BUILTINS = {"bool", "bytes", "dict", "float", "frozenset", "int", "list", "object", "str", "tuple"}
+
+
+class StandIn:
+    """An object of a class that is not there: it keeps what the file gives it, and does nothing."""
+
+    args: tuple[Any, ...]
+    state: Any
+
+    def __new__(cls, *args: Any) -> Self:
+        """Pickles may ask for objects without initialising them."""
+        stand_in = super().__new__(cls)
+        stand_in.args, stand_in.state = args, None
+        return stand_in
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def empty_dict(*_: Any) -> dict[Any, Any]:
+    """Stand in for a collections.defaultdict, whose items the file then sets."""
+    return {}
+
+
+def safe_load(path: Path) -> Any:
+    """The object in a file that torch.save wrote, on the CPU: plain data, tensors, and StandIn for settings.
+
+    Args:
+        path: a checkpoint, zipped or in the format before torch 1.6. A zipped one is mapped rather than read, so that
+            an optimizer's state in it costs nothing.
+
+    Raises:
+        UserError: the file is empty, damaged, no checkpoint, or names something that no checkpoint needs.
+        OSError: it cannot be opened.
+    """
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty; fetch or copy the checkpoint again")
+    stand_ins: dict[str, Any] = {}
+    while True:
+        try:
+            with torch.serialization.safe_globals([(what, name) for name, what in stand_ins.items()]):
+                return _load(path)
+        except OSError as error:
+            if error.filename is None:  # torch's own, about the bytes and not about the file
+                raise UserError(_unreadable(path)) from None
+            raise
+        except pickle.UnpicklingError as error:
+            name = _unknown_name(error)
+            if name is None or name in stand_ins:
+                raise UserError(_unreadable(path)) from None
+            if not is_settings(name):
+                raise UserError(
+                    f"{path} asks to run {name}, which weights never need; nothing was run: do not trust this file"
+                ) from None
+            stand_ins[name] = empty_dict if name == "collections.defaultdict" else StandIn
+        except Exception:  # a damaged pickle fails in as many ways as there are instructions in it
+            raise UserError(_unreadable(path)) from None
+
+
+def is_settings(name: str) -> bool:
+    """Whether an object of this name ("package.module.Class") is one that the stand-in may take the place of."""
+    package, _, rest = name.partition(".")
+    return rest in SETTINGS_BUILTINS if package == "builtins" else package in SETTINGS_PACKAGES
+
+
+def plain(value: Any) -> Any:
+    """Settings as plain dicts, lists, numbers and strings; None where they were something else."""
+    if isinstance(value, StandIn):
+        return _plain_stand_in(value)
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool) else None
+
+
+def _plain_stand_in(value: StandIn) -> Any:
+    state = value.state[0] if isinstance(value.state, tuple) and value.state else value.state
+    if isinstance(state, dict):
+        for content in ("_content", "_val"):  # omegaconf's containers and leaves
+            if content in state:
+                return plain(state[content])
+        return plain(state)
+    return plain(value.args[0]) if len(value.args) == 1 else None  # an enum is pickled by its number
+
+
+def _load(path: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pickle protocols other than 2, which are read or refused all the same
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def _unknown_name(error: pickle.UnpicklingError) -> str | None:
+    """The global that torch's reader stumbled over; torch leaves "builtins." out."""
+    found = re.search(r"GLOBAL (\S+) (?:was not|whose module)", str(error))
+    if found is None:
+        return None
+    return found[1] if "." in found[1] else f"builtins.{found[1]}"
+
+
+def _unreadable(path: Path) -> str:
+    return f"{path} is not a whole PyTorch checkpoint: it is cut off, damaged, or another kind of file; fetch it again"

@@ -1,0 +1,377 @@
+"""Write the embeddings of audio files, folders or shards: one .npz or .safetensors for each file or shard.
+
+A file of features has its name only once it is whole, and is then kept: the same command, started again, goes on where
+it was stopped and ends with the same bytes. features.json says what all files of a folder have in common.
+
+Shapes: S samples, T time patches, F mel patches, D width.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import signal
+import sys
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import safetensors.numpy
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+import asda
+from asda import checkpoint
+from asda.data.audio import SAMPLE_RATE_HZ, AudioError, read_wave
+from asda.data.files import AudioFile, audio_files
+from asda.data.order import Draw
+from asda.data.shards import DATASET_FILE, SHARD_SUFFIX, ShardFile, load_dataset
+from asda.data.stream import Clip, ClipDataset, fetch_clips
+from asda.data.writer import TEMPORARY_SUFFIX, commit, temporary_file, write_file
+from asda.errors import UserError, exit_with_sentence
+from asda.inference import Features, Model
+
+FORMAT_VERSION = 1  # of the files of features
+SETTINGS_FILE = "features.json"
+METADATA = "metadata.json"  # in an .npz, beside the arrays; no clip of a shard has a dot in its key
+FILE_KEY = "features"  # the one array of an audio file
+CLIPS_AT_ONCE = 16  # of a shard; fixed, because the size of a batch reaches the last bits of its features
+ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # the earliest there is; bytes must not depend on the hour
+REPORT_EVERY_S = 10.0  # between lines of progress where stderr is not a terminal
+
+EXAMPLES = """
+examples
+  python tools/extract_features.py --model runs/mine --out features/mine recordings
+      an embedding [width] of every audio file below recordings/: features/mine/dog/1.npz of dog/1.wav
+  python tools/extract_features.py --model runs/mine --out features/esc --granularity frame shards/esc:train+valid
+      embeddings [time, width] of every clip of two splits: a file per shard, in it an array per clip, named by its key
+  python tools/extract_features.py --model weights/eat --out features/l9 --layer 9 --format safetensors a.wav b.flac
+      the output of the ninth block
+
+granularity
+  utterance  [D]        the CLS token, mean over the chunks of a long file
+  frame      [T, D]     mean over the mel patches; hop_s seconds from one to the next, the first centred at first_s
+  patch      [T, F, D]  every patch, low frequencies first
+
+reading them
+  file = np.load("1.npz"); file["features"]; json.loads(str(file["metadata.json"]))
+  with safe_open("1.safetensors", "np") as file: file.get_tensor("features"); json.loads(file.metadata()["metadata"])
+  The metadata holds model, weights, layer, granularity, hop_s, first_s, source, and under clips the shape, the seconds
+  and (of shards) the labels of every array.
+
+Finished files are kept: the same command goes on where it was stopped. One process at a time may write to a folder.
+Many short clips are faster as shards, whose clips are encoded 16 at a time; audio files go one by one.
+A file that cannot be used is named on stderr with the reason. The others are done all the same; the exit code is 2.
+"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all features of a folder have in common."""
+
+    model: str  # the path as given; two paths may lead to the same model
+    fingerprint: str  # of the weights, and of how they are used
+    weights: str
+    layer: int
+    granularity: str
+    file_format: str
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class Sound:
+    """What becomes one array."""
+
+    key: str
+    samples_S: np.ndarray
+    rate_hz: int
+    labels: dict[str, list[str]]  # {"labels": [...]} of a shard's clip; an audio file has none
+
+
+@dataclass(frozen=True)
+class Task:
+    """One file of features to be."""
+
+    name: str  # below --out, without its extension
+    source: str  # for people
+    num_clips: int
+    fingerprint: Callable[[], str]  # of the source's bytes
+    read: Callable[[], Iterator[list[Sound]]]  # its sounds in batches; raises AudioError or UserError
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description="Write the embeddings of audio files, folders or shards: a file for each of them, resumable.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help="audio files, folders of them, or shards as FOLDER:SPLIT")
+    add("--model", required=True, type=Path, metavar="PATH", help="a run, a checkpoint, or converted weights")
+    add("--out", required=True, type=Path, metavar="FOLDER", help="where the features go; made if need be")
+    add("--granularity", choices=GRANULARITIES, default="utterance", help="see below (default %(default)s)")
+    add("--layer", type=int, metavar="N", help="block whose output is taken (default: the last); 0: what enters them")
+    add("--weights", choices=("student", "teacher"), default="student", help="of a pre-training run")
+    add("--format", choices=WRITERS, default="npz", help="of the files (default %(default)s)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network computes")
+    return parser.parse_args()
+
+
+def extract(args: argparse.Namespace) -> None:
+    """List the work, do what is not done yet, report."""
+    tasks = [task for text in args.inputs for task in tasks_of(text)]
+    refuse_equal_names(tasks)
+    folder = checkpoint.resolve(args.model)
+    model = asda.load(folder, weights=args.weights, device=args.device)
+    settings = settings_of(args, folder, model)
+    check_folder(args.out, settings)
+    failures = []
+    with Progress(sum(task.num_clips for task in tasks)) as progress:
+        for task in tasks:
+            try:
+                finish(task, args.out, settings, model, progress)
+            except (AudioError, UserError) as error:
+                # What is wrong with a shard names it already.
+                failures.append(str(error) if task.source in str(error) else f"{task.source}: {error}")
+                if len(tasks) > 1:
+                    tqdm.write(f"error: {failures[-1]}", file=sys.stderr)
+            progress.finish(task.num_clips)
+    print(progress.summary(args.out))
+    if failures:
+        raise UserError(failures[0] if len(tasks) == 1 else f"{len(failures)} of {len(tasks)} inputs cannot be used")
+
+
+def settings_of(args: argparse.Namespace, folder: Path, model: Model) -> Settings:
+    """What the arguments say, with the layer as a number and the model by its weights."""
+    layer = model.depth if args.layer is None else args.layer
+    if not 0 <= layer <= model.depth:
+        raise UserError(f"--layer {layer} must be from 0 to {model.depth}, the number of the model's blocks")
+    stem = "teacher" if args.weights == "teacher" else "model"
+    use = model.description.model_dump_json(include={"model", "data"})
+    fingerprint = xxhash.xxh3_128_hexdigest((hash_file(folder / f"{stem}.safetensors") + use).encode())
+    return Settings(str(args.model), f"xxh3_128:{fingerprint}", args.weights, layer, args.granularity, args.format)
+
+
+def tasks_of(text: str) -> list[Task]:
+    """What one INPUT asks for: a task for each audio file, or for each shard."""
+    path = Path(text)
+    if (path / DATASET_FILE).is_file():
+        splits = ", ".join(load_dataset(path).splits)
+        raise UserError(f"{text} holds shards; name one of their splits ({splits}), as in {text}:NAME")
+    if path.exists() or ":" not in text:
+        return [file_task(file) for file in audio_files([path])]
+    dataset = ClipDataset(text, labelled=True)
+    starts = np.cumsum([0, *dataset.shard_clips]).tolist()
+    return [shard_task(dataset, shard, start) for shard, start in zip(dataset.shards, starts, strict=False)]
+
+
+def file_task(file: AudioFile) -> Task:
+    """The features of one audio file."""
+
+    def read() -> Iterator[list[Sound]]:
+        yield [Sound(FILE_KEY, *read_wave(file.path, max_seconds=math.inf), labels={})]
+
+    return Task(str(file.relative.with_suffix("")), str(file.path), 1, lambda: hash_file(file.path), read)
+
+
+def shard_task(dataset: ClipDataset, shard: ShardFile, first_clip: int) -> Task:
+    """The features of the clips of one shard, whose first clip has this number in the dataset."""
+
+    def sound(clip: Clip) -> Sound:
+        names = [dataset.vocabulary[label] for label in clip.labels]
+        return Sound(clip.key, clip.samples, SAMPLE_RATE_HZ, {"labels": names})
+
+    def read() -> Iterator[list[Sound]]:
+        end = first_clip + shard.entry.clips
+        for low in range(first_clip, end, CLIPS_AT_ONCE):
+            draws = [Draw(0, clip) for clip in range(low, min(low + CLIPS_AT_ONCE, end))]
+            yield [sound(clip) for clip in fetch_clips(dataset, draws)]
+
+    name = shard.entry.name.removesuffix(SHARD_SUFFIX)
+    return Task(name, str(shard.path), shard.entry.clips, lambda: shard.entry.hash, read)
+
+
+def hash_file(path: Path) -> str:
+    """Of a file's bytes, in the notation of the shards."""
+    if not path.is_file():
+        raise AudioError("no such file")
+    with path.open("rb") as file:
+        return f"xxh3_128:{hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()}"
+
+
+def refuse_equal_names(tasks: list[Task]) -> None:
+    """Two inputs must not become the same file."""
+    for name, count in Counter(task.name for task in tasks).items():
+        if count > 1:
+            first, second, *_ = (task.source for task in tasks if task.name == name)
+            raise UserError(f"{first} and {second} would both become {name}; extract them to different --out folders")
+
+
+def check_folder(out: Path, settings: Settings) -> None:
+    """Refuse a folder that holds anything but features of these settings; sweep what a killed run left."""
+    if not out.is_dir():
+        if out.exists():
+            raise UserError(f"--out {out} is not a folder")
+        return
+    if not (out / SETTINGS_FILE).is_file():
+        if any(out.iterdir()):
+            raise UserError(f"--out {out} holds files but no {SETTINGS_FILE}; give a new or empty folder")
+        return
+    for leftover in out.rglob(f"*{TEMPORARY_SUFFIX}"):
+        leftover.unlink()
+    try:
+        found = json.loads((out / SETTINGS_FILE).read_text())
+        differing = [name for name, value in asdict(settings).items() if name != "model" and found[name] != value]
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{out / SETTINGS_FILE} cannot be read; give another --out") from None
+    if differing == ["fingerprint"]:
+        raise UserError(f"--out {out} holds features of another model ({found['model']}); give another --out")
+    if differing:
+        name = differing[-1]
+        raise UserError(
+            f"--out {out} holds features with {name} {found[name]}, not {asdict(settings)[name]}; give another"
+        )
+
+
+def finish(task: Task, out: Path, settings: Settings, model: Model, progress: "Progress") -> None:
+    """Make one file of features, unless it is there. Raises AudioError or UserError where the source cannot be used."""
+    path = out / f"{task.name}.{settings.file_format}"
+    if path.exists():
+        check_source(path, task)
+        progress.kept += task.num_clips
+        return
+    arrays, metadata = features_of(task, settings, model, progress)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not (out / SETTINGS_FILE).exists():
+        write_file(out / SETTINGS_FILE, json.dumps(asdict(settings), indent=2).encode() + b"\n")
+    with temporary_file(path) as file:
+        WRITERS[settings.file_format](file, arrays, json.dumps(metadata))
+        commit(file, path)
+
+
+def features_of(
+    task: Task, settings: Settings, model: Model, progress: "Progress"
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays of one file, and its metadata."""
+    arrays: dict[str, np.ndarray] = {}
+    clips: dict[str, dict[str, Any]] = {}
+    first_s = 0.0
+    for sounds in task.read():
+        waves = [sound.samples_S for sound in sounds]
+        for sound, features in zip(sounds, model.features(waves, sounds[0].rate_hz, settings.layer), strict=True):
+            # A copy, because a view would keep all tokens of its batch.
+            arrays[sound.key] = array = GRANULARITIES[settings.granularity](features).numpy().copy()
+            duration_s = len(sound.samples_S) / sound.rate_hz
+            clips[sound.key] = {"shape": array.shape, "duration_s": duration_s} | sound.labels
+            first_s = float(features.times_s[0])
+            progress.advance(duration_s)
+    source = {"path": task.source, "hash": task.fingerprint()}
+    times = {"hop_s": model.hop_s, "first_s": first_s}
+    return arrays, {**asdict(settings), **times, "source": source, "clips": clips}
+
+
+def check_source(path: Path, task: Task) -> None:
+    """Raise UserError where a finished file is of another source than the one of its name."""
+    try:
+        found = read_metadata(path)["source"]["hash"]
+    except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, SafetensorError):
+        raise UserError(f"its features {path} cannot be read; delete them to have them made again") from None
+    if found != task.fingerprint():
+        raise UserError(f"the features {path} are of other audio; delete them, or give another --out")
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a file of features."""
+    if path.suffix == ".npz":
+        with np.load(path) as arrays:
+            return json.loads(str(arrays[METADATA]))
+    with safe_open(path, "np") as tensors:
+        return json.loads(tensors.metadata()["metadata"])
+
+
+def write_npz(file: BinaryIO, arrays: dict[str, np.ndarray], metadata: str) -> None:
+    """As np.savez does, but with a fixed date, and with any key."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for key, array in {METADATA: np.array(metadata), **arrays}.items():
+            with archive.open(zipfile.ZipInfo(f"{key}.npy", ZIP_DATE), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def write_safetensors(file: BinaryIO, arrays: dict[str, np.ndarray], metadata: str) -> None:
+    """The metadata is one string, because the order of several would be random."""
+    file.write(safetensors.numpy.save(arrays, {"metadata": metadata}))
+
+
+class Progress:
+    """Counts clips; says on stderr how far we are, with a bar on a terminal and a line now and then elsewhere."""
+
+    def __init__(self, num_clips: int):
+        self.kept = 0  # clips whose features were there already
+        self._num_clips = num_clips
+        self._finished = 0  # clips of the tasks before this one
+        self._made = 0  # clips
+        self._audio_s = 0.0  # of the clips made
+        self._started = self._reported = time.monotonic()
+        self._bar = tqdm(total=num_clips, unit="clip", disable=not sys.stderr.isatty())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def advance(self, audio_s: float) -> None:
+        """One more clip has its features."""
+        self._made += 1
+        self._audio_s += audio_s
+        self._bar.update()
+        now = time.monotonic()
+        if self._bar.disable and now - self._reported > REPORT_EVERY_S:
+            rate = self._made / (now - self._started)
+            print(
+                f"{self._made} clips made, {self.kept} kept, of {self._num_clips}; {rate:.1f} clips/s", file=sys.stderr
+            )
+            self._reported = now
+
+    def finish(self, num_clips: int) -> None:
+        """A task of so many clips is done, kept, or given up."""
+        self._finished += num_clips
+        self._bar.update(self._finished - self._bar.n)
+
+    def summary(self, out: Path) -> str:
+        """What was done, with units."""
+        seconds = time.monotonic() - self._started
+        return (
+            f"{self._made} clips in {seconds:.1f} s: {self._made / seconds:.1f} clips/s, "
+            f"{self._audio_s / seconds:.0f} s of audio/s; {self.kept} clips had their features before; {out}"
+        )
+
+
+GRANULARITIES: dict[str, Callable[[Features], Tensor]] = {
+    "utterance": lambda features: features.utterance,
+    "frame": lambda features: features.frames,
+    "patch": lambda features: features.patches,
+}
+WRITERS: dict[str, Callable[[BinaryIO, dict[str, np.ndarray], str], None]] = {
+    "npz": write_npz,
+    "safetensors": write_safetensors,
+}
+
+
+def main() -> None:
+    """Run, and clean up after SIGTERM as after Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    extract(parse_args())
+
+
+if __name__ == "__main__":
+    exit_with_sentence(main)
