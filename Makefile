@@ -1,6 +1,6 @@
 # The two commands a fresh machine needs: make demo, make test. Everything sets itself up first.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test golden lint format bench clean
 
 BIN := .venv/bin
 
@@ -15,6 +15,9 @@ demo: setup  ## the whole road on synthetic sounds, offline; or on yours: make d
 
 test: setup  ## all tests
 	@$(BIN)/python -m pytest $(ARGS)
+
+golden: setup  ## every official number, on each attention path of a CPU (needs ../shared, see CONTRIBUTING.md)
+	@$(BIN)/python tests/golden_check.py $(or $(ASDA_SHARED),../shared)/golden
 
 lint: setup  ## ruff and pyright
 	@$(BIN)/ruff check .

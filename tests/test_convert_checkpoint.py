@@ -27,7 +27,7 @@ from asda.models.classifier import Classifier
 from asda.models.encoder import Encoder
 from asda.models.pretrain import MaskedStudents
 from asda.objectives import make_objective
-from asda.official import official_positions
+from asda.official.weights import official_positions
 
 ROOT = Path(__file__).parent.parent
 KINDS = ["asda_pretrain", "eat_pretrain", "asda_finetune", "eat_finetune"]

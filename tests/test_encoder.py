@@ -1,6 +1,6 @@
-"""The encoder against the official one, block by block."""
+"""Properties of the encoder, and its learned lambda against the paper; test_golden.py has the official activations."""
 
-from pathlib import Path
+import math
 
 import golden
 import pytest
@@ -8,78 +8,8 @@ import torch
 from torch import Tensor
 
 from asda.config import ModelConfig
-from asda.models.encoder import DropPath, Encoder, sincos_positions
-
-
-@pytest.fixture(scope="module")
-def official(shared: Path) -> dict[str, Tensor]:
-    return golden.load(shared, "asda_pretrain")
-
-
-@pytest.fixture(scope="module")
-def state(shared: Path) -> dict[str, Tensor]:
-    return golden.checkpoint(shared, "asda_pretrain")
-
-
-def load_encoder(parameters: dict[str, Tensor]) -> Encoder:
-    encoder = Encoder(golden.TINY)
-    encoder.load_state_dict(golden.encoder_parameters(parameters))
-    return encoder.eval()
-
-
-def record(encoder: Encoder) -> dict[str, Tensor]:
-    """Everything that the golden file records of an encoder's forward, filled while it runs."""
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str):
-        return lambda module, args, output: seen.__setitem__(name, output)
-
-    encoder.patch_embed.register_forward_hook(keep("patch_embed"))
-    encoder.norm.register_forward_pre_hook(lambda module, args: seen.__setitem__("tokens_prenorm", args[0]))
-    encoder.norm.register_forward_hook(keep("tokens"))
-    for i, block in enumerate(encoder.blocks):
-        block.attn.norm.register_forward_pre_hook(  # type: ignore[union-attr]
-            lambda module, args, i=i: seen.__setitem__(f"block{i}.attn_heads", args[0])
-        )
-        block.attn.register_forward_hook(keep(f"block{i}.attn"))  # type: ignore[union-attr]
-        block.mlp.register_forward_hook(keep(f"block{i}.ffn"))  # type: ignore[union-attr]
-        block.norm2.register_forward_hook(keep(f"block{i}.out"))  # type: ignore[union-attr]
-    return seen
-
-
-def assert_all_match(seen: dict[str, Tensor], official: dict[str, Tensor], prefix: str) -> None:
-    wanted = {name for name in official if name.startswith(prefix)}
-    assert wanted == {prefix + name for name in seen}
-    errors = {name: golden.rel_rms(tensor, official[prefix + name]) for name, tensor in seen.items()}
-    assert max(errors.values()) < golden.REL_RMS, errors
-
-
-def test_the_position_table_is_the_official_one(state: dict[str, Tensor]):
-    official_ND = state["modality_encoders.IMAGE.fixed_positional_encoder.positions"][0]
-    ours_ND = sincos_positions(golden.TINY.max_time_patches, 8, golden.TINY.width)
-    # The official table has its phases in fp32: the frequency and its product with the row are each rounded by up to
-    # 2^-24, so the phase, and with it the sine, is off by up to row x 2^-23; ours is computed in fp64. The sine and
-    # the cosine themselves add two roundings of 2^-24 at most.
-    row_N1 = torch.arange(len(ours_ND))[:, None] // 8
-    assert ((ours_ND - official_ND).abs() <= row_N1.clamp(min=7) * 2**-23 + 2**-23).all()
-
-
-def test_every_activation_of_the_teacher_is_the_official_one(official: dict[str, Tensor], state: dict[str, Tensor]):
-    encoder = load_encoder(state["_ema"])  # type: ignore[arg-type]
-    seen = record(encoder)
-    encoder(golden.patchify(official["input.source"]))
-    assert_all_match(seen, official, "fwd.teacher.")
-
-
-def test_every_activation_of_the_students_is_the_official_one(official: dict[str, Tensor], state: dict[str, Tensor]):
-    encoder = load_encoder(state)
-    seen = record(encoder)
-    where_SK = official["fwd.mask.ids_keep"]
-    patches_SNP = golden.patchify(official["input.source"]).repeat_interleave(4, dim=0)
-    encoder(patches_SNP.gather(1, where_SK[..., None].expand(-1, -1, patches_SNP.shape[-1])), where_SK)
-    del seen["patch_embed"]  # ours embeds the visible patches alone
-    expected = {name: t for name, t in official.items() if name != "fwd.student.patch_embed"}
-    assert_all_match(seen, expected, "fwd.student.")
+from asda.models.attention import Attention, initial_lambda, set_attention_path
+from asda.models.encoder import DropPath, Encoder
 
 
 def test_tokens_do_not_depend_on_the_order_in_which_patches_are_listed():
@@ -93,10 +23,14 @@ def test_tokens_do_not_depend_on_the_order_in_which_patches_are_listed():
     torch.testing.assert_close(shuffled[:, 0], in_order[:, 0])
 
 
-def test_ffn_outputs_are_what_the_mlps_give(official: dict[str, Tensor], state: dict[str, Tensor]):
-    encoder = load_encoder(state["_ema"])  # type: ignore[arg-type]
-    for i, ffn_BND in enumerate(encoder.ffn_outputs(golden.patchify(official["input.source"]))):
-        assert golden.rel_rms(ffn_BND, official[f"fwd.teacher.block{i}.ffn"]) < golden.REL_RMS
+def test_ffn_outputs_are_what_the_mlps_give():
+    torch.manual_seed(0)
+    encoder, seen = Encoder(golden.TINY).eval(), []
+    for block in encoder.blocks:
+        block.mlp.register_forward_hook(lambda module, args, output: seen.append(output))  # type: ignore[union-attr]
+    outputs = encoder.ffn_outputs(torch.randn(2, 64, 256))
+    assert len(outputs) == golden.TINY.depth
+    assert all(ours is theirs for ours, theirs in zip(outputs, seen, strict=True))
 
 
 def test_the_base_encoder_has_92_364_288_parameters_and_no_buffer_in_its_checkpoint():
@@ -141,3 +75,83 @@ def test_drop_path_keeps_the_mean_and_drops_whole_sequences():
     # A sequence has variance 0.25 / 0.75; five standard errors of the mean of 40,000.
     assert float(per_sequence.mean()) == pytest.approx(1, abs=5 * (0.25 / 0.75 / 40_000) ** 0.5)
     assert torch.equal(DropPath(0.25).eval()(torch.ones(5, 2, 3)), torch.ones(5, 2, 3))
+
+
+# The learned lambda against the paper (Ye et al., "Differential Transformer", 2024), equations 1 to 3 ---------------
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.stack([x * y for x, y in zip(a, b, strict=True)]).sum()
+
+
+def paper_lambda(vectors: list[Tensor], initial: float) -> Tensor:
+    """Equation 2: exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) + lambda_init."""
+    q1, k1, q2, k2 = vectors
+    return torch.exp(dot(q1, k1)) - torch.exp(dot(q2, k2)) + initial
+
+
+def paper_softmax(logits_NN: Tensor) -> Tensor:
+    exponentials = torch.exp(logits_NN - logits_NN.max())
+    return exponentials / exponentials.sum(1)[:, None]
+
+
+def paper_attention(tokens_ND: Tensor, weights: dict[str, Tensor], heads: int, initial: float) -> Tensor:
+    """Equations 1 and 3, head by head: (1 - lambda_init) RMSNorm of each head's difference, then the projection."""
+    num_features = tokens_ND.shape[1] // heads
+    q_NC, k_NC = (tokens_ND @ weights["qk.weight"].T + weights["qk.bias"]).chunk(2, dim=1)
+    v_ND = tokens_ND @ weights["v.weight"].T + weights["v.bias"]
+    lam = paper_lambda([weights[f"lam.{name}"] for name in ("q1", "k1", "q2", "k2")], initial)
+    outputs = []
+    for head in range(heads):
+        maps = []
+        for part in (head, heads + head):  # the first maps of all heads, then the second ones
+            of_head = slice(part * num_features, (part + 1) * num_features)
+            maps.append(paper_softmax(q_NC[:, of_head] @ k_NC[:, of_head].T / num_features**0.5))
+        mixed_NE = (maps[0] - lam * maps[1]) @ v_ND[:, head * num_features : (head + 1) * num_features]
+        root_N1 = ((mixed_NE * mixed_NE).sum(1)[:, None] / num_features + 1e-5) ** 0.5
+        outputs.append((1 - initial) * (mixed_NE / root_N1 * weights["norm.norm.weight"]))
+    return torch.cat(outputs, dim=1) @ weights["proj.weight"].T + weights["proj.bias"]
+
+
+@pytest.mark.parametrize("path", ["explicit", "sdpa", "auto"])
+@pytest.mark.parametrize("block", [0, 1, 11])
+def test_attention_with_a_learned_lambda_is_the_papers_forward_and_backward(block: int, path: str):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        width=12, heads=3, attention_lambda="learned", attention_norm="per_head", attention_scale="by_depth"
+    )
+    attention = Attention(config, block).double()
+    set_attention_path(attention, path)  # type: ignore[arg-type]
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    tokens_BND = torch.randn(2, 7, 12, dtype=torch.float64, requires_grad=True)
+    cotangent = torch.randn(2, 7, 12, dtype=torch.float64)
+    names, inputs = zip(*attention.named_parameters(), strict=True)
+    initial = 0.8 - 0.6 * math.exp(-0.3 * ((block + 1) - 1))  # the paper's layers count from 1
+    expected = torch.stack([paper_attention(x, dict(zip(names, inputs, strict=True)), 3, initial) for x in tokens_BND])
+    ours = attention(tokens_BND)
+    # Ours computes lambda in fp32, with about eight roundings (four products, their sum, an exponential, a difference,
+    # a sum) of numbers under e^1.5; the rest is fp64. The norm divides by what the maps' difference leaves: 10 times.
+    tolerance = 10 * 8 * math.exp(1.5) * 2**-24
+    torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance * float(expected.detach().abs().max()))
+    gradients, wanted = (torch.autograd.grad(out, [tokens_BND, *inputs], cotangent) for out in (ours, expected))
+    for name, gradient, theirs in zip(("tokens", *names), gradients, wanted, strict=True):
+        error = float((gradient - theirs).abs().max())
+        assert error <= tolerance * float(theirs.abs().max()), name
+
+
+def test_the_initial_lambda_has_the_papers_values():
+    # Section 2.1: 0.8 - 0.6 exp(-0.3 (l - 1)) in layer l, the first being 1.
+    for layer, value in ((1, 0.2), (2, 0.355509), (6, 0.666122), (12, 0.777870)):
+        assert initial_lambda(layer - 1) == pytest.approx(value, abs=5e-7)
+    assert initial_lambda(10_000) == pytest.approx(0.8)
+
+
+def test_a_learned_lambda_begins_near_its_initial_value():
+    # With vectors of 24 numbers N(0, 0.1), q . k has the deviation sqrt(24) x 0.01; a difference of two exponentials of
+    # such numbers has sqrt(2) of it: five of those.
+    torch.manual_seed(0)
+    config = ModelConfig(width=96, heads=4, attention_lambda="learned")
+    for block in range(12):
+        lam = torch.as_tensor(Attention(config, block).current_lambda())
+        assert lam.item() == pytest.approx(initial_lambda(block), abs=5 * 2**0.5 * 24**0.5 * 0.01)

@@ -1,136 +1,196 @@
-"""Inverse block masks against 2,000 masks of the official generator.
+"""Masks: what the comparison with the official generator would notice, and properties.
 
-The masks of one sample are compared with those of another by statistics that are one number a mask, so that the
-numbers of a sample are independent of each other. The seed is fixed: each test either always passes or always fails.
+tests/golden_data.py compares 8,000 of ours with 2,000 official ones: the number of visible patches and the blocks
+around the official centres exactly, the rest by the eight statistics of `noticed`. Their power: the share of masks that
+must come from a wrong generator to be noticed in ten of ten simulated comparisons, and the next smaller share that was
+tried, with how many of ten noticed it. 64 x 8 patches, blocks of 5; the right generator stands for the official one.
+
+    wrong generator                     noticed at   next            noticed first by
+    a centre more                            1 %     0.5 %  0/10     distinct centres
+    a centre fewer                           3 %       2 %  7/10     distinct centres
+    blocks of 4 patches                      5 %       3 %  7/10     visible neighbours
+    blocks pushed inside the border         10 %       7 %  5/10     visible per mel patch
+    blocks wrapped around                   10 %       7 %  7/10     whole blocks
+    added and removed in order              10 %       7 %  8/10     visible per time patch
+    blocks a column off                     20 %      15 %  4/10     visible per mel patch
+    no centre in the outer rows             50 %      30 %  5/10     centres
+    centres without replacement             70 %      50 %  8/10     distinct centres (2 % of masks have two equal ones)
+    the right one                                      0 %  0/10
+
+Seeds are fixed: each test either always passes or always fails.
 """
 
-from pathlib import Path
+from collections.abc import Callable
 
-import golden
 import numpy as np
 import pytest
+from mask_statistics import SIGNIFICANCE, Difference, Masks, differences, of_histograms
 from numpy.typing import NDArray
-from scipy.stats import chi2
 
 from asda.config import MaskConfig
 from asda.errors import UserError
-from asda.models.masks import block_union, inverse_block_masks, visible_indices
+from asda.models import masks
+from asda.models.masks import inverse_block_masks, visible_indices
 
-Masks = NDArray[np.bool_]
-CASES = {
-    "asda_64x8_len5": ((64, 8), MaskConfig(), 102),
-    "tiny_8x8_len3": ((8, 8), MaskConfig(block=3), 12),
+GRID, CONFIG = (64, 8), MaskConfig()
+NUM_OURS, NUM_OFFICIAL = 8000, 2000
+Centres = NDArray[np.int64]
+Patch = pytest.MonkeyPatch
+
+right_draw, right_union = masks.draw_centres, masks.block_union
+
+
+def blocks_of_4(centres_MC: Centres, grid: tuple[int, int], block: int) -> NDArray[np.bool_]:
+    return right_union(centres_MC, grid, 4)
+
+
+def a_patch_off(centres_MC: Centres, grid: tuple[int, int], block: int) -> NDArray[np.bool_]:
+    rows, columns = np.divmod(centres_MC, grid[1])
+    return right_union(rows * grid[1] + np.minimum(columns + 1, grid[1] - 1), grid, block)
+
+
+def pushed_inside(centres_MC: Centres, grid: tuple[int, int], block: int) -> NDArray[np.bool_]:
+    """Blocks at the border whole, and not cut off."""
+    rows, columns = np.divmod(centres_MC, grid[1])
+    half = block // 2
+    rows, columns = (np.clip(x, half, size - 1 - half) for x, size in zip((rows, columns), grid, strict=True))
+    return right_union(rows * grid[1] + columns, grid, block)
+
+
+def wrapped(centres_MC: Centres, grid: tuple[int, int], block: int) -> NDArray[np.bool_]:
+    """Blocks at the border go on at the opposite one."""
+    union_MRC = np.zeros((len(centres_MC), *grid), dtype=bool)
+    offsets = np.arange(block) - block // 2
+    for centres_M in centres_MC.T:
+        rows, columns = np.divmod(centres_M, grid[1])
+        for row in offsets:
+            for column in offsets:
+                union_MRC[np.arange(len(rows)), (rows + row) % grid[0], (columns + column) % grid[1]] = True
+    return union_MRC.reshape(len(centres_MC), -1)
+
+
+def another_number(change: int) -> Callable:
+    def draw(rng: np.random.Generator, num_masks: int, num_patches: int, config: MaskConfig) -> Centres:
+        num_centres = right_draw(rng, 1, num_patches, config).shape[1] + change
+        return rng.integers(num_patches, size=(num_masks, num_centres))
+
+    return draw
+
+
+def without_replacement(rng: np.random.Generator, num_masks: int, num_patches: int, config: MaskConfig) -> Centres:
+    num_centres = right_draw(rng, 1, num_patches, config).shape[1]
+    return rng.permuted(np.tile(np.arange(num_patches), (num_masks, 1)), axis=1)[:, :num_centres]
+
+
+def avoiding_the_border(rng: np.random.Generator, num_masks: int, num_patches: int, config: MaskConfig) -> Centres:
+    centres_MC = right_draw(rng, num_masks, num_patches, config)
+    return np.clip(centres_MC, GRID[1], num_patches - GRID[1] - 1)  # never in the first or last row
+
+
+class FirstComeFirstServed:
+    """Adds and removes patches in their order and not by chance."""
+
+    def __init__(self, rng: np.random.Generator):
+        self.integers = rng.integers
+
+    def random(self, size: tuple[int, int], dtype: type) -> NDArray:
+        return np.broadcast_to(np.linspace(0.99, 0, size[1], dtype=dtype), size)
+
+
+# What is wrong: what it replaces, and the share of masks at which it is noticed.
+WRONG: dict[str, tuple[str, Callable, float]] = {
+    "blocks of 4 patches": ("block_union", blocks_of_4, 0.05),
+    "blocks a column off": ("block_union", a_patch_off, 0.2),
+    "blocks pushed inside the border": ("block_union", pushed_inside, 0.1),
+    "blocks wrapped around": ("block_union", wrapped, 0.1),
+    "a centre fewer": ("draw_centres", another_number(-1), 0.03),
+    "a centre more": ("draw_centres", another_number(1), 0.01),
+    "centres without replacement": ("draw_centres", without_replacement, 0.7),
+    "no centre in the outer rows": ("draw_centres", avoiding_the_border, 0.5),
+    "added and removed in order": ("default_rng", FirstComeFirstServed, 0.1),
 }
-NUM_OURS = 8000
-SIGNIFICANCE = 1e-3  # of each test, shared out among its comparisons (Bonferroni)
 
 
-@pytest.fixture(params=CASES, scope="module")
-def case(request: pytest.FixtureRequest) -> str:
-    return request.param
+def sample(seed: int, num_masks: int, wrong: str | None = None) -> tuple[Masks, Centres]:
+    """Masks [S, T, F] and their centres [S, C]; what is `wrong` is replaced."""
+    replaced, by, _ = WRONG[wrong] if wrong else ("", None, 0.0)
+    seen: list[Centres] = []
+    with Patch.context() as patch:
+        rng = np.random.default_rng(seed)
+        if replaced == "default_rng":
+            rng = by(rng)  # type: ignore[misc]
+        elif by is not None:
+            patch.setattr(masks, replaced, by)
+        patch.setattr(masks, "block_union", remembering(masks.block_union, seen))
+        visible_SN = inverse_block_masks(rng, num_masks, GRID, CONFIG)
+    return visible_SN.reshape(-1, *GRID), seen[0]
 
 
-@pytest.fixture(scope="module")
-def grid(case: str) -> tuple[int, int]:
-    return CASES[case][0]
+def remembering(union: Callable, seen: list[Centres]) -> Callable:
+    def remember(centres_MC: Centres, *size: object) -> NDArray[np.bool_]:
+        seen.append(centres_MC)
+        return union(centres_MC, *size)
+
+    return remember
 
 
-@pytest.fixture(scope="module")
-def official(case: str, grid: tuple[int, int], shared: Path) -> Masks:
-    """Visible patches of the official masks, [2000, T, F]."""
-    return (golden.load(shared, "mask_generator")[f"{case}.mask"].numpy() == 0).reshape(-1, *grid)
+def num_distinct(centres_SC: Centres) -> NDArray[np.int64]:
+    return np.array([len(set(centres_C)) for centres_C in centres_SC.tolist()])
 
 
-@pytest.fixture(scope="module")
-def ours(case: str, grid: tuple[int, int]) -> Masks:
-    return inverse_block_masks(np.random.default_rng(1), NUM_OURS, grid, CASES[case][1]).reshape(-1, *grid)
+def noticed(seed: int, wrong: str | None, share: float) -> list[str]:
+    """The names of the differences beyond their limits when a share of 8,000 masks is of a wrong generator."""
+    official, official_centres = sample(2 * seed, NUM_OFFICIAL)
+    num_wrong = round(share * NUM_OURS)
+    sizes = ((10**6 + seed, NUM_OURS - num_wrong, None), (2 * 10**6 + seed, num_wrong, wrong))
+    parts = [sample(*size) for size in sizes if size[1]]
+    ours = np.concatenate([visible for visible, _ in parts])
+    distinct = np.concatenate([num_distinct(centres) for _, centres in parts])
+    cells = np.concatenate([centres.ravel() for _, centres in parts])
+    found = [
+        *differences(ours, official, CONFIG.block),
+        of_histograms("distinct centres", distinct, num_distinct(official_centres)),
+        of_histograms("centres", cells, official_centres.ravel()),
+    ]
+    return [difference.name for difference in found if difference.statistic > difference.limit]
 
 
-def assert_means_agree(a: NDArray[np.integer], b: NDArray[np.integer]) -> None:
-    """Welch's test of every column of [samples, comparisons]; with thousands of samples its t is a normal."""
-    a, b = (x.reshape(len(x), -1) for x in (a, b))
-    standard_error = np.sqrt(a.var(0, ddof=1) / len(a) + b.var(0, ddof=1) / len(b))
-    z = (a.mean(0) - b.mean(0)) / standard_error
-    z_limit = float(np.sqrt(2 * np.log(2 * z.size / SIGNIFICANCE)))  # P(|z| > l) <= 2 exp(-l^2 / 2)
-    assert np.abs(z).max() < z_limit, (z, z_limit)
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_generator_is_noticed_at_the_stated_share(wrong: str):
+    assert noticed(1, wrong, WRONG[wrong][2])
 
 
-def assert_histograms_agree(a: NDArray[np.integer], b: NDArray[np.integer]) -> None:
-    """Chi-square test of homogeneity; values with fewer than 10 expected counts are merged into their neighbours."""
-    values = np.arange(max(a.max(), b.max()) + 1)
-    table = np.array([[np.sum(x == value) for value in values] for x in (a, b)])
-    merged, pending = [], np.zeros(2)
-    for column in table.T:
-        pending = pending + column
-        if pending.sum() * min(len(a), len(b)) / (len(a) + len(b)) >= 10:
-            merged.append(pending)
-            pending = np.zeros(2)
-    merged[-1] = merged[-1] + pending
-    table = np.array(merged)
-    expected = table.sum(1, keepdims=True) * table.sum(0) / table.sum()
-    p_value = chi2.sf(((table - expected) ** 2 / expected).sum(), len(table) - 1)
-    assert p_value > SIGNIFICANCE, merged
+def test_the_right_generator_raises_no_alarm():
+    # Eight differences at 1e-3 in each of ten comparisons: none is expected.
+    assert [noticed(seed, None, 0.0) for seed in range(10)] == [[]] * 10
 
 
-def neighbours_of(visible: Masks) -> NDArray[np.int64]:
-    """Pairs of visible patches side by side, per mask."""
-    return (visible[:, 1:] & visible[:, :-1]).sum((1, 2)) + (visible[:, :, 1:] & visible[:, :, :-1]).sum((1, 2))
-
-
-def full_windows_of(visible: Masks, block: int) -> NDArray[np.int64]:
-    """Windows of block x block visible patches, per mask."""
-    windows = np.lib.stride_tricks.sliding_window_view(visible, (block, block), axis=(1, 2))
-    return windows.all((-2, -1)).sum((1, 2))
-
-
-def test_every_mask_has_the_exact_number_of_visible_patches(case: str, ours: Masks, official: Masks):
-    assert set(ours.sum((1, 2))) == set(official.sum((1, 2))) == {CASES[case][2]}
-
-
-def test_blocks_around_the_official_centres_lie_where_the_official_ones_lie(
-    case: str, grid: tuple[int, int], official: Masks, shared: Path
-):
-    centres_MC = golden.load(shared, "mask_generator")[f"{case}.centres"].numpy().astype(np.int64)
-    union_MN = block_union(centres_MC, grid, CASES[case][1].block)
-    visible_MN = official.reshape(len(official), -1)
-    num_union, num_visible = union_MN.sum(1), visible_MN.sum(1)
-    # A union that is too small lies within the mask, one that is too large contains it.
-    assert not (union_MN & ~visible_MN)[num_union <= num_visible].any()
-    assert not (visible_MN & ~union_MN)[num_union >= num_visible].any()
-    expected = golden.numbers(shared, "mask_generator")[case]["block_union_before_adjust"]
-    assert num_union.mean() == pytest.approx(expected["mean"])
-    assert (num_union.min(), num_union.max()) == (expected["min"], expected["max"])
-
-
-def test_each_row_is_visible_as_often_as_officially(ours: Masks, official: Masks):
-    assert_means_agree(ours.sum(2), official.sum(2))
-
-
-def test_each_column_is_visible_as_often_as_officially(ours: Masks, official: Masks):
-    assert_means_agree(ours.sum(1), official.sum(1))
-
-
-def test_visible_patches_have_as_many_visible_neighbours_as_officially(ours: Masks, official: Masks):
-    assert_means_agree(neighbours_of(ours), neighbours_of(official))
-
-
-def test_whole_blocks_are_as_many_as_officially(case: str, ours: Masks, official: Masks):
-    block = CASES[case][1].block
-    assert_histograms_agree(full_windows_of(ours, block), full_windows_of(official, block))
-
-
-def test_rows_without_a_visible_patch_are_as_many_as_officially(ours: Masks, official: Masks):
-    assert_histograms_agree((~ours.any(2)).sum(1), (~official.any(2)).sum(1))
-
-
-def test_masks_of_one_call_are_independent(case: str, grid: tuple[int, int], ours: Masks):
-    overlap = (ours[:-1:2] & ours[1::2]).sum((1, 2))
+def overlap_of_pairs(visible: Masks) -> Difference:
+    """How many patches masks have in common with the next one, against what independent masks have."""
+    overlap = (visible[:-1:2] & visible[1::2]).sum((1, 2))
     # The expected overlap of two independent masks is the sum of the squared probabilities of being visible.
-    expected = np.square(ours.mean(0)).sum()
+    expected = np.square(visible.mean(0)).sum()
     # Estimating the probabilities from the same masks adds their variance, at most 1/4 a patch, over their number.
-    bias = ours.shape[1] * ours.shape[2] / 4 / NUM_OURS
+    bias = visible.shape[1] * visible.shape[2] / 4 / len(visible)
     standard_error = overlap.std() / np.sqrt(len(overlap))
-    assert abs(overlap.mean() - expected) < 3.3 * standard_error + bias  # 3.3: two-sided 1e-3
+    return Difference("overlap", float(abs(overlap.mean() - expected)), float(3.3 * standard_error + bias))  # two-sided
+
+
+def test_masks_of_one_call_are_independent():
+    assert SIGNIFICANCE == 1e-3  # of which 3.3 standard errors are the two-sided limit
+    visible, _ = sample(1, NUM_OURS)
+    assert overlap_of_pairs(visible).statistic < overlap_of_pairs(visible).limit
+
+
+def test_one_mask_in_twenty_that_repeats_its_neighbour_is_noticed():
+    visible, _ = sample(1, NUM_OURS)
+    visible[1::40] = visible[::40]
+    assert overlap_of_pairs(visible).statistic > overlap_of_pairs(visible).limit
+
+
+def test_every_mask_has_the_exact_number_of_visible_patches():
+    visible, _ = sample(1, NUM_OURS)
+    assert set(visible.sum((1, 2))) == {102}  # int(512 x 0.2)
 
 
 def test_the_same_generator_state_gives_the_same_masks_and_another_gives_others():

@@ -1,6 +1,6 @@
-"""Students, decoder, targets, losses and the teacher's update against the official ones."""
+"""Properties of students, teacher and losses; test_golden.py has the official activations, gradients and updates."""
 
-import math
+from collections.abc import Callable
 from pathlib import Path
 
 import golden
@@ -8,72 +8,28 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from asda.config import DecoderConfig, EmaConfig, ModelConfig, PretrainConfig
+from asda.config import DecoderConfig, ModelConfig, PretrainConfig
+from asda.models.attention import set_attention_path
 from asda.models.masks import inverse_block_masks, visible_indices
-from asda.models.pretrain import Decoder, Losses, MaskedStudents, Teacher, ema_decay, ema_update, feature_spread
-
-NUM_CLIPS, NUM_STUDENTS = 2, 4
+from asda.models.pretrain import Decoder, MaskedStudents, Teacher, ema_update, feature_spread
+from asda.presets import PRESETS
 
 
 @pytest.fixture(scope="module")
-def official(shared: Path) -> dict[str, Tensor]:
-    return golden.load(shared, "asda_pretrain")
+def case(shared: Path) -> golden.Pretraining:
+    return golden.Pretraining.read(golden.Folder(shared / "golden"), "asda")
 
 
 @pytest.fixture
-def students(shared: Path) -> MaskedStudents:
-    students = MaskedStudents(golden.TINY, golden.TINY_PRETRAIN)
-    students.load_state_dict(golden.our_parameters(golden.checkpoint(shared, "asda_pretrain")))
-    return students
+def students(case: golden.Pretraining) -> MaskedStudents:
+    return case.students()
 
 
 @pytest.fixture
-def teacher(shared: Path, students: MaskedStudents) -> Teacher:
-    teacher = Teacher(students.encoder, golden.TINY_PRETRAIN.target_layers)
-    teacher.encoder.load_state_dict(golden.encoder_parameters(golden.checkpoint(shared, "asda_pretrain")["_ema"]))
-    return teacher
-
-
-def visible_of(mask_SN: Tensor) -> Tensor:
-    """The official masks, 1 = masked, as our indices [B, M, K]."""
-    visible_SK = visible_indices(mask_SN.numpy() == 0)
-    return torch.from_numpy(visible_SK).unflatten(0, (-1, NUM_STUDENTS))
-
-
-def noise_of(official: dict[str, Tensor]) -> Tensor:
-    """The official noise at the masked patches, [S, N, D]."""
-    mask_SN = official["input.mask"].bool()
-    noise_SND = torch.full((*mask_SN.shape, golden.TINY.width), math.nan)  # nothing else of it may be read
-    noise_SND[mask_SN] = official["fwd.decoder.mask_noise_by_position"]
-    return noise_SND
-
-
-def golden_losses(students: MaskedStudents, official: dict[str, Tensor]) -> Losses:
-    return students(
-        golden.patchify(official["input.source"]),
-        visible_of(official["input.mask"]),
-        official["fwd.targets.y"],
-        official["fwd.targets.cls"],
-        noise_of(official),
-    )
-
-
-def test_targets_are_the_official_ones(teacher: Teacher, official: dict[str, Tensor]):
-    tokens_BND, cls_BD, _ = teacher.targets(golden.patchify(official["input.source"]))
-    assert golden.rel_rms(tokens_BND, official["fwd.targets.y"]) < golden.REL_RMS
-    assert golden.rel_rms(cls_BD, official["fwd.targets.cls"]) < 2e-5  # its floor is 1.2e-5, see golden.py
-
-
-def test_the_decoder_gives_what_the_official_one_gives(students: MaskedStudents, official: dict[str, Tensor]):
-    seen = []
-    for conv in students.decoder.convs:
-        conv.register_forward_hook(lambda module, args, output: seen.append(args[0].detach()))
-    grid_STFD = official["fwd.decoder.in"].unflatten(1, (8, 8))
-    out_SND = students.decoder(grid_STFD).flatten(1, 2)
-    assert golden.rel_rms(out_SND, official["fwd.decoder.out"]) < golden.REL_RMS
-    residual = seen[0] + official["fwd.decoder.block0.conv_out"]
-    assert golden.rel_rms(seen[1], residual) < golden.REL_RMS
+def teacher(case: golden.Pretraining, students: MaskedStudents) -> Teacher:
+    return case.teacher(students)
 
 
 def test_a_decoder_of_another_width_has_no_residual_around_its_first_layer():
@@ -87,60 +43,15 @@ def test_a_decoder_of_another_width_has_no_residual_around_its_first_layer():
     torch.testing.assert_close(decoder(grid_STFD), expected)
 
 
-def test_the_loss_is_the_official_sum_per_masked_patch(
-    students: MaskedStudents, official: dict[str, Tensor], shared: Path
-):
-    losses = golden_losses(students, official)
-    expected = golden.numbers(shared, "asda_pretrain")["loss"]
-    # The official criterion sums, and its trainer divides by the number of masked patches; its utterance term is a
-    # sum over clips and students, ours a mean: the weight 0.5 x clips x students makes up for it.
-    assert losses.total.item() == pytest.approx(expected["loss_per_sample_size"], rel=1e-6)
-    assert losses.frame.item() == pytest.approx(expected["regression_per_sample_size"], rel=1e-6)
-    weighted = golden.TINY_PRETRAIN.utterance_weight * losses.utterance.item()
-    assert weighted == pytest.approx(expected["cls_per_sample_size"], rel=1e-6)
-    assert losses.pred_var.item() == pytest.approx(expected["pred_var"], rel=1e-5)
-
-
-def test_the_official_target_variance_is_the_spread_over_masked_patches(official: dict[str, Tensor], shared: Path):
-    # Ours is over all patches: it then does not depend on the masks.
-    spread = feature_spread(official["fwd.targets.y_masked"], torch.ones(len(official["fwd.targets.y_masked"])))
-    assert float(spread) == pytest.approx(golden.numbers(shared, "asda_pretrain")["loss"]["target_var"], rel=1e-5)
-
-
-def test_every_gradient_is_the_official_one(students: MaskedStudents, official: dict[str, Tensor], shared: Path):
-    num_masked = golden.numbers(shared, "asda_pretrain")["loss"]["N_masked_sample_size"]
-    (golden_losses(students, official).total * num_masked).backward()
-    expected = golden.our_parameters(official, "grad.")
-    ours = {name: p.grad for name, p in students.named_parameters() if p.grad is not None}
-    assert set(ours) == set(expected) == {name for name, _ in students.named_parameters()}
-    errors = {name: golden.rel_rms(ours[name], gradient) for name, gradient in expected.items()}
-    assert max(errors.values()) < golden.REL_RMS, errors
-
-
-def test_the_order_of_the_visible_patches_changes_nothing(students: MaskedStudents, official: dict[str, Tensor]):
+def test_the_order_of_the_visible_patches_changes_nothing(students: MaskedStudents, case: golden.Pretraining):
     students = students.double()
-    arguments = [golden.patchify(official["input.source"]), official["fwd.targets.y"], official["fwd.targets.cls"]]
+    arguments = [case.patches, case.official["fwd.targets.y"], case.official["fwd.targets.cls"]]
     patches, targets, target_cls = (tensor.double() for tensor in arguments)
-    visible_BMK = visible_of(official["input.mask"])
-    noise = noise_of(official).double()
+    visible_BMK = case.visible_of(case.official["input.mask"])
+    noise = case.noise.double()
     ascending = students(patches, visible_BMK, targets, target_cls, noise)
     shuffled = students(patches, visible_BMK.flip(-1), targets, target_cls, noise)
     torch.testing.assert_close(torch.stack(ascending), torch.stack(shuffled))
-
-
-def test_one_ema_step_is_the_official_one(
-    students: MaskedStudents, teacher: Teacher, official: dict[str, Tensor], shared: Path
-):
-    decay = golden.numbers(shared, "asda_pretrain")["ema"]["decay_plain"]
-    ema_update(teacher, students.encoder, decay)
-    for name, tensor in golden.encoder_parameters(official, "ema_step.").items():
-        assert golden.rel_rms(teacher.encoder.get_parameter(name), tensor) < golden.REL_RMS, name
-
-
-def test_the_decay_is_the_official_function_of_the_number_of_updates(shared: Path):
-    expected = golden.numbers(shared, "asda_pretrain")["ema"]["annealed_decay_by_num_updates"]
-    ours = {updates: ema_decay(EmaConfig(), int(updates)) for updates in expected}
-    assert ours == pytest.approx(expected, abs=1e-15)
 
 
 def test_a_bf16_student_moves_an_fp32_teacher_by_exactly_its_share():
@@ -160,40 +71,13 @@ def test_a_bf16_student_moves_an_fp32_teacher_by_exactly_its_share():
         assert new.dtype == torch.float32
 
 
-def test_eight_updates_follow_the_official_trajectory(students: MaskedStudents, teacher: Teacher, shared: Path):
-    data, spec = golden.load(shared, "asda_trajectory"), golden.numbers(shared, "asda_trajectory")
-    anneal, adam = spec["ema"], spec["adam"]
-    ema = EmaConfig(decay=anneal["decay"], end_decay=anneal["end"], anneal_steps=anneal["anneal_end_step"])
-    optimizer = torch.optim.AdamW(
-        students.parameters(), betas=adam["betas"], eps=adam["eps"], weight_decay=adam["weight_decay"]
-    )
-    for step, update in enumerate(spec["updates"]):
-        patches_BNP = golden.patchify(data[f"source.{step}"])
-        visible_BMK = visible_of(data[f"mask.{step}"])
-        targets = teacher.targets(patches_BNP)
-        losses = students(patches_BNP, visible_BMK, targets.tokens, targets.cls, torch.zeros(8, 64, 96))
-        optimizer.zero_grad()
-        losses.total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(students.parameters(), spec["clip_norm"])
-        optimizer.param_groups[0]["lr"] = update["lr"]
-        optimizer.step()
-        decay = ema_decay(ema, step + 1)
-        ema_update(teacher, students.encoder, decay)
-        ours = [losses.total.item(), losses.frame.item(), losses.pred_var.item(), norm.item(), decay]
-        names = ["loss", "loss_regression", "pred_var", "grad_norm", "ema_decay_after"]
-        assert ours == pytest.approx([update[name] for name in names], rel=1e-5), step
-    # Where a gradient is smaller than its rounding noise, 1e-5 of the gradients' rms, Adam's step is noise of the size
-    # of the learning rate; about 1e-5 of all elements are that small, and sqrt(1e-5) of the summed rates is their rms.
-    tolerance = 1e-5**0.5 * sum(update["lr"] for update in spec["updates"])
-    for prefix, module in (("final.", students), ("final_ema.", teacher)):
-        for name, expected in golden.our_parameters(data, prefix).items():
-            error = module.get_parameter(name).detach() - expected
-            assert float(golden.without_key_biases(name, error).square().mean().sqrt()) < tolerance, prefix + name
-
-
-def test_students_and_decoder_of_the_base_model_have_94_950_144_trainable_parameters():
-    students = MaskedStudents(ModelConfig(), PretrainConfig(kind="pretrain"))
-    assert sum(p.numel() for p in students.parameters() if p.requires_grad) == 94_950_144
+@pytest.mark.parametrize(("preset", "count"), [("released", 94_950_144), ("paper", 94_950_144), ("eat", 87_840_000)])
+def test_students_and_decoder_of_the_base_model_have_the_published_number_of_trainable_parameters(
+    preset: str, count: int
+):
+    with torch.device("meta"):
+        students = MaskedStudents(ModelConfig(**PRESETS[preset]["model"]), PretrainConfig(kind="pretrain"))
+    assert sum(p.numel() for p in students.parameters() if p.requires_grad) == count
 
 
 def test_no_teacher_parameter_is_trained_and_none_is_shared_with_the_students():
@@ -217,10 +101,10 @@ def test_only_the_last_target_layers_make_the_targets():
 
 
 def test_bf16_students_give_fp32_losses_near_the_fp32_ones_and_bf16_gradients(
-    students: MaskedStudents, official: dict[str, Tensor]
+    students: MaskedStudents, case: golden.Pretraining
 ):
-    exact = golden_losses(students, official)
-    rounded = golden_losses(students.bfloat16(), official)
+    exact = case.losses(students)
+    rounded = case.losses(students.bfloat16())
     rounded.total.backward()
     assert all(loss.dtype == torch.float32 for loss in rounded)
     assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in students.parameters())
@@ -229,8 +113,8 @@ def test_bf16_students_give_fp32_losses_near_the_fp32_ones_and_bf16_gradients(
     assert rounded.total.item() == pytest.approx(exact.total.item(), rel=2 * (3 * 14 + 12) ** 0.5 * 2**-9 / 3**0.5)
 
 
-def test_the_teacher_gives_fp32_targets_under_bf16_autocast(teacher: Teacher, official: dict[str, Tensor]):
-    patches_BNP = golden.patchify(official["input.source"])
+def test_the_teacher_gives_fp32_targets_under_bf16_autocast(teacher: Teacher, case: golden.Pretraining):
+    patches_BNP = case.patches
     exact = teacher.targets(patches_BNP)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = teacher.targets(patches_BNP)
@@ -268,3 +152,142 @@ def test_feature_spread_counts_weighted_tokens_alone():
     features_ND[30:] = 1e3
     expected = (features_ND[:30].var(dim=0) + 1e-6).sqrt().mean()
     torch.testing.assert_close(feature_spread(features_ND, weight_N), expected)
+
+
+# A training step wastes nothing ---------------------------------------------------------------------------------------
+
+WAITING = {  # operations whose result the host must know before it can go on
+    "_local_scalar_dense",
+    "equal",
+    "is_nonzero",
+    "item",
+    "masked_select",
+    "nonzero",
+    "nonzero_numpy",
+    "unique_consecutive",
+    "unique_dim",
+    "_unique",
+    "_unique2",
+}
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}  # with a mask they count what is True in it
+GRID = (16, 8)
+NUM_CLIPS = 2
+
+
+class HostWaitsError(Exception):
+    """An operation made the host wait for a value on the device."""
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises HostWaitsError where a GPU would have to be waited for; counts the elements of the largest result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name in INDEXING and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name in WAITING or by_mask or func is torch.ops.aten.repeat_interleave.Tensor:
+            raise HostWaitsError(func)
+        result = func(*args, **(kwargs or {}))
+        results = result if isinstance(result, (tuple, list)) else [result]
+        self.largest = max([self.largest, *(x.numel() for x in results if isinstance(x, Tensor))])
+        return result
+
+
+def a_step(path: str, device: str = "cpu") -> tuple[MaskedStudents, Teacher, Tensor, Tensor]:
+    """Students, teacher, patches and visible places of a step of tiny models."""
+    torch.manual_seed(0)
+    students = MaskedStudents(golden.TINY, golden.TINY_PRETRAIN)
+    teacher = Teacher(students.encoder, 3).to(device)
+    for module in (students, teacher):
+        set_attention_path(module, path)  # type: ignore[arg-type]
+    num_students = golden.TINY_PRETRAIN.students
+    masks_SN = inverse_block_masks(np.random.default_rng(0), NUM_CLIPS * num_students, GRID, golden.TINY_PRETRAIN.mask)
+    visible_BMK = torch.from_numpy(visible_indices(masks_SN)).unflatten(0, (NUM_CLIPS, num_students)).to(device)
+    return students.to(device), teacher, torch.randn(NUM_CLIPS, 128, 256, device=device), visible_BMK
+
+
+def run_step(students: MaskedStudents, teacher: Teacher, patches_BNP: Tensor, visible_BMK: Tensor) -> None:
+    targets = teacher.targets(patches_BNP)
+    students(patches_BNP, visible_BMK, targets.tokens, targets.cls).total.backward()
+    ema_update(teacher, students.encoder, 0.9998)
+
+
+@pytest.mark.parametrize("path", ["explicit", "sdpa", "auto"])
+def test_nothing_in_a_step_makes_the_host_wait_for_the_device(path: str):
+    step = a_step(path)
+    with NoWaiting():
+        run_step(*step)
+
+
+def test_a_step_needs_no_value_at_all_on_the_host():
+    # Tensors of the device "meta" have no values: what asks for one, or copies to the CPU, raises.
+    run_step(*a_step("sdpa", "meta"))
+
+
+@pytest.mark.parametrize(
+    "waits",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x[x > 0],
+        lambda x: x.index_put_([x > 0], torch.tensor(0.0)),
+        lambda x: x.nonzero(),
+        lambda x: x.masked_select(x > 0),
+        lambda x: bool((x > 0).any()),
+        lambda x: torch.equal(x, x + 1),
+        lambda x: x.unique(),
+        lambda x: torch.repeat_interleave(x, torch.tensor([2, 1, 1, 1]), dim=0),
+    ],
+)
+def test_a_wait_would_be_noticed(waits: Callable[[Tensor], object]):
+    with NoWaiting(), pytest.raises(HostWaitsError):
+        waits(torch.randn(4, 4))
+
+
+@pytest.mark.parametrize("waits", [Tensor.tolist, Tensor.numpy, Tensor.cpu, lambda x: float(x[0, 0])])
+def test_a_value_on_the_host_would_be_noticed(waits: Callable[[Tensor], object]):
+    with pytest.raises((RuntimeError, NotImplementedError, TypeError)):
+        waits(torch.randn(4, 4, device="meta"))
+
+
+def test_visible_patches_are_gathered_before_they_are_embedded(monkeypatch: pytest.MonkeyPatch):
+    class EncodedError(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        raise EncodedError
+
+    students, _, patches_BNP, visible_BMK = a_step("auto")
+    embedded: list[int] = []
+    students.encoder.patch_embed.register_forward_hook(lambda module, args, output: embedded.append(args[0].numel()))
+    monkeypatch.setattr(students, "_draw_noise", stop)
+    with NoWaiting() as mode, pytest.raises(EncodedError):
+        students(patches_BNP, visible_BMK, torch.zeros(1), torch.zeros(1))
+    assert embedded == [visible_BMK.numel() * patches_BNP.shape[-1]]
+    # Nothing as large as all tokens of all students comes into being up to the encoder's output.
+    num_sequences = visible_BMK.shape[0] * visible_BMK.shape[1]
+    assert mode.largest < num_sequences * patches_BNP.shape[1] * golden.TINY.width
+
+
+def test_targets_of_the_inference_mode_give_the_gradients_that_ordinary_tensors_give():
+    students, teacher, patches_BNP, visible_BMK = a_step("auto")
+    targets = teacher.targets(patches_BNP)
+    assert all(tensor.is_inference() for tensor in targets)
+    noise_SND = torch.randn(8, 128, golden.TINY.width)
+    gradients = []
+    for tokens, cls in ((targets.tokens, targets.cls), (targets.tokens.clone(), targets.cls.clone())):
+        total = students(patches_BNP, visible_BMK, tokens, cls, noise_SND).total
+        gradients.append(torch.autograd.grad(total, list(students.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_the_teacher_can_be_trained_on_after_its_inference():
+    # The weights stay ordinary tensors: the average moves them after every step, and a checkpoint restores them.
+    students, teacher, patches_BNP, _ = a_step("auto")
+    before = teacher.targets(patches_BNP).tokens
+    torch.nn.init.normal_(students.encoder.norm.weight)
+    ema_update(teacher, students.encoder, 0.5)
+    assert not torch.equal(teacher.targets(patches_BNP).tokens, before)
+    teacher.encoder.load_state_dict(teacher.encoder.state_dict())

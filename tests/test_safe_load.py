@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from asda.errors import UserError
-from asda.safe_load import is_settings, plain, safe_load
+from asda.official.safe_load import is_settings, plain, safe_load
 
 ZIPPED = [True, False]  # the format of torch.save since 1.6, and the one before
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from asda import checkpoint
 from asda.config import Description, PretrainConfig
 from asda.errors import UserError, exit_with_sentence
-from asda.official import Wishes, from_official, to_official
-from asda.safe_load import plain, safe_load
+from asda.official.safe_load import plain, safe_load
+from asda.official.weights import Wishes, from_official, to_official
 
 EXAMPLES = """
 examples

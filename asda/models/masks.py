@@ -34,8 +34,7 @@ def inverse_block_masks(
             f"objective.mask.ratio {config.ratio} leaves none of the {grid[0]} x {grid[1]} patches of a clip visible; "
             f"use longer clips (data.frames) or a smaller ratio"
         )
-    num_centres = int(num_patches * ((1 - config.ratio) + config.adjust) / config.block**2)
-    centres_MC = rng.integers(num_patches, size=(num_masks, num_centres))
+    centres_MC = draw_centres(rng, num_masks, num_patches, config)
     # A patch of a block outranks every other patch, and chance decides among equals: of a union that is too large
     # this keeps a uniform choice, and to one that is too small it adds a uniform choice.
     rank_MN = block_union(centres_MC, grid, config.block) + rng.random((num_masks, num_patches), dtype=np.float32)
@@ -43,6 +42,12 @@ def inverse_block_masks(
     visible_MN = np.zeros((num_masks, num_patches), dtype=bool)
     np.put_along_axis(visible_MN, shown_MK, True, axis=1)
     return visible_MN
+
+
+def draw_centres(rng: np.random.Generator, num_masks: int, num_patches: int, config: MaskConfig) -> NDArray[np.int64]:
+    """The patches around which blocks are shown, [M, C]: any patch, also twice, so many that about enough is seen."""
+    num_centres = int(num_patches * ((1 - config.ratio) + config.adjust) / config.block**2)
+    return rng.integers(num_patches, size=(num_masks, num_centres))
 
 
 def block_union(centres_MC: NDArray[np.int64], grid: tuple[int, int], block: int) -> NDArray[np.bool_]:

@@ -149,13 +149,15 @@ class Teacher(nn.Module):
         self.encoder = copy.deepcopy(encoder).float().requires_grad_(False).eval()
         self.target_layers = target_layers
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def targets(self, patches_BNP: Tensor) -> Targets:
         """Encode whole clips; the caller may hold torch.autocast open, the norms are computed in fp32 all the same.
 
         The MLP outputs of the last target_layers blocks, without CLS, are normalised per feature over the patches of
         the clip and averaged; a LayerNorm over the features follows. Each layer's mean over the patches is 0, so the
         clip feature is only the small residue that the last norm leaves.
+
+        What it returns are inference tensors: a loss may subtract them, but nothing may write into them.
         """
         outputs = self.encoder.ffn_outputs(patches_BNP)[-self.target_layers :]
         layers_LBDN = [instance_norm(ffn_BND[:, 1:].float().transpose(1, 2)) for ffn_BND in outputs]

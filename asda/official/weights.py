@@ -6,7 +6,7 @@
 
 Our parameters are theirs under other names, but for two: the patch embedding is a matrix here and a convolution there,
 and EAT joins our qk and v to one qkv. Their file also holds the table of positions, which we compute. Sizes come from
-the shapes, and what shapes cannot tell from the cfg (asda/official_config.py); what neither tells is assumed, and said.
+the shapes, what shapes cannot tell from the cfg (asda/official/settings.py); what neither tells is assumed, and said.
 
 Shapes: D width, P patch, N positions of the longest clip.
 """
@@ -30,7 +30,7 @@ from asda.errors import UserError
 from asda.models.classifier import Classifier
 from asda.models.encoder import sincos_positions
 from asda.models.pretrain import MaskedStudents
-from asda.official_config import (
+from asda.official.settings import (
     check_cfg,
     classify_tree,
     input_tree,
