@@ -203,13 +203,7 @@ class Config(Section):
     @model_validator(mode="after")
     def fits(self) -> Self:
         """Check what concerns several sections."""
-        if self.data.frames % self.model.patch:
-            raise ValueError(f"data.frames {self.data.frames} must be a multiple of model.patch {self.model.patch}")
-        if self.data.frames > self.model.max_time_patches * self.model.patch:
-            raise ValueError(
-                f"data.frames {self.data.frames} must fit model.max_time_patches {self.model.max_time_patches} "
-                f"x model.patch {self.model.patch}"
-            )
+        _check_frames(self.data.frames, self.model)
         if self.optimizer.warmup_steps > self.optimizer.steps:
             raise ValueError(
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} must not exceed "
@@ -245,6 +239,22 @@ class Description(Section):
     data: InputConfig
     model: ModelConfig
     labels: tuple[str, ...] = ()  # of a classifier, in the order of its logits
+
+    @model_validator(mode="after")
+    def fits(self) -> Self:
+        """Check what concerns several sections."""
+        _check_frames(self.data.frames, self.model)
+        return self
+
+
+def _check_frames(frames: int, model: ModelConfig) -> None:
+    """Refuse a clip that is no whole number of patches, or longer than the table of positions."""
+    if frames % model.patch:
+        raise ValueError(f"data.frames {frames} must be a multiple of model.patch {model.patch}")
+    if frames > model.max_time_patches * model.patch:
+        raise ValueError(
+            f"data.frames {frames} must fit model.max_time_patches {model.max_time_patches} x model.patch {model.patch}"
+        )
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:

@@ -130,7 +130,6 @@ class Model:
         self._classifier = classifier.to(device).eval().requires_grad_(False) if classifier else None
         self._device = device
         self._patch, self._chunk = description.model.patch, description.data.frames  # frames
-        self._check_whole_patches(self._chunk, "data.frames")
 
     @overload
     def features(self, audio: Audio, sample_rate_hz: float, layer: int | None = None) -> Features: ...
@@ -372,16 +371,15 @@ class Model:
             raise UserError(f"{name} {seconds!r} must be from 0.01 to {most / FRAMES_PER_S:g}")
         return frames
 
-    def _check_whole_patches(self, frames: int, name: str) -> None:
-        most = self.description.model.max_time_patches * self._patch
-        if frames % self._patch or not 0 < frames <= most:
-            raise UserError(f"{name} {frames} must be a multiple of a patch's {self._patch}, and at most {most}")
-
     def _check_log_mel(self, mel_BTM: Tensor) -> None:
         mel_bins = self.description.model.mel_bins
         if mel_BTM.ndim != 3 or not len(mel_BTM) or mel_BTM.shape[2] != mel_bins:
             raise UserError(f"the log-mel has shape {tuple(mel_BTM.shape)}; give [clips, frames, {mel_bins}]")
-        self._check_whole_patches(mel_BTM.shape[1], "the log-mel's number of frames")
+        frames, most = mel_BTM.shape[1], self.description.model.max_time_patches * self._patch
+        if frames % self._patch or not 0 < frames <= most:
+            raise UserError(
+                f"the log-mel has {frames} frames; give a multiple of a patch's {self._patch}, and at most {most}"
+            )
 
 
 def cut(wave_S: Tensor, window: int, hop: int) -> list[Tensor]:

@@ -473,8 +473,8 @@ def test_a_rate_that_is_none_is_refused(rate, model: Model):
         (lambda m: m.timeline(sound(400), RATE_HZ, float("nan")), "window_s nan must be"),
         (lambda m: m.encode_log_mel(torch.zeros(16, 128)), r"the log-mel has shape \(16, 128\); give \[clips"),
         (lambda m: m.encode_log_mel(torch.zeros(1, 16, 64)), "the log-mel has shape"),
-        (lambda m: m.encode_log_mel(torch.zeros(1, 20, 128)), "frames 20 must be a multiple of a patch's 16, and at"),
-        (lambda m: m.logits_of_log_mel(torch.zeros(1, 1040, 128)), "frames 1040 must be .* at most 1024"),
+        (lambda m: m.encode_log_mel(torch.zeros(1, 20, 128)), "has 20 frames; give a multiple of a patch's 16, and at"),
+        (lambda m: m.logits_of_log_mel(torch.zeros(1, 1040, 128)), "has 1040 frames; .* at most 1024"),
     ],
 )
 def test_an_argument_out_of_bounds_is_refused(call, sentence: str, model: Model):
