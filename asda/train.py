@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -34,6 +35,7 @@ from asda.engine import (
 )
 from asda.errors import UserError, exit_with_sentence
 from asda.evaluate import evaluate_weights
+from asda.models.attention import describe_paths
 from asda.objectives import Objective, make_objective
 from asda.presets import departures
 from asda.runlog import RunLog
@@ -63,10 +65,11 @@ def train(config: Config) -> None:
     engine = make_engine(config, objective.module, objective.lr_scales, processes.world_size)
     first_step = _restore(start_from, config, dataset, objective, engine, processes) if start_from else 0
 
+    derived_numbers = _derived_numbers(config, dataset, objective, processes, micro_batch)
     log = RunLog(run, first_step, config.optimizer.steps, enabled=processes.is_first)
     if processes.is_first:
         (run / "config.json").write_text(dump_config(config))
-    for line in _derived_numbers(config, dataset, objective, processes, micro_batch):
+    for line in derived_numbers:
         log.say(line)
     if first_step:
         log.say(f"continuing from {start_from}: {first_step} of {config.optimizer.steps} steps are done")
@@ -260,9 +263,20 @@ def _derived_numbers(
         f"log-mel mean {stats.mean:.3f} std {stats.std:.3f}",
         f"step        {settings.batch} clips = {processes.world_size} ranks x {accumulation} x {micro_batch}, "
         f"{config.engine.precision}, ZeRO stage {config.engine.zero_stage}, {processes.device.type}",
+        f"attention   {_attention_paths(config, objective, processes.device.type, num_patches)}",
         f"run         {settings.steps:,} steps = {settings.steps * settings.batch / len(dataset):.1f} epochs, "
         f"peak lr {settings.lr:g}, folder {config.run.folder}",
     ]
+
+
+def _attention_paths(config: Config, objective: Objective, device_type: str, num_patches: int) -> str:
+    draw = objective.masks()
+    sequences = {"clips": (1 + num_patches, True)}  # tokens with CLS, whether gradients are needed
+    if draw is not None:
+        num_visible = draw(np.random.default_rng(0)).shape[1]
+        sequences = {"students": (1 + num_visible, True), "the teacher": (1 + num_patches, False)}
+    features = config.model.width // config.model.heads
+    return describe_paths(config.engine.attention, device_type, features, sequences)
 
 
 def main() -> None:

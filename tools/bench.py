@@ -2,18 +2,22 @@
 
     python tools/bench.py                 every benchmark
     python tools/bench.py data --json     one, as a JSON object on one line
+    python tools/bench.py attention       the ways to compute attention, by shape and dtype (minutes)
 
 Machines are shared and noisy: quote the ratios, not the rates.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +31,9 @@ from asda.data.audio import SAMPLE_RATE_HZ
 from asda.data.fbank import log_mel
 from asda.data.stream import ClipDataset, evaluation_batches, with_patches
 from asda.errors import exit_with_sentence
+from asda.models.attention import TRITON_TILE, attend, by_definition
+
+Figures = dict[str, float] | dict[str, dict[str, float]]
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIP_SECONDS = 10
@@ -132,7 +139,95 @@ def alternate(*works: Callable[[], object], rounds: int = ROUNDS) -> list[float]
     return [statistics.median(taken) for taken in seconds]
 
 
-BENCHMARKS = {"features": bench_features, "data": bench_data}
+# Sequences x tokens, and whether the shape is trained: of ASDA-base at 10 s, heads and features per head as there.
+ATTENTION_SHAPES = {
+    "students 16 x 103": (16, 103, True),  # of one clip
+    "students 192 x 103": (192, 103, True),  # of the micro-batch of configs/as2m.json
+    "teacher 1 x 513": (1, 513, False),
+    "teacher 12 x 513": (12, 513, False),
+    "fine-tuning 8 x 513": (8, 513, True),
+}
+HEADS, HEAD_FEATURES, LAMBDA = 12, 64, 0.1
+
+
+def bench_attention() -> Figures:
+    """Differential attention by path, in ms; `products` are its matrix products alone, which no path can beat."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows: dict[str, dict[str, float]] = {}
+    for (name, (sequences, tokens, trained)), dtype in product(
+        ATTENTION_SHAPES.items(), (torch.bfloat16, torch.float32)
+    ):
+        for backward in (False, True) if trained else (False,):
+            works = attention_works(sequences, tokens, backward, dtype, device)
+            with torch.set_grad_enabled(backward):
+                seconds = dict(zip(works, alternate(*works.values()), strict=True))
+            label = f"{name}, {str(dtype).removeprefix('torch.')}, {'forward + backward' if backward else 'forward'}"
+            ours = seconds.keys() - {"products", "definition"}
+            rows[label] = {path: 1000 * s for path, s in seconds.items()}
+            rows[label]["best ratio"] = seconds["definition"] / min(seconds[path] for path in ours)
+    return rows
+
+
+def attention_works(
+    sequences: int, tokens: int, backward: bool, dtype: torch.dtype, device: str
+) -> dict[str, Callable[[], object]]:
+    """Path -> one call of it, on random inputs laid out as the encoder's linear layers make them."""
+    width = HEADS * HEAD_FEATURES
+    qk_BNC = torch.randn(sequences, tokens, 4 * width, device=device).to(dtype).requires_grad_(backward)
+    v_BND = torch.randn(sequences, tokens, width, device=device).to(dtype).requires_grad_(backward)
+    cotangent_BND = torch.randn(sequences, tokens, width, device=device).to(dtype)
+
+    def work(path: Callable[..., torch.Tensor]) -> None:
+        qk_2BGNE = qk_BNC.unflatten(-1, (2, 2 * HEADS, HEAD_FEATURES)).permute(2, 0, 3, 1, 4)
+        v_BHNE = v_BND.unflatten(-1, (HEADS, HEAD_FEATURES)).transpose(1, 2)
+        mixed_BND = path(qk_2BGNE, v_BHNE, LAMBDA).transpose(1, 2).flatten(2)
+        if backward:
+            torch.autograd.grad(mixed_BND, (qk_BNC, v_BND), cotangent_BND)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    paths = {"definition": by_definition}
+    names = ("explicit", "sdpa") if device == "cpu" else ("sdpa", "triton") if tokens <= TRITON_TILE else ("sdpa",)
+    paths |= {name: partial(attend, path=name) for name in names}
+    return {"products": products_work(sequences, tokens, backward, dtype, device)} | {
+        name: partial(work, path) for name, path in paths.items()
+    }
+
+
+def products_work(sequences: int, tokens: int, backward: bool, dtype: torch.dtype, device: str) -> Callable[[], object]:
+    """The matrix products of differential attention, on contiguous operands and into memory that is there."""
+    rows = torch.randn(sequences * HEADS, tokens, HEAD_FEATURES, device=device).to(dtype)
+    matrix = torch.randn(sequences * HEADS, tokens, tokens, device=device).to(dtype)
+    matrix_out, rows_out = torch.empty_like(matrix), torch.empty_like(rows)
+
+    def work() -> None:
+        # Forward: two maps and their difference with v. Backward: of the difference; of v, two queries, two keys.
+        with torch.no_grad():
+            for _ in range(3 if backward else 2):
+                torch.bmm(rows, rows.mT, out=matrix_out)
+            for _ in range(6 if backward else 1):
+                torch.bmm(matrix, rows, out=rows_out)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return work
+
+
+BENCHMARKS = {"features": bench_features, "data": bench_data, "attention": bench_attention}
+
+
+def print_figures(figures: Figures) -> None:
+    """Name and value on a line; where a value has parts, a table with a line for each."""
+    heads: list[str] = []
+    for key, value in figures.items():
+        if not isinstance(value, dict):
+            print(f"  {key:34} {value:10.2f}")
+            continue
+        if list(value) != heads:
+            heads = list(value)
+            print(f"  {'':50}" + "".join(f"{head:>12}" for head in heads))
+        print(f"  {key:50}" + "".join(f"{part:12.2f}" for part in value.values()))
 
 
 def main() -> None:
@@ -149,7 +244,7 @@ def main() -> None:
             print(json.dumps({"benchmark": name, **figures}))
         else:
             print(f"{name}: {(BENCHMARKS[name].__doc__ or '').splitlines()[0]}")
-            print("".join(f"  {key:34} {value:10.2f}\n" for key, value in figures.items()), end="")
+            print_figures(figures)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """Differential attention: one softmax map minus lambda times another (ASDA, Interspeech 2025).
 
+The definition stands first. Three ways to compute it follow, equal to it forward and backward: matrices block by block
+in the cache of a CPU, torch's fused attention, and a Triton kernel; then the module that the encoder is made of.
+
 Shapes: B sequences, N tokens, D width, H heads, E = D / H features per head, G = H times the number of maps: the heads
-of the first map, then those of the second.
+of the first map, then those of the second. A leading 2: queries, then keys.
 """
 
 import math
+import os
 from typing import Literal
 
 import torch
@@ -12,8 +16,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from asda.config import ModelConfig
+from asda.errors import UserError
+from asda.models.blocked_attention import BlockedAttention
 
 NORM_EPS = 1e-5  # of the norm after the difference; the other norms of the encoder have 1e-6
+TRITON_TILE = 128  # tokens, and features of a head, of which the Triton kernel holds a matrix on the chip
 LAMBDA_STD = 0.1  # of the vectors that make a learned lambda (Differential Transformer, section 2.1)
 
 Path = Literal["auto", "explicit", "sdpa", "triton"]
@@ -37,23 +44,96 @@ def differential_attention(
 
 
 def attend(
-    q_BGNE: Tensor, k_BGNE: Tensor, v_BHNE: Tensor, lam: Lambda, present_BN: Tensor | None, path: Path
+    qk_2BGNE: Tensor, v_BHNE: Tensor, lam: Lambda, present_BN: Tensor | None = None, path: Path = "auto"
 ) -> Tensor:
-    """Ordinary attention when G = H, differential attention when G = 2 H; [B, H, N, E]."""
+    """Ordinary attention when G = H, differential attention when G = 2 H, by the path given; [B, H, N, E].
+
+    Args:
+        qk_2BGNE: queries and keys of all maps, in any layout whose last dimension is dense.
+        v_BHNE: values, of the same dtype.
+        lam: the weight of the second map; a gradient flows to it if it is a tensor.
+        present_BN: False where a token is padding, of which nothing is taken; None when there is none.
+        path: see choose_path.
+    """
+    needs_gradient = torch.is_grad_enabled() and (qk_2BGNE.requires_grad or v_BHNE.requires_grad)
+    path = choose_path(path, v_BHNE.device.type, v_BHNE.shape[2], v_BHNE.shape[3], needs_gradient)
     if path == "sdpa":
-        return _by_sdpa(q_BGNE, k_BGNE, v_BHNE, lam, present_BN)
+        return _by_sdpa(qk_2BGNE, v_BHNE, lam, present_BN)
+    if path == "triton":
+        from asda.models.triton_attention import TritonAttention  # Triton is not there on every machine
+
+        return TritonAttention.apply(qk_2BGNE, v_BHNE, lam, present_BN)  # pyright: ignore[reportReturnType]
+    if v_BHNE.device.type == "cpu":
+        return BlockedAttention.apply(qk_2BGNE, v_BHNE, lam, present_BN)  # pyright: ignore[reportReturnType]
+    return by_definition(qk_2BGNE, v_BHNE, lam, present_BN)
+
+
+def choose_path(
+    path: Path, device_type: str, tokens: int, features: int, needs_gradient: bool
+) -> Literal["explicit", "sdpa", "triton"]:
+    """The path that is taken where the configuration says `path`, for sequences of so many tokens.
+
+    On a CPU explicit matrices are taken for training and fused attention for the forward alone. Medians of one run in
+    ms, bf16 / fp32, 12 heads x 64 features, on two shared cores with AMX; `python tools/bench.py attention` measures
+    yours:
+
+                                    explicit         sdpa    definition   products alone
+        16 x 103 tokens, training    62 / 77    170 / 109     50 / 81        13 / 19
+       192 x 103 tokens, training  725 / 1255  1957 / 1376   667 / 2933     146 / 350
+         8 x 513 tokens, training   307 / 607    453 / 592   426 / 1031      86 / 301
+        16 x 103 tokens, forward      17 / 27      12 / 26    16 / 32         5 / 11
+        12 x 513 tokens, forward    138 / 293     87 / 239   344 / 796       55 / 170
+
+    Explicit's many small steps wait for each other's threads, so it loses most where other programs keep the cores
+    busy; a process of one thread, as with a rank a core, does not wait.
+
+    On a GPU torch's fused attention is taken. The Triton kernel must be asked for: it has been proven on a CPU only,
+    and its speed on a GPU is unknown. Sequences that exceed its tile take sdpa instead.
+
+    Raises:
+        UserError: when Triton is asked for and cannot run.
+    """
+    if path == "triton":
+        if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise UserError(
+                f"engine.attention triton needs a CUDA device and this run has a {device_type}; use auto, or set "
+                "TRITON_INTERPRET=1 to try it slowly"
+            )
+        return "triton" if max(tokens, features) <= TRITON_TILE else "sdpa"
+    if path != "auto":
+        return path
+    return "explicit" if device_type == "cpu" and needs_gradient else "sdpa"
+
+
+def describe_paths(path: Path, device_type: str, features: int, sequences: dict[str, tuple[int, bool]]) -> str:
+    """One line for the log: which path is taken for which sequences (name -> tokens, whether gradients are needed)."""
+    taken = [
+        f"{choose_path(path, device_type, tokens, features, needs_gradient)} for {name} of {tokens} tokens"
+        for name, (tokens, needs_gradient) in sequences.items()
+    ]
+    return f"{path}: {', '.join(taken)}"
+
+
+def by_definition(qk_2BGNE: Tensor, v_BHNE: Tensor, lam: Lambda, present_BN: Tensor | None = None) -> Tensor:
+    """attend, by the functions at the top."""
+    q_BGNE, k_BGNE = qk_2BGNE
     if q_BGNE.shape[1] == v_BHNE.shape[1]:
         return attention_map(q_BGNE, k_BGNE, present_BN) @ v_BHNE
     (q1, q2), (k1, k2) = q_BGNE.chunk(2, dim=1), k_BGNE.chunk(2, dim=1)
     return differential_attention(q1, k1, q2, k2, v_BHNE, lam, present_BN)
 
 
-def _by_sdpa(q_BGNE: Tensor, k_BGNE: Tensor, v_BHNE: Tensor, lam: Lambda, present_BN: Tensor | None) -> Tensor:
+def _by_sdpa(qk_2BGNE: Tensor, v_BHNE: Tensor, lam: Lambda, present_BN: Tensor | None) -> Tensor:
     mask_B11N = None if present_BN is None else present_BN[:, None, None]
-    num_maps = q_BGNE.shape[1] // v_BHNE.shape[1]
-    v_BGNE = v_BHNE.repeat(1, num_maps, 1, 1)
-    first, *second = scaled_dot_product_attention(q_BGNE, k_BGNE, v_BGNE, mask_B11N).chunk(num_maps, dim=1)
-    return first - lam * second[0] if second else first
+    heads = v_BHNE.shape[1]
+    # One call a map, with the same v: one call on twice the heads would need a doubled copy of v.
+    first, *second = (
+        scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE, mask_B11N)
+        for q_BHNE, k_BHNE in zip(*(x_BGNE.split(heads, dim=1) for x_BGNE in qk_2BGNE), strict=True)
+    )
+    if not second:
+        return first
+    return first - lam * second[0] if isinstance(lam, Tensor) else torch.sub(first, second[0], alpha=lam)
 
 
 class Attention(nn.Module):
@@ -86,9 +166,9 @@ class Attention(nn.Module):
 
     def forward(self, tokens_BND: Tensor, present_BN: Tensor | None = None) -> Tensor:
         """Mix the tokens of each sequence, [B, N, D] -> [B, N, D]; of tokens that are not present nothing is taken."""
-        q_BGNE, k_BGNE = self._queries_and_keys(tokens_BND)
-        v_BHNE = self._split_heads(self.v(tokens_BND), self.heads)
-        mixed_BHNE = attend(q_BGNE, k_BGNE, v_BHNE, self.current_lambda(), present_BN, self.path)
+        qk_2BGNE = self._queries_and_keys(tokens_BND)
+        v_BHNE = self.v(tokens_BND).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        mixed_BHNE = attend(qk_2BGNE, v_BHNE, self.current_lambda(), present_BN, self.path)
         mixed_BND = mixed_BHNE.transpose(1, 2).flatten(2)
         return self.proj(self.norm(mixed_BND) * self.scale)
 
@@ -98,16 +178,12 @@ class Attention(nn.Module):
 
     def maps(self, tokens_BND: Tensor) -> tuple[Tensor, ...]:
         """The maps before their difference, each [B, H, N, N] with rows that sum to 1: for pictures."""
-        q_BGNE, k_BGNE = self._queries_and_keys(tokens_BND)
-        return attention_map(q_BGNE, k_BGNE).split(self.heads, dim=1)
+        return attention_map(*self._queries_and_keys(tokens_BND)).split(self.heads, dim=1)
 
-    def _queries_and_keys(self, tokens_BND: Tensor) -> tuple[Tensor, Tensor]:
-        q_BNC, k_BNC = self.qk(tokens_BND).chunk(2, dim=-1)
-        num_heads = q_BNC.shape[-1] * self.heads // tokens_BND.shape[-1]  # G
-        return self._split_heads(q_BNC, num_heads), self._split_heads(k_BNC, num_heads)
-
-    def _split_heads(self, x_BNC: Tensor, num_heads: int) -> Tensor:
-        return x_BNC.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # [B, heads, N, E]
+    def _queries_and_keys(self, tokens_BND: Tensor) -> Tensor:
+        qk_BNC = self.qk(tokens_BND)
+        features = tokens_BND.shape[-1] // self.heads
+        return qk_BNC.unflatten(-1, (2, -1, features)).permute(2, 0, 3, 1, 4)  # [2, B, G, N, E]
 
 
 class PerHeadNorm(nn.Module):
