@@ -14,7 +14,7 @@ demo: setup  ## the whole road on synthetic sounds, offline; or on yours: make d
 	@$(BIN)/python tools/demo.py $(if $(AUDIO),--audio "$(AUDIO)") --out demo
 
 test: setup  ## all tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 golden: setup  ## every official number, on each attention path of a CPU (needs ../shared, see CONTRIBUTING.md)
 	@$(BIN)/python tests/golden_check.py $(or $(ASDA_SHARED),../shared)/golden
