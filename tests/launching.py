@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from asda.engine import free_port
-
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 TINY = [
@@ -36,6 +34,8 @@ def finetuning(shards: Path, run: Path, *more: str) -> list[str]:
 
 def command(ranks: int, script: str, *arguments: str) -> list[str]:
     """Ranks 0: plain python."""
+    from asda.engine import free_port  # here, because conftest.py comes this way and DeepSpeed takes seconds to import
+
     deepspeed = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
     launcher = deepspeed if ranks else [sys.executable]
     return [*launcher, str(ROOT / "asda" / script), *arguments]
