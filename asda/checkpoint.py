@@ -152,7 +152,12 @@ def resolve(path: Path) -> Path:
 
 
 def read_state(folder: Path) -> tuple[Config, State]:
-    """The configuration and state of a checkpoint."""
+    """The configuration and state of a checkpoint of a run."""
+    if not (folder / "state.json").is_file():
+        raise UserError(
+            f"{folder} holds weights and no run (it has no state.json): predict.py, extract_features.py and "
+            "objective.init_from take it, evaluating and continuing need a checkpoint that train.py saved"
+        )
     fields = json.loads((folder / "state.json").read_text())
     if fields["format"] != FORMAT or fields["order_version"] != ORDER_VERSION:
         raise UserError(

@@ -3,8 +3,8 @@
     load_config("configs/as2m.json", ["engine.zero_stage=2"]) -> Config
 
 Every level refuses unknown keys and names the nearest known one. Values carry their unit in the name or in the
-comment beside them. Where a default stands, it is the released ASDA recipe; the file configs/as2m.json spells all
-of them out.
+comment beside them. Where a default stands, it is the released ASDA recipe; a preset and a size (asda/presets.py)
+replace it, and the config.json of a run spells all values out.
 """
 
 import difflib
@@ -24,6 +24,8 @@ Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Preset = Literal["released", "paper", "learned", "eat"]  # asda/presets.py
+Size = Literal["tiny", "small", "base", "large"]
 Kind = TypeVar("Kind", "Config", "Description")
 DataSpecs = str | list[str]  # "FOLDER:SPLIT" or "FOLDER:SPLIT+SPLIT", or several of them
 
@@ -190,8 +192,8 @@ class Config(Section):
     """One run."""
 
     about: dict[str, str] = Field(default={}, alias="_about")  # the story: source, expected metric, hardware, command
-    preset: Literal["released", "paper", "learned", "eat"] = DEFAULT_PRESET  # asda/presets.py; sets what is not given
-    size: Literal["tiny", "small", "base", "large"] = DEFAULT_SIZE
+    preset: Preset = DEFAULT_PRESET  # with the size it sets what is not given
+    size: Size = DEFAULT_SIZE
     objective: PretrainConfig | ClassifyConfig = Field(discriminator="kind")
     data: DataConfig
     model: ModelConfig
@@ -233,8 +235,8 @@ class Description(Section):
     """
 
     about: dict[str, str] = Field(default={}, alias="_about")
-    preset: Literal["released", "paper", "learned", "eat"] = DEFAULT_PRESET
-    size: Literal["tiny", "small", "base", "large"] = DEFAULT_SIZE
+    preset: Preset = DEFAULT_PRESET
+    size: Size = DEFAULT_SIZE
     objective: PretrainConfig | ClassifyConfig = Field(discriminator="kind")
     data: InputConfig
     model: ModelConfig
@@ -355,9 +357,8 @@ def _explain(error: ValidationError, kind: type[Section]) -> str:
 
 def _keys_of(location: tuple[Any, ...]) -> list[Any]:
     """The keys of the file in a pydantic location, which also names the branches of unions: pretrain, float."""
-    sections = ("pretrain", "classify", "LogMelStats")
-    types = ("str", "float", "constrained-float", "list[", "literal[")
-    return [key for key in location if key not in sections and not str(key).startswith(types)]
+    branches = ("pretrain", "classify", "LogMelStats", "str", "float", "constrained-float")
+    return [key for key in location if key not in branches and not str(key).startswith(("list[", "literal["))]
 
 
 def _nearest(keys: list[Any], kind: type[Section]) -> str:

@@ -92,12 +92,12 @@ def load(path: str | Path, weights: Weights = "student", device: Device = "auto"
             )
         classifier = Classifier(description.model, description.objective, len(description.labels))
         _fill(classifier, tensors, folder)
-        return Model(description, classifier.encoder, classifier, place)
+        return Model(folder, description, classifier.encoder, classifier, place)
     encoder = Encoder(description.model)
     if weights == "student":  # the decoder beside it is for pre-training only
         tensors = {name.removeprefix("encoder."): t for name, t in tensors.items() if name.startswith("encoder.")}
     _fill(encoder, tensors, folder)
-    return Model(description, encoder, None, place)
+    return Model(folder, description, encoder, None, place)
 
 
 class Model:
@@ -109,6 +109,7 @@ class Model:
     UserError says what is wrong with an argument: a shape, a sample that is not finite, a clip that is too short.
 
     Attributes:
+        folder: where the weights came from, of a run the checkpoint.
         description: the network's sizes, its input and its objective.
         labels: class names in the order of the logits; empty where there is no classifier.
         width: features of an embedding, D.
@@ -119,8 +120,16 @@ class Model:
 
     sample_rate_hz = SAMPLE_RATE_HZ  # to which all audio is resampled
 
-    def __init__(self, description: Description, encoder: Encoder, classifier: Classifier | None, device: torch.device):
+    def __init__(
+        self,
+        folder: Path,
+        description: Description,
+        encoder: Encoder,
+        classifier: Classifier | None,
+        device: torch.device,
+    ):
         """Take loaded modules; `encoder` is the classifier's where there is one."""
+        self.folder = folder
         self.description = description
         self.labels: tuple[str, ...] = description.labels if classifier else ()
         self.width, self.depth = description.model.width, description.model.depth

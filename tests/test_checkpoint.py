@@ -134,6 +134,14 @@ def test_a_folder_of_weights_gives_back_what_was_written(tmp_path: Path, descrip
     assert torch.equal(checkpoint.read_weights(folder, "teacher")["w"], torch.zeros(2))
 
 
+def test_weights_without_a_run_are_no_checkpoint_to_continue_or_evaluate(
+    tmp_path: Path, description: Description
+) -> None:
+    checkpoint.write_weights(tmp_path / "weights", description, {"model": {"a": torch.zeros(2)}})
+    with pytest.raises(UserError, match=r"holds weights and no run \(it has no state\.json\)"):
+        checkpoint.read_state(tmp_path / "weights")
+
+
 def test_a_folder_of_weights_is_replaced_only_when_asked_and_only_if_it_holds_nothing_else(
     tmp_path: Path, description: Description
 ) -> None:

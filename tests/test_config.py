@@ -20,7 +20,7 @@ def test_every_shipped_config_is_valid_and_survives_a_round_trip(path: Path, tmp
     assert config.about["what"], "a config tells its story"
 
 
-def test_the_as2m_config_spells_out_the_published_recipe() -> None:
+def test_the_as2m_config_is_the_published_recipe() -> None:
     # design figures: 12 blocks of 768, 12 heads, 16 students, mask .8/.07/5, lr 5e-4, 800k updates of 48 clips
     config = load_config(AS2M)
     objective = config.objective
@@ -49,6 +49,9 @@ def test_dotted_overrides_replace_values_and_read_json() -> None:
         ("data.trian=x", "unknown key data.trian; did you mean data.train?"),
         ("objective.mask.ratoi=0.5", "did you mean objective.mask.ratio?"),
         ("zero_stage=1", "did you mean engine.zero_stage?"),
+        ("data.strides=3", "unknown key data.strides; known here: train"),  # begins as pydantic's name of a type does
+        ("engine.floaty=1", "unknown key engine.floaty"),
+        ("model.attention_lambda=much", "should be a valid number, or input should be 'learned' or 'absent'"),
         ("quux=1", "unknown key quux; known here: _about, preset, size, objective"),
         ("optimizer.lr=-1", "optimizer.lr is -1: input should be greater than 0"),
         ("optimizer.lr=NaN", "optimizer.lr is NaN: input should be a finite number"),

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest.mock import patch
 
 import golden
 import pytest
@@ -51,9 +50,9 @@ class Done:
 def convert(*arguments: object) -> Done:
     """Run the tool inside this process: starting it anew takes seconds."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    with redirect_stdout(out), redirect_stderr(err), patch.object(sys, "argv", ["tool", *map(str, arguments)]):
+    with redirect_stdout(out), redirect_stderr(err):
         try:
-            exit_with_sentence(TOOL.main)
+            exit_with_sentence(lambda: TOOL.convert(TOOL.parse_args(list(map(str, arguments)))))
         except SystemExit as left:
             code = int(left.code or 0)
     return Done(code, out.getvalue(), err.getvalue())
@@ -517,6 +516,9 @@ def test_labels_of_another_number_are_refused(shared: Path, tmp_path: Path):
     source = shared / "golden" / "asda_finetune_official.pt"
     sentence = refused(source, "--out", tmp_path / "out", "--labels", tmp_path / "labels.txt")
     assert "--labels names 2 classes, the checkpoint has 13" in sentence
+    (tmp_path / "labels.txt").write_bytes(b"\xff\xfe\x00")
+    sentence = refused(source, "--out", tmp_path / "out", "--labels", tmp_path / "labels.txt")
+    assert "labels.txt is not UTF-8 text" in sentence
 
 
 def test_our_own_weights_are_not_taken_for_official_ones(weights: Path, tmp_path: Path):

@@ -246,9 +246,17 @@ def test_a_wait_would_be_noticed(waits: Callable[[Tensor], object]):
         waits(torch.randn(4, 4))
 
 
-@pytest.mark.parametrize("waits", [Tensor.tolist, Tensor.numpy, Tensor.cpu, lambda x: float(x[0, 0])])
-def test_a_value_on_the_host_would_be_noticed(waits: Callable[[Tensor], object]):
-    with pytest.raises((RuntimeError, NotImplementedError, TypeError)):
+@pytest.mark.parametrize(
+    ("waits", "error", "words"),
+    [
+        (Tensor.tolist, NotImplementedError, "Cannot copy out of meta tensor"),
+        (Tensor.cpu, NotImplementedError, "Cannot copy out of meta tensor"),
+        (Tensor.numpy, TypeError, "can't convert meta device type tensor to numpy"),
+        (lambda x: float(x[0, 0]), RuntimeError, "cannot be called on meta tensors"),
+    ],
+)
+def test_a_value_on_the_host_would_be_noticed(waits: Callable[[Tensor], object], error: type[Exception], words: str):
+    with pytest.raises(error, match=words):
         waits(torch.randn(4, 4, device="meta"))
 
 

@@ -122,9 +122,8 @@ def test_without_a_gpu_triton_is_refused_with_a_sentence(monkeypatch: pytest.Mon
 
 
 @pytest.mark.launch
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA device it trains")
 def test_training_by_triton_without_a_gpu_ends_with_a_sentence_and_no_run_folder(shards: Path, tmp_path: Path):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
     done = start(command(0, "train.py", *pretraining(shards, tmp_path / "run", "engine.attention=triton")))
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: engine.attention triton needs a CUDA device")

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -71,13 +70,9 @@ def run(tool: str, *arguments: object) -> Done:
     module: ModuleType = importlib.import_module(tool)
     work = {"predict": "predict", "extract_features": "extract"}[tool]
     out, err, code = io.StringIO(), io.StringIO(), 0
-    with (
-        patch("sys.argv", [tool, *map(str, arguments)]),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            exit_with_sentence(lambda: getattr(module, work)(module.parse_args()))
+            exit_with_sentence(lambda: getattr(module, work)(module.parse_args(list(map(str, arguments)))))
         except SystemExit as exit:
             code = int(exit.code or 0)
     return Done(code, out.getvalue(), err.getvalue())

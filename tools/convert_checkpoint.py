@@ -37,8 +37,8 @@ COLUMN = 12  # characters of the first column
 MIB = 1 << 20
 
 
-def parse_args() -> argparse.Namespace:
-    """Read the command line."""
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read these arguments, or the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -62,7 +62,7 @@ def parse_args() -> argparse.Namespace:
     )
     add("--preset", choices=("released", "paper"), help="lambda of an ASDA: 0.1 as released (default), or 0.3")
     add("--force", action="store_true", help="replace --out")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def to_ours(args: argparse.Namespace) -> list[str]:
@@ -158,7 +158,10 @@ def row(name: str, words: str) -> str:
 def _wishes(args: argparse.Namespace) -> Wishes:
     labels = None
     if args.labels:
-        lines = args.labels.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = args.labels.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise UserError(f"--labels {args.labels} is not UTF-8 text; give class names, one per line") from None
         labels = tuple(line.strip() for line in lines if line.strip())
     if args.heads is not None and args.heads < 1:
         raise UserError(f"--heads {args.heads} must be at least 1")
@@ -191,10 +194,14 @@ def _sizes(folder: Path) -> str:
     return f"{folder}: config.json, " + ", ".join(f"{f.name} ({f.stat().st_size / MIB:.1f} MiB)" for f in files)
 
 
-def main() -> None:
-    """Convert in the direction of --to."""
-    args = parse_args()
+def convert(args: argparse.Namespace) -> None:
+    """Convert in the direction of --to, and say what was read and written."""
     print("\n".join(to_theirs(args) if args.to == "official" else to_ours(args)))
+
+
+def main() -> None:
+    """Parse the command line and convert."""
+    convert(parse_args())
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import asda
-from asda import checkpoint
 from asda.data.audio import SAMPLE_RATE_HZ, AudioError, read_wave
 from asda.data.files import AudioFile, audio_files
 from asda.data.order import Draw
@@ -106,8 +105,8 @@ class Task:
     read: Callable[[], Iterator[list[Sound]]]  # its sounds in batches; raises AudioError or UserError
 
 
-def parse_args() -> argparse.Namespace:
-    """Read the command line."""
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read these arguments, or the command line."""
     parser = argparse.ArgumentParser(
         description="Write the embeddings of audio files, folders or shards: a file for each of them, resumable.",
         epilog=EXAMPLES,
@@ -123,16 +122,15 @@ def parse_args() -> argparse.Namespace:
     add("--weights", choices=("student", "teacher"), default="student", help="of a pre-training run")
     add("--format", choices=WRITERS, default="npz", help="of the files (default %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network computes")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def extract(args: argparse.Namespace) -> None:
     """List the work, do what is not done yet, report."""
     tasks = [task for text in args.inputs for task in tasks_of(text)]
     refuse_equal_names(tasks)
-    folder = checkpoint.resolve(args.model)
-    model = asda.load(folder, weights=args.weights, device=args.device)
-    settings = settings_of(args, folder, model)
+    model = asda.load(args.model, weights=args.weights, device=args.device)
+    settings = settings_of(args, model)
     check_folder(args.out, settings)
     failures = []
     with Progress(sum(task.num_clips for task in tasks)) as progress:
@@ -150,14 +148,14 @@ def extract(args: argparse.Namespace) -> None:
         raise UserError(failures[0] if len(tasks) == 1 else f"{len(failures)} of {len(tasks)} inputs cannot be used")
 
 
-def settings_of(args: argparse.Namespace, folder: Path, model: Model) -> Settings:
+def settings_of(args: argparse.Namespace, model: Model) -> Settings:
     """What the arguments say, with the layer as a number and the model by its weights."""
     layer = model.depth if args.layer is None else args.layer
     if not 0 <= layer <= model.depth:
         raise UserError(f"--layer {layer} must be from 0 to {model.depth}, the number of the model's blocks")
     stem = "teacher" if args.weights == "teacher" else "model"
     use = model.description.model_dump_json(include={"model", "data"})
-    fingerprint = xxhash.xxh3_128_hexdigest((hash_file(folder / f"{stem}.safetensors") + use).encode())
+    fingerprint = xxhash.xxh3_128_hexdigest((hash_file(model.folder / f"{stem}.safetensors") + use).encode())
     return Settings(str(args.model), f"xxh3_128:{fingerprint}", args.weights, layer, args.granularity, args.format)
 
 

@@ -50,8 +50,8 @@ A file that cannot be used is named on stderr with the reason. The others are do
 """
 
 
-def parse_args() -> argparse.Namespace:
-    """Read the command line."""
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read these arguments, or the command line."""
     parser = argparse.ArgumentParser(
         description="Say what is heard in audio files: the strongest tags of each, and over time.",
         epilog=EXAMPLES,
@@ -68,7 +68,7 @@ def parse_args() -> argparse.Namespace:
     add("--hop", type=float, metavar="S", help="seconds from one window to the next (default: a window)")
     add("--picture", type=Path, metavar="PNG", help="draw spectrogram and tags over time of one file")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network computes")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def predict(args: argparse.Namespace) -> None:

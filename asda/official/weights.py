@@ -145,7 +145,7 @@ def from_official(file: Mapping[str, Any], cfg: Tree, wishes: Wishes, source: st
     weights = {"model": _translate(state, description, layout, source, has_decoder)}
     if isinstance(teacher, Mapping):
         teacher = dict(teacher)
-        _drop_strangers(teacher)
+        notes += [f"_ema: {note}" for note in _drop_strangers(teacher)]
         followed = _translate(teacher, description, layout, f"_ema of {source}", has_decoder=False)
         weights["teacher"] = {name.removeprefix("encoder."): tensor for name, tensor in followed.items()}
     elif not layout.fine_tuned:
