@@ -18,7 +18,8 @@ import pytest
 import soundfile
 
 from asda.data.audio import encode_wav
-from asda.data.shards import DatasetIndex, ShardFile, load_dataset, verify_shard
+from asda.data.index import DatasetIndex
+from asda.data.shards import ShardFile, load_dataset, verify_shard
 from asda.data.sources import SourceOptions, rows_from_folder
 from asda.errors import exit_with_sentence
 

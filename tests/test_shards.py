@@ -20,17 +20,9 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from xxhash import xxh3_64_hexdigest, xxh3_128_hexdigest
 
 from asda.data.audio import decode_wav, encode_wav, read_audio
+from asda.data.index import MAX_SAMPLE_BYTES, TAR_END, DatasetIndex, hash_bytes
 from asda.data.plan import ClipTask, ShardTask
-from asda.data.shards import (
-    MAX_SAMPLE_BYTES,
-    TAR_END,
-    DatasetIndex,
-    ShardFile,
-    hash_bytes,
-    load_dataset,
-    load_shard_index,
-    verify_shard,
-)
+from asda.data.shards import ShardFile, load_dataset, load_shard_index, verify_shard
 from asda.data.writer import summarize_split, write_dataset, write_shard
 from asda.errors import UserError
 

@@ -30,8 +30,9 @@ from tqdm import tqdm
 import asda
 from asda.data.audio import SAMPLE_RATE_HZ, AudioError, read_wave
 from asda.data.files import AudioFile, audio_files
+from asda.data.index import DATASET_FILE, SHARD_SUFFIX
 from asda.data.order import Draw
-from asda.data.shards import DATASET_FILE, SHARD_SUFFIX, ShardFile, load_dataset
+from asda.data.shards import ShardFile, load_dataset
 from asda.data.stream import Clip, ClipDataset, fetch_clips
 from asda.data.writer import TEMPORARY_SUFFIX, commit, temporary_file, write_file
 from asda.errors import UserError, exit_with_sentence

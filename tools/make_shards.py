@@ -18,8 +18,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from asda.data.audio import MAX_SECONDS, SAMPLE_RATE_HZ
+from asda.data.index import DATASET_FILE, FORMAT_VERSION, MAX_SAMPLE_BYTES, DatasetIndex, SplitIndex
 from asda.data.plan import ShardTask, assign_splits, choose_vocabulary, keyed, parse_split, plan_split
-from asda.data.shards import DATASET_FILE, FORMAT_VERSION, MAX_SAMPLE_BYTES, DatasetIndex, SplitIndex
 from asda.data.sources import SOURCES, SourceOptions
 from asda.data.writer import (
     TEMPORARY_SUFFIX,

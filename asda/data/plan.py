@@ -12,7 +12,7 @@ from pathlib import Path
 
 from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
 
-from asda.data.shards import SHARD_SUFFIX
+from asda.data.index import SHARD_SUFFIX
 from asda.data.sources import Row
 from asda.errors import UserError
 

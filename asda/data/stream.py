@@ -28,9 +28,10 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from asda.config import Config, DataConfig, LogMelStats
 from asda.data.audio import decode_wav
 from asda.data.fbank import num_samples
+from asda.data.index import TAR_END, DatasetIndex
 from asda.data.order import Draw, ShuffledOrder, clip_rng, rank_slice
 from asda.data.pipeline import PatchPipeline
-from asda.data.shards import TAR_END, DatasetIndex, ShardFile, load_dataset
+from asda.data.shards import ShardFile, load_dataset
 from asda.errors import UserError
 
 

@@ -23,8 +23,7 @@ import zstandard
 from xxhash import xxh3_64_hexdigest, xxh3_128
 
 from asda.data.audio import SAMPLE_RATE_HZ, AudioError, encode_wav, read_audio
-from asda.data.plan import ClipTask, ShardTask
-from asda.data.shards import (
+from asda.data.index import (
     DATASET_FILE,
     FORMAT_VERSION,
     TAR_END,
@@ -35,6 +34,7 @@ from asda.data.shards import (
     SplitIndex,
     hash_bytes,
 )
+from asda.data.plan import ClipTask, ShardTask
 from asda.errors import UserError
 
 ZSTD_LEVEL = 3  # higher levels cost much time and win under 1 % on audio
