@@ -69,12 +69,33 @@ def test_mel_filters_are_torchaudios_to_the_last_bit():
     assert not ours_KM[-1].any()
 
 
-def test_the_bands_hold_every_weight_of_the_filters_twice():
-    dense_2KM = torch.zeros(2 * fbank.NUM_LINES, fbank.NUM_MEL_BINS)
-    width = fbank.NUM_MEL_BINS // fbank.NUM_BANDS
-    for band, (low, high, weights) in enumerate(fbank.BAND_FILTERS):
-        dense_2KM[low:high, band * width : (band + 1) * width] = weights
-    assert torch.equal(dense_2KM, fbank.mel_filters().repeat_interleave(2, dim=0))
+def test_two_filters_a_line_hold_every_weight():
+    dense_KM = np.zeros((fbank.NUM_LINES, fbank.NUM_MEL_BINS), np.float32)
+    lines_K = np.arange(fbank.NUM_LINES)
+    for neighbour in (0, 1):
+        dense_KM[lines_K, fbank.LINE_FILTER_K + neighbour] = fbank.LINE_WEIGHTS_K2[:, neighbour]
+    assert np.array_equal(dense_KM, fbank.mel_filters().numpy())
+
+
+def test_frames_are_torchaudios_to_the_last_bit(real_clips: list[np.ndarray]):
+    for samples_S in real_clips[::10]:
+        wave_S = torch.from_numpy(samples_S / 32768).float()
+        theirs_TN, _ = torchaudio_kaldi._get_window(
+            wave_S, 512, 400, 160, "hanning", 0.42, True, True, 1.0, 0.0, True, 0.97
+        )
+        ours_TN = np.zeros_like(theirs_TN.numpy())
+        one, zero = np.float32(1), np.float32(0)
+        window_W = fbank.WINDOW_W.numpy()
+        fbank._windowed_frames(wave_S.numpy(), one, zero, one, np.float32(fbank.PRE_EMPHASIS), window_W, ours_TN)
+        assert np.array_equal(ours_TN, theirs_TN.numpy())
+
+
+@pytest.mark.parametrize("gain", [0.5, 1.37])
+def test_gain_is_a_factor_on_the_wave_without_its_mean(gain: float):
+    samples_S = np.random.default_rng(4).normal(500, 3000, 16000).astype(np.int16)
+    wave_S = samples_S / 32768
+    louder_S = ((wave_S - wave_S.mean()) * gain).astype(np.float32)
+    assert_close(fbank.log_mel(samples_S, gain), fbank.log_mel(louder_S))
 
 
 @pytest.mark.parametrize("extra_frames", [-1, 0, 1, fbank.FRAMES_AT_ONCE + 7])
