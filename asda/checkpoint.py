@@ -49,6 +49,7 @@ class State:
     vocabulary: tuple[str, ...]  # empty in pre-training
     data_fingerprint: str  # of the training shards
     world_size: int
+    damaged_clips: tuple[int, ...] = ()  # by number, those that others stood in for (data.max_damaged)
     order_version: int = ORDER_VERSION
     format: int = FORMAT
 
@@ -151,20 +152,34 @@ def resolve(path: Path) -> Path:
     return found
 
 
-def read_state(folder: Path) -> tuple[Config, State]:
-    """The configuration and state of a checkpoint of a run."""
+def read_state(folder: Path, *, to_continue: bool = False) -> tuple[Config, State]:
+    """The configuration and state of a checkpoint of a run.
+
+    Args:
+        folder: the checkpoint.
+        to_continue: whether the run is to go on from here, for which its clips must come in the order that it began in.
+
+    Raises:
+        UserError: it is no checkpoint of a run, or another version of asda wrote it.
+    """
     if not (folder / "state.json").is_file():
         raise UserError(
             f"{folder} holds weights and no run (it has no state.json): predict.py, extract_features.py and "
             "objective.init_from take it, evaluating and continuing need a checkpoint that train.py saved"
         )
     fields = json.loads((folder / "state.json").read_text())
-    if fields["format"] != FORMAT or fields["order_version"] != ORDER_VERSION:
+    if fields["format"] != FORMAT:
+        raise UserError(f"checkpoint {folder} has format {fields['format']}; this version of asda reads {FORMAT}")
+    if to_continue and fields["order_version"] != ORDER_VERSION:
         raise UserError(
-            f"checkpoint {folder} has format {fields['format']} and data order {fields['order_version']}; "
-            f"this version of asda reads format {FORMAT} and order {ORDER_VERSION}"
+            f"{folder} was trained in data order {fields['order_version']}, this version of asda draws in order "
+            f"{ORDER_VERSION}; continue with the version that began the run, or start another run.folder from it"
         )
-    return load_config(folder / "config.json"), State(**{**fields, "vocabulary": tuple(fields["vocabulary"])})
+    return load_config(folder / "config.json"), State(**{name: _immutable(value) for name, value in fields.items()})
+
+
+def _immutable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def read_description(folder: Path) -> Description:
@@ -178,7 +193,12 @@ def read_description(folder: Path) -> Description:
         preset=config.preset,
         size=config.size,
         objective=config.objective,
-        data=InputConfig(frames=config.data.frames, log_mel=config.data.log_mel, pad_log_mel=config.data.pad_log_mel),
+        data=InputConfig(
+            frames=config.data.frames,
+            log_mel=config.data.log_mel,
+            pad_log_mel=config.data.pad_log_mel,
+            padding=config.data.padding,
+        ),
         model=config.model,
         labels=state.vocabulary,
     )

@@ -76,12 +76,21 @@ def free_port() -> int:
 
 
 def micro_batch_of(config: Config, world_size: int) -> int:
-    """Clips a rank takes at once: the largest divisor of its share of the batch within engine.micro_batch."""
+    """Clips a rank takes at once: the largest divisor of its share of the batch within engine.micro_batch.
+
+    Where clips are mixed it is even, so that no pair of neighbours is parted.
+    """
     batch = config.optimizer.batch
     if batch % world_size:
         raise UserError(f"optimizer.batch {batch} must be a multiple of the number of ranks, {world_size}")
-    share = batch // world_size
-    return max(size for size in range(1, min(share, config.engine.micro_batch) + 1) if share % size == 0)
+    share, together = batch // world_size, 2 if config.data.augment.mixup.alpha else 1
+    if share % together:
+        raise UserError(
+            f"data.augment.mixup mixes neighbours, so optimizer.batch {batch} must be an even number of clips for each "
+            f"of {world_size} ranks; use a batch of {batch + world_size}"
+        )
+    sizes = range(together, min(share, config.engine.micro_batch) + 1, together)
+    return max(size for size in sizes if share % size == 0)
 
 
 def deepspeed_dict(config: Config, world_size: int) -> dict[str, Any]:

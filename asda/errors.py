@@ -16,6 +16,12 @@ class UserError(Exception):
     """Says in one sentence what is wrong, where (file, shard, key, byte), the rule, and the fix."""
 
 
+def say(line: str) -> None:
+    """Print a line on stderr, with the rank where there are several."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    print(f"[rank {os.environ['RANK']}] {line}" if several else line, file=sys.stderr, flush=True)
+
+
 def exit_with_sentence(main: Callable[[], None]) -> None:
     """Run `main`; turn a UserError, or a file that cannot be opened, into one line on stderr and exit code 2.
 
@@ -38,8 +44,7 @@ def exit_with_sentence(main: Callable[[], None]) -> None:
 
 
 def _leave(line: str, code: int) -> None:
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    print(f"[rank {os.environ['RANK']}] {line}" if several else line, file=sys.stderr, flush=True)
-    if several:
+    say(line)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         os._exit(code)  # peers may be waiting in a collective; an orderly exit would wait for them
     sys.exit(code)

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from asda import checkpoint
 from asda.config import ClassifyConfig, Config
-from asda.data.stream import ClipDataset, evaluation_batches, with_patches
+from asda.data.cache import CacheConfig
+from asda.data.clips import ClipDataset
+from asda.data.stream import evaluation_batches, patch_maker, with_patches
 from asda.engine import Processes, join_processes
 from asda.errors import UserError, exit_with_sentence
 from asda.metrics import summary
@@ -35,7 +37,8 @@ def evaluate_weights(
         UserError: the shards are damaged, or have other classes than the classifier.
     """
     assert isinstance(config.objective, ClassifyConfig)
-    dataset = ClipDataset(config.data.valid, labelled=True)
+    cache = CacheConfig(config.data.cache, config.data.cache_gib)
+    dataset = ClipDataset(config.data.valid, labelled=True, cache=cache)
     if dataset.vocabulary != vocabulary:
         raise UserError(
             f"{config.data.valid} has {len(dataset.vocabulary)} classes that are not the {len(vocabulary)} the "
@@ -53,13 +56,21 @@ def _predict(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores and targets of all clips, [N, C] each, in the dataset's order, on every rank."""
     batch = config.engine.micro_batch
-    stream = evaluation_batches(dataset, config.data, batch=batch, rank=processes.rank, world_size=processes.world_size)
+    stream = evaluation_batches(
+        dataset,
+        config.data,
+        batch=batch,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        patches=patch_maker(config, processes.device),
+    )
     num_classes = len(dataset.vocabulary)
     scores, targets = [np.empty((0, num_classes), np.float32)], [np.empty((0, num_classes), np.float32)]
     autocast = torch.autocast(processes.device.type, torch.bfloat16, enabled=config.engine.precision == "bf16")
     with with_patches(stream, config, batch, processes.device) as batches, torch.inference_mode(), autocast:
         for patches_BNP, clips in batches:
-            scores.append(model(patches_BNP.to(processes.device)).float().cpu().numpy())
+            present_BN = clips.present(config, processes.device)
+            scores.append(model(patches_BNP.to(processes.device), present_BN).float().cpu().numpy())
             targets.append(clips.targets(num_classes))
     parts = [None] * processes.world_size
     dist.all_gather_object(parts, (np.concatenate(scores), np.concatenate(targets)))

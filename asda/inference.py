@@ -295,7 +295,8 @@ class Model:
 
     def _stretch_logits(self, clips: list[list[Tensor]]) -> Iterator[Tensor]:
         """Logits [C] of each stretch of each clip. What is a clip by itself is filled up to the length trained on; a
-        part of one only to a whole patch: a network that has seen little padding takes it for a sound.
+        part of one only to a whole patch: a network that has seen little padding takes it for a sound. So is every
+        clip for a network that was trained with masked padding.
         """
         sized = ((self._heard_frames(one, len(stretches)), one) for stretches in clips for one in stretches)
         for frames, group in groupby(sized, key=itemgetter(0)):
@@ -305,7 +306,8 @@ class Model:
 
     def _heard_frames(self, stretch_S: Tensor, num_stretches: int) -> int:
         whole_patches = self._num_patches(stretch_S) // self._encoder.num_mel_patches * self._patch
-        return self._chunk if num_stretches == 1 else whole_patches
+        is_filled = num_stretches == 1 and self.description.data.padding == "constant"
+        return self._chunk if is_filled else whole_patches
 
     def _stack(self, chunks: list[Tensor], frames: int) -> Tensor:
         """Normalised log-mels of waves [S], filled up to `frames` frames: [B, T, M]."""

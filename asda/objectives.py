@@ -10,6 +10,7 @@
 What both share lies in asda/train.py.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 
 from asda import checkpoint
-from asda.config import ClassifyConfig, Config, ModelConfig, PretrainConfig
-from asda.data.stream import Batch, MaskMaker
+from asda.config import ClassifyConfig, Config, MaskConfig, ModelConfig, PretrainConfig
+from asda.data.batches import Batch
+from asda.data.stream import MaskMaker
 from asda.engine import full_weights, gathered
 from asda.errors import UserError
 from asda.models.attention import set_attention_path
@@ -44,11 +46,7 @@ class Pretraining:
         """Draws the visible patches of all students of one clip: rng -> [M, K] int64."""
         patch = self._config.model.patch
         grid = (self._config.data.frames // patch, self._config.model.mel_bins // patch)
-
-        def draw(rng: np.random.Generator) -> np.ndarray:
-            return visible_indices(inverse_block_masks(rng, self._objective.students, grid, self._objective.mask))
-
-        return draw
+        return partial(_visible_patches, num_masks=self._objective.students, grid=grid, config=self._objective.mask)
 
     def loss(self, engine: Any, patches_BNP: Tensor, batch: Batch) -> tuple[Tensor, Terms]:
         """Teacher targets once a clip, then all students of all clips."""
@@ -83,13 +81,19 @@ class Pretraining:
         self.teacher.encoder.load_state_dict(checkpoint.read_weights(folder, "teacher"))
 
 
+def _visible_patches(
+    rng: np.random.Generator, *, num_masks: int, grid: tuple[int, int], config: MaskConfig
+) -> np.ndarray:
+    return visible_indices(inverse_block_masks(rng, num_masks, grid, config))
+
+
 class Classification:
     """Labels from the CLS token."""
 
     def __init__(self, config: Config, objective: ClassifyConfig, vocabulary: tuple[str, ...]):
         if not vocabulary:
             raise UserError(f"{config.data.train} has no labels; objective.kind classify needs shards made with labels")
-        self._objective, self._num_classes = objective, len(vocabulary)
+        self._config, self._objective, self._num_classes = config, objective, len(vocabulary)
         self.module = Classifier(config.model, objective, len(vocabulary))
         if objective.init_from:
             _load_encoder(self.module, objective, config.model)
@@ -102,7 +106,8 @@ class Classification:
     def loss(self, engine: Any, patches_BNP: Tensor, batch: Batch) -> tuple[Tensor, Terms]:
         """Cross-entropy or binary cross-entropy over the clips."""
         targets_BC = torch.from_numpy(batch.targets(self._num_classes)).to(patches_BNP.device)
-        loss = classification_loss(engine(patches_BNP), targets_BC, self._objective)
+        present_BN = batch.present(self._config, patches_BNP.device)
+        loss = classification_loss(engine(patches_BNP, present_BN), targets_BC, self._objective)
         return loss, {"loss": loss}
 
     def after_update(self, num_updates: int) -> dict[str, float]:

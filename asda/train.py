@@ -21,8 +21,11 @@ from asda import checkpoint
 from asda.checkpoint import State
 from asda.config import ClassifyConfig, Config, LogMelStats, dump_config, load_config
 from asda.costs import in_flop, network_costs
+from asda.data.batches import Batch
+from asda.data.cache import CacheConfig
+from asda.data.clips import ClipDataset, DamageBudget
 from asda.data.order import hash_of
-from asda.data.stream import Batch, ClipDataset, training_batches, with_patches
+from asda.data.stream import patch_maker, training_batches, with_patches
 from asda.engine import (
     Processes,
     gradient_norm,
@@ -51,7 +54,10 @@ intact checkpoint of run.folder is used (resume=never refuses instead)."""
 
 def train(config: Config) -> None:
     """Run a configuration to its last step, from its newest checkpoint if it has one."""
-    dataset = ClipDataset(config.data.train, labelled=isinstance(config.objective, ClassifyConfig))
+    sources = [part.data for part in config.data.datasets]
+    labelled = isinstance(config.objective, ClassifyConfig)
+    cache = CacheConfig(config.data.cache, config.data.cache_gib)
+    dataset = ClipDataset(*sources, labelled=labelled, tolerant=config.data.max_damaged > 0, cache=cache)
     _refuse_unfit_labels(config, dataset)
     if config.data.log_mel == "dataset":
         config = config.model_copy(update={"data": config.data.model_copy(update={"log_mel": dataset.log_mel})})
@@ -63,7 +69,8 @@ def train(config: Config) -> None:
     start_from = _newest_checkpoint(run, config, processes)
     objective = make_objective(config, dataset.vocabulary, processes.device)
     engine = make_engine(config, objective.module, objective.lr_scales, processes.world_size)
-    first_step = _restore(start_from, config, dataset, objective, engine, processes) if start_from else 0
+    budget = DamageBudget(int(config.data.max_damaged * len(dataset)))
+    first_step = _restore(start_from, config, dataset, objective, engine, budget, processes) if start_from else 0
 
     derived_numbers = _derived_numbers(config, dataset, objective, processes, micro_batch)
     log = RunLog(run, first_step, config.optimizer.steps, enabled=processes.is_first)
@@ -84,8 +91,10 @@ def train(config: Config) -> None:
         rank=processes.rank,
         world_size=processes.world_size,
         masks=objective.masks(),
+        budget=budget,
+        patches=patch_maker(config, processes.device, training=True),
     )
-    with with_patches(stream, config, micro_batch, processes.device) as batches:
+    with with_patches(stream, config, micro_batch, processes.device, training=True) as batches:
         meter = Meter(processes.device)
         for step in range(first_step, config.optimizer.steps):
             set_learning_rate(engine, learning_rate(config.optimizer, step))
@@ -108,6 +117,8 @@ def train(config: Config) -> None:
             if done % config.run.log_every == 0 or last:
                 rates = {"lr": learning_rate(config.optimizer, step), "grad_norm": gradient_norm(engine)}
                 figures = meter.figures(processes.world_size) | extra | rates
+                if budget.num_clips:
+                    figures["damaged_clips"] = len(_damaged_on_all_ranks(budget, processes))
                 log.record("train", done, figures)
                 _stop_if_not_finite(figures, done)
             if config.data.valid and (done % config.run.eval_every == 0 or last):
@@ -117,7 +128,8 @@ def train(config: Config) -> None:
             if done % config.run.save_every == 0 or last:
                 # Weights that came from a loss without a value must never replace a checkpoint.
                 _stop_if_not_finite(mean_over_ranks({"loss": float(sum(losses))}, processes.device), done)
-                state = State(done, dataset.vocabulary, dataset.fingerprint, processes.world_size)
+                damaged = _damaged_on_all_ranks(budget, processes)
+                state = State(done, dataset.vocabulary, dataset.fingerprint, processes.world_size, damaged)
                 with meter.paused():
                     folder = checkpoint.save(
                         run, config, state, objective.weights(), _engine_writer(engine), processes.is_first
@@ -162,6 +174,7 @@ class Meter:
         elapsed = time.monotonic() - self._started
         means = {name: (value / self._num_micro_batches).item() for name, value in self._sums.items()}
         means["clips_per_s"] = self._num_clips * world_size / elapsed
+        means["data_wait_s"] = self._waited_s
         means["data_wait_share"] = self._waited_s / elapsed
         self.__init__(self._device)
         return mean_over_ranks(means, self._device)
@@ -186,10 +199,16 @@ def _newest_checkpoint(run: Path, config: Config, processes: Processes) -> Path 
 
 
 def _restore(
-    folder: Path, config: Config, dataset: ClipDataset, objective: Objective, engine: Any, processes: Processes
+    folder: Path,
+    config: Config,
+    dataset: ClipDataset,
+    objective: Objective,
+    engine: Any,
+    budget: DamageBudget,
+    processes: Processes,
 ) -> int:
     """Continue from a checkpoint; returns the number of steps done."""
-    saved, state = checkpoint.read_state(folder)
+    saved, state = checkpoint.read_state(folder, to_continue=True)
     _refuse_another_run(folder, saved, config)
     if state.data_fingerprint != dataset.fingerprint:
         raise UserError(
@@ -202,7 +221,15 @@ def _restore(
         )
     engine.load_checkpoint(str(folder), tag="engine")
     objective.restore(folder)
+    budget.met.update(state.damaged_clips)
     return state.step
+
+
+def _damaged_on_all_ranks(budget: DamageBudget, processes: Processes) -> tuple[int, ...]:
+    """The numbers of all damaged clips that any rank has met. All ranks call this together."""
+    met: list[set[int]] = [set()] * processes.world_size
+    dist.all_gather_object(met, budget.met)
+    return tuple(sorted(set().union(*met)))
 
 
 def _refuse_another_run(folder: Path, saved: Config, config: Config) -> None:
@@ -222,7 +249,17 @@ def _deciding_values(config: Config) -> dict[str, Any]:
             "objective": True,
             "model": True,
             "optimizer": True,
-            "data": {"train", "frames", "crop", "log_mel", "pad_log_mel", "group_shards"},
+            "data": {
+                "train",
+                "frames",
+                "crop",
+                "log_mel",
+                "pad_log_mel",
+                "padding",
+                "augment",
+                "order",
+                "group_shards",
+            },
             "engine": {"precision", "zero_stage"},
             "run": {"seed"},
         }

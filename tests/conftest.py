@@ -1,13 +1,29 @@
 """Fixtures shared by all tests."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fault_table import Count, counter, table
 from launching import finetuning, launch, pretraining
 from sounds_dataset import make_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the table of faults, of this process's tests or of all workers'."""
+    reports = (r for some in terminalreporter.stats.values() for r in some if isinstance(r, pytest.TestReport))
+    if lines := list(table(reports)):
+        terminalreporter.section("faults and what became of them")
+        terminalreporter.write_line("\n".join(lines))
+
+
+@pytest.fixture
+def count_fault(record_property: Callable[[str, object], None]) -> Count:
+    """Puts a line into the table of faults: row of the matrix, fault, trials, detected, lost."""
+    return counter(record_property)
 
 
 @pytest.fixture(scope="session")

@@ -109,9 +109,18 @@ def test_an_interrupted_save_is_invisible_and_swept_by_the_next(tmp_path: Path, 
 def test_states_of_another_format_are_refused(tmp_path: Path, config: Config) -> None:
     folder = write(tmp_path, config, 1)
     fields = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps({**fields, "order_version": 99}))
-    with pytest.raises(UserError, match="data order 99"):
+    (folder / "state.json").write_text(json.dumps({**fields, "format": 99}))
+    with pytest.raises(UserError, match="format 99"):
         checkpoint.read_state(folder)
+
+
+def test_a_run_in_another_order_of_clips_gives_its_weights_and_is_not_continued(tmp_path: Path, config: Config) -> None:
+    folder = write(tmp_path, config, 1)
+    fields = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**fields, "order_version": 99}))
+    assert checkpoint.read_state(folder)[1].step == 1
+    with pytest.raises(UserError, match="data order 99"):
+        checkpoint.read_state(folder, to_continue=True)
 
 
 def test_a_folder_without_checkpoints_is_named(tmp_path: Path) -> None:

@@ -39,6 +39,31 @@ def test_drop_path_acts_while_training_alone():
     assert torch.equal(classifier.eval()(patches_BNP), classifier(patches_BNP))
 
 
+@pytest.mark.parametrize("pooling", ["cls", "mean", "linear_softmax"])
+def test_masked_padding_is_as_if_it_were_not_there(pooling: str):
+    torch.manual_seed(0)
+    classifier = Classifier(golden.TINY, config_of(pooling=pooling), NUM_CLASSES).eval()
+    patches_BNP, sizes = patches_of(3), (16, 40, 48)
+    present_BN = torch.arange(48) < torch.tensor(sizes)[:, None]
+    logits_BC = classifier(patches_BNP, present_BN)
+    for logits_C, patches_NP, size in zip(logits_BC, patches_BNP, sizes, strict=True):
+        # As many roundings in another order: the tolerance of the official logits, 5e-6.
+        assert (logits_C - classifier(patches_NP[None, :size])[0]).abs().max() <= 5e-6
+    assert not torch.equal(classifier(patches_BNP)[0], logits_BC[0])
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "linear_softmax"])
+def test_masked_padding_gets_no_gradient(pooling: str):
+    torch.manual_seed(0)
+    classifier = Classifier(golden.TINY, config_of(pooling=pooling), NUM_CLASSES)
+    patches_BNP = patches_of(2).requires_grad_()
+    present_BN = torch.arange(48) < torch.tensor([[24], [48]])
+    classifier(patches_BNP, present_BN).square().sum().backward()
+    assert patches_BNP.grad is not None
+    assert (patches_BNP.grad[~present_BN] == 0).all()
+    assert (patches_BNP.grad[present_BN].abs().sum(1) > 0).all()
+
+
 def test_a_bf16_classifier_gives_fp32_logits():
     classifier = Classifier(golden.TINY, config_of(), NUM_CLASSES).bfloat16()
     assert classifier(patches_of(2)).dtype == torch.float32

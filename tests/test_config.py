@@ -43,6 +43,24 @@ def test_dotted_overrides_replace_values_and_read_json() -> None:
     assert load_config(AS2M, ['data.train=["a:x", "b:y+z"]']).data.train == ["a:x", "b:y+z"]
 
 
+def test_the_data_of_a_run_is_one_dataset_or_a_mixture_of_several(tmp_path: Path) -> None:
+    def datasets(train: object) -> list[tuple[object, float]]:
+        config = load_config(AS2M, [f"data.train={json.dumps(train)}"])
+        (tmp_path / "again.json").write_text(dump_config(config))
+        assert load_config(tmp_path / "again.json") == config
+        return [(part.data, part.share) for part in config.data.datasets]
+
+    assert datasets("a:x") == [("a:x", 1)]
+    assert datasets(["a:x", "b:y"]) == [(["a:x", "b:y"], 1)]
+    assert datasets([{"data": "a:x", "share": 7}, {"data": ["b:y"], "share": 3}]) == [("a:x", 7), (["b:y"], 3)]
+    order = {"mode": "balanced", "draws_per_epoch": 200_000}
+    (part,) = load_config(
+        AS2M, [f'data.train=[{{"data": "a:x", "share": 1, "order": {json.dumps(order)}}}]']
+    ).data.datasets
+    assert part.order is not None
+    assert (part.order.mode, part.order.draws_per_epoch, part.order.replacement) == ("balanced", 200_000, False)
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
@@ -70,6 +88,26 @@ def test_dotted_overrides_replace_values_and_read_json() -> None:
         ("objective.target_layers=13", "must not exceed model.depth 12"),
         ("objective.decoder.kernel=4", "must be odd"),
         ("data.valid=shards/x:test", "data.valid"),
+        ("data.train=[]", "data.train is []: list should have at least 1 item"),
+        ("data.train=3", "data.train is 3: input should be a valid string"),
+        ('data.train=[{"data": "a:x", "share": 1}, "b:y"]', 'data.train.1 is "b:y": input should be an object'),
+        ('data.train=[{"data": "a:x"}]', "the key data.train.0.share is missing"),
+        ('data.train=[{"data": "a:x", "share": 0}]', "data.train.0.share is 0: input should be greater than 0"),
+        (
+            'data.train=[{"data": "a:x", "share": 1, "shard": 2}]',
+            "unknown key data.train.0.shard; did you mean data.train.share?",
+        ),
+        (
+            'data.train=[{"data": "a:x", "share": 1}, {"data": "b:y", "share": 9999}]',
+            "data.train: a:x has 0.0001 of all shares, less than 0.001",
+        ),
+        (
+            "data.order.mode=random",
+            "data.order.mode is \"random\": input should be 'shuffled', 'balanced' or 'sequential'",
+        ),
+        ("data.order.mode=balanced", "data.order.draws_per_epoch must be given in mode balanced without replacement"),
+        ("data.order.draws_per_epoch=5", "are of mode balanced; in mode shuffled an epoch is every clip once"),
+        ("data.order.replacement=true", "are of mode balanced; in mode shuffled an epoch is every clip once"),
         ("nonsense", "write it as section.key=value"),
         ("=3", "write it as section.key=value"),
         ("resume.deep=1", "which is a value and not a section"),

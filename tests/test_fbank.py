@@ -71,9 +71,9 @@ def test_mel_filters_are_torchaudios_to_the_last_bit():
 
 def test_two_filters_a_line_hold_every_weight():
     dense_KM = np.zeros((fbank.NUM_LINES, fbank.NUM_MEL_BINS), np.float32)
-    lines_K = np.arange(fbank.NUM_LINES)
+    lines_K, (filter_K, weights_K2) = np.arange(fbank.NUM_LINES), fbank.LINE_FILTERS
     for neighbour in (0, 1):
-        dense_KM[lines_K, fbank.LINE_FILTER_K + neighbour] = fbank.LINE_WEIGHTS_K2[:, neighbour]
+        dense_KM[lines_K, filter_K + neighbour] = weights_K2[:, neighbour]
     assert np.array_equal(dense_KM, fbank.mel_filters().numpy())
 
 

@@ -134,7 +134,7 @@ def adam_of(**changes: object) -> Callable[[Patch], None]:
 
 
 def pooling_with_cls(patch: Patch) -> None:
-    patch.setitem(classifier.POOLINGS, "mean", lambda tokens_BND: tokens_BND.mean(1))
+    patch.setitem(classifier.POOLINGS, "mean", lambda tokens_BND, _: tokens_BND.mean(1))
     patch.setitem(classifier.POOLINGS, "linear_softmax", classifier.linear_softmax)
 
 

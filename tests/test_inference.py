@@ -19,7 +19,8 @@ from asda import checkpoint, inference
 from asda.config import ClassifyConfig, Description
 from asda.data import fbank
 from asda.data.audio import read_wave
-from asda.data.stream import ClipDataset, evaluation_batches, with_patches
+from asda.data.clips import ClipDataset
+from asda.data.stream import evaluation_batches, with_patches
 from asda.errors import UserError
 from asda.inference import Model
 from asda.models.classifier import Classifier

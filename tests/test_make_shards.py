@@ -20,19 +20,19 @@ import soundfile
 from asda.data.audio import encode_wav
 from asda.data.index import DatasetIndex
 from asda.data.shards import ShardFile, load_dataset, verify_shard
-from asda.data.sources import SourceOptions, rows_from_folder
 from asda.errors import exit_with_sentence
+from asda.sharding.sources import SourceOptions, list_clips
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "make_shards.py"
 
 
-def start(*args: object) -> subprocess.Popen:
+def start(*args: object, cwd: Path | None = None) -> subprocess.Popen:
     command = [sys.executable, TOOL, *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
 
 
-def make(*args: object) -> tuple[str, str]:
-    process = start(*args)
+def make(*args: object, cwd: Path | None = None) -> tuple[str, str]:
+    process = start(*args, cwd=cwd)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     return out, err
@@ -60,9 +60,9 @@ def contents(dataset: DatasetIndex, split: str) -> dict[str, tuple[bytes, tuple[
     }
 
 
-def clip(path: Path, seed: int = 0) -> Path:
+def clip(path: Path, seed: int = 0, num_samples: int = 1600) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    samples = np.random.default_rng(seed).normal(0, 1000, 1600).astype(np.int16)
+    samples = np.random.default_rng(seed).normal(0, 1000, num_samples).astype(np.int16)
     path.write_bytes(encode_wav(samples))
     return path
 
@@ -87,7 +87,8 @@ def esc10(shared, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def esc10_shards(esc10) -> Path:
     out = esc10.parent / "one"
-    make("--source", "csv", "--input", esc10, "--out", out, "--clips-per-shard", 10, "--workers", 1)
+    args = ("--source", "csv", "--input", esc10.name, "--clips-per-shard", 10)  # relative: dataset.json records it
+    make(*args, "--out", out, "--workers", 1, cwd=esc10.parent)
     return out
 
 
@@ -114,9 +115,10 @@ def test_real_clips_arrive_exactly_with_their_labels_in_their_folds(esc10, esc10
 def test_the_bytes_do_not_depend_on_workers_or_the_order_of_rows(esc10, esc10_shards, tmp_path, workers):
     header, *lines = esc10.read_text().splitlines()
     random.Random(workers).shuffle(lines)
-    shuffled = table(tmp_path / "shuffled.csv", header, *lines)
+    table(tmp_path / esc10.name, header, *lines)
     out = tmp_path / "out"
-    make("--source", "csv", "--input", shuffled, "--out", out, "--clips-per-shard", 10, "--workers", workers)
+    args = ("--source", "csv", "--input", esc10.name, "--clips-per-shard", 10)
+    make(*args, "--out", out, "--workers", workers, cwd=tmp_path)
     assert files_of(out) == files_of(esc10_shards)
 
 
@@ -142,8 +144,8 @@ def test_a_flat_folder_and_no_labels_make_clips_without_labels(tmp_path):
     clip(tmp_path / "flat/a.wav")
     clip(tmp_path / "mixed/a.wav")
     clip(tmp_path / "mixed/x/b.FLAC")
-    flat = rows_from_folder(tmp_path / "flat", SourceOptions())
-    mixed = rows_from_folder(tmp_path / "mixed", SourceOptions(use_labels=False))
+    flat = list_clips("folder", [tmp_path / "flat"], SourceOptions())
+    mixed = list_clips("folder", [tmp_path / "mixed"], SourceOptions(use_labels=False))
     assert [(row.relative, row.labels) for row in flat.rows] == [("a.wav", ())]
     assert [(row.relative, row.labels) for row in mixed.rows] == [("a.wav", ()), ("x/b.FLAC", ())]
 
@@ -195,7 +197,8 @@ def test_overwrite_replaces_a_dataset_and_only_its_files(esc10_shards, tmp_path)
 
 def started_writing(esc10: Path, out: Path) -> subprocess.Popen:
     """Start a run with one worker, and wait until its first shard is there."""
-    process = start("--source", "csv", "--input", esc10, "--out", out, "--clips-per-shard", 10, "--workers", 1)
+    args = ("--source", "csv", "--input", esc10.name, "--clips-per-shard", 10, "--workers", 1)
+    process = start(*args, "--out", out, cwd=esc10.parent)
     deadline = time.monotonic() + 60
     while not list(out.glob("*.tar.zst")):
         assert process.poll() is None
@@ -211,8 +214,8 @@ def test_an_interrupted_run_leaves_no_temporary_files_and_no_dataset(esc10, tmp_
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert "Traceback" not in err
-    left = files_of(tmp_path / "out")
-    assert all(re.fullmatch(r"fold\d-\d{6}\.(json|tar\.zst)", name) for name in left)
+    left = [path.name for path in (tmp_path / "out").iterdir()]
+    assert all(re.fullmatch(r"fold\d-\d{6}\.(json|tar\.zst)|\.unfinished", name) for name in left)
 
 
 def test_a_killed_run_leaves_no_worker_and_its_repetition_gives_the_same_bytes(esc10, esc10_shards, tmp_path):
@@ -221,7 +224,8 @@ def test_a_killed_run_leaves_no_worker_and_its_repetition_gives_the_same_bytes(e
     process.kill()
     process.communicate(timeout=20)  # the pipes close once the last worker that inherited them has ended
     (out / "fold1-000000.tar.zst.123.tmp").write_bytes(b"left by the killed run")
-    make("--source", "csv", "--input", esc10, "--out", out, "--clips-per-shard", 10)
+    _, err = make("--source", "csv", "--input", esc10.name, "--out", out, "--clips-per-shard", 10, cwd=esc10.parent)
+    assert re.search(r"going on: \d of 8 shards are finished", err)
     assert files_of(out) == files_of(esc10_shards)
 
 
@@ -238,8 +242,8 @@ def test_a_killed_worker_ends_the_run_in_one_sentence(esc10, tmp_path):
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
-    clip(tmp_path / "in/a.wav")
-    limited = f"ulimit -f 1; exec {sys.executable} {TOOL} --source folder --input {tmp_path}/in --out {tmp_path}/out"
+    clip(tmp_path / "in/a.wav", num_samples=160_000)
+    limited = f"ulimit -f 64; exec {sys.executable} {TOOL} --source folder --input {tmp_path}/in --out {tmp_path}/out"
     done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert re.fullmatch(r"error: cannot write .*train-000000.tar.zst: File too large; free space .*\n", done.stderr)

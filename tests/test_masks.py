@@ -93,8 +93,8 @@ class FirstComeFirstServed:
     def __init__(self, rng: np.random.Generator):
         self.integers = rng.integers
 
-    def random(self, size: tuple[int, int], dtype: type) -> NDArray:
-        return np.broadcast_to(np.linspace(0.99, 0, size[1], dtype=dtype), size)
+    def random(self, size: tuple[int, int]) -> NDArray:
+        return np.zeros(size)
 
 
 # What is wrong: what it replaces, and the share of masks at which it is noticed.

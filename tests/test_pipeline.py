@@ -11,7 +11,12 @@ import pytest
 import soundfile
 import torch
 from kaldi import MOST, float64_log_mel, kaldi_log_mel
+from scipy import stats
 
+from asda.config import AugmentConfig
+from asda.data.augment import ClipAugmentation, draw_augmentation
+from asda.data.cpu_patches import uniform
+from asda.data.fbank import num_samples
 from asda.data.pipeline import PatchPipeline
 from asda.errors import UserError
 
@@ -36,13 +41,16 @@ def noise_batches(num_batches: int, clips: int = 2, num_samples: int = 8000) -> 
     return [([noise(num_samples, 100 * n + c) for c in range(clips)], n) for n in range(num_batches)]
 
 
-def expected_patches(mel_TM: np.ndarray, frames: int = FRAMES) -> torch.Tensor:
+def as_patches(x_TM: np.ndarray) -> np.ndarray:
     """The definition, one patch after the other: [N, P]."""
+    corners = [(t, m) for t in range(0, len(x_TM), PATCH) for m in range(0, 128, PATCH)]
+    return np.array([x_TM[t : t + PATCH, m : m + PATCH].flatten() for t, m in corners])
+
+
+def expected_patches(mel_TM: np.ndarray, frames: int = FRAMES) -> torch.Tensor:
     padded_TM = np.full((frames, 128), PAD)
     padded_TM[: len(mel_TM)] = mel_TM[:frames]
-    x_TM = (padded_TM - MEAN) / (2 * STD)
-    corners = [(t, m) for t in range(0, frames, PATCH) for m in range(0, 128, PATCH)]
-    return torch.tensor(np.array([x_TM[t : t + PATCH, m : m + PATCH].flatten() for t, m in corners])).float()
+    return torch.tensor(as_patches((padded_TM - MEAN) / (2 * STD))).float()
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +93,149 @@ def test_padding_has_its_value_before_normalisation(native: bool):
     with pipeline(iter([([noise(400)], 0)]), native=native, pad_log_mel=-3.0) as batches:
         patches_NP = next(batches)[0][0]
     assert torch.allclose(patches_NP[8:], torch.full((56, 256), (-3.0 - MEAN) / (2 * STD)))
+
+
+def hashed(counters: np.ndarray, key: int) -> np.ndarray:
+    """MurmurHash3's finaliser of counter * 2^32 / golden ratio + key, as a number in [0, 1); by remainders."""
+    bits = (counters.astype(np.uint64) * 0x9E3779B9 + key) % 2**32
+    bits = (bits ^ (bits >> 16)) * 0x85EBCA6B % 2**32
+    bits = (bits ^ (bits >> 13)) * 0xC2B2AE35 % 2**32
+    return ((bits ^ (bits >> 16)) >> 8) / 2**24
+
+
+def single(clip: np.ndarray, one: ClipAugmentation, mask_first: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """A clip before it is mixed, by the definitions, in float64: normalised values and their slack, [T, M] each."""
+    wave_S = clip / 32768 - (clip / 32768).mean()
+    rms = np.sqrt((wave_S**2).mean())
+    wave_S = np.roll(wave_S, one.wave_shift)[: num_samples(FRAMES)]
+    noise_S = (hashed(np.arange(len(wave_S)), one.noise_key) - 0.5) * np.sqrt(12)
+    mel_TM, slack_TM = float64_log_mel((wave_S + rms * one.noise_ratio * noise_S) * one.gain * 32768)
+    padded_TM, padded_slack_TM = np.full((FRAMES, 128), PAD), np.zeros((FRAMES, 128))
+    padded_TM[: len(mel_TM)], padded_slack_TM[: len(mel_TM)] = mel_TM, slack_TM
+    if mask_first:
+        mask(padded_TM, one)
+    x_TM = (padded_TM - MEAN) / (2 * STD)
+    x_TM += one.frame_noise * hashed(np.arange(x_TM.size), one.noise_key ^ 0xFFFFFFFF).reshape(x_TM.shape)
+    return np.roll(x_TM, one.frame_shift, axis=0), np.roll(padded_slack_TM, one.frame_shift, axis=0) / (2 * STD)
+
+
+def mask(x_TM: np.ndarray, one: ClipAugmentation) -> None:
+    x_TM[:, one.mel_start : one.mel_stop] = 0
+    x_TM[one.frame_start : one.frame_stop] = 0
+
+
+ANYTHING = ClipAugmentation(
+    wave_shift=5000, gain=1.3, noise_ratio=0.1, frame_noise=0.09, frame_shift=7, noise_key=0xDEADBEEF,
+    mel_start=20, mel_stop=41, frame_start=3, frame_stop=19,
+)  # fmt: skip
+CASES = {
+    "nothing": ClipAugmentation(),
+    "roll": ClipAugmentation(wave_shift=3001),
+    "roll by nearly all": ClipAugmentation(wave_shift=9_999),
+    "gain": ClipAugmentation(gain=0.6),
+    "noise": ClipAugmentation(noise_ratio=0.3, noise_key=4_000_000_000),
+    "noisy roll": ClipAugmentation(wave_shift=777, gain=1.4, noise_ratio=1.0, noise_key=1),
+    "frame noise": ClipAugmentation(frame_noise=0.1, noise_key=2**32 - 1),
+    "frame roll": ClipAugmentation(frame_shift=FRAMES - 10),
+    "masks": ClipAugmentation(mel_start=0, mel_stop=25, frame_start=100, frame_stop=128),
+    "everything": ANYTHING,
+}
+
+
+@BOTH
+@pytest.mark.parametrize("mask_first", [False, True])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("length", [10_000, 30_000])  # shorter and longer than the 20,720 samples that are used
+def test_every_augmentation_is_its_definition_in_float64(case: str, length: int, mask_first: bool, native: bool):
+    one, clip = CASES[case], noise(length)
+    source = iter([([clip], [one])])
+    with pipeline(source, augmentations=lambda some: some, mask_first=mask_first, native=native) as batches:
+        patches_NP = next(batches)[0][0].double().numpy()
+    x_TM, slack_TM = single(clip, one, mask_first)
+    if not mask_first:
+        mask(x_TM, one)
+    # The slack of the log-mel has room for the three roundings more of a sample that is rolled, amplified and noisy;
+    # normalising and noise round three times, values of less than 4.
+    slack_NP = as_patches(slack_TM) + 3 * 4 * 2.0**-24
+    assert (np.abs(patches_NP - as_patches(x_TM)) <= slack_NP).all()
+
+
+@BOTH
+@pytest.mark.parametrize("mask_first", [False, True])
+def test_mixtures_are_shares_of_both_clips_and_masked_each_for_itself(mask_first: bool, native: bool):
+    clips = [noise(length, length) for length in (10_000, 20_000, 8000, 30_000)]
+    some = [ANYTHING._replace(share=share, wave_shift=n, noise_key=n) for n, share in enumerate((0.3, 0.3, 1.0, 1.0))]
+    some[1] = some[1]._replace(mel_start=64, mel_stop=70, frame_start=0, frame_stop=0)
+    source = iter([(clips, some)])
+    with pipeline(source, augmentations=lambda some: some, mask_first=mask_first, native=native) as batches:
+        found = next(batches)[0].double().numpy()
+    alone = [single(clip, one, mask_first) for clip, one in zip(clips, some, strict=True)]
+    for place, (one, partner) in enumerate(zip(some, (1, 0, 2, 3), strict=True)):
+        (x_TM, slack_TM), (other_TM, other_slack_TM) = alone[place], alone[partner]
+        x_TM, slack_TM = (
+            one.share * a + (1 - one.share) * b for a, b in ((x_TM, other_TM), (slack_TM, other_slack_TM))
+        )
+        if not mask_first:
+            mask(x_TM, one)
+        # Two products and a sum round once more each.
+        assert (np.abs(found[place] - as_patches(x_TM)) <= as_patches(slack_TM) + 6 * 4 * 2.0**-24).all()
+
+
+def augmented_clips(number: int) -> tuple[list[np.ndarray], list[ClipAugmentation]]:
+    config = AugmentConfig.model_validate(
+        {
+            "roll": True, "magnitude": 10.0, "gain_db": (-6.0, 3.0), "noise_snr_db": (10.0, 30.0), "frame_noise": 0.1,
+            "frame_roll": 10, "spec_augment": {"mel_ratio": 0.2, "frame_ratio": 0.2},
+        }
+    )  # fmt: skip
+    clips = [noise(4000 + 3000 * n, n) for n in range(number)]
+    shares = [0.3, 0.3, 1.0, 1.0, 0.8, 0.8, 0.5, 0.5]
+    rngs = [np.random.default_rng(n) for n in range(number)]
+    drawn = [draw_augmentation(rngs[n], config, len(clips[n]), FRAMES, shares[n % 8]) for n in range(number)]
+    return clips, drawn
+
+
+@BOTH
+def test_neither_micro_batches_nor_threads_change_a_bit(native: bool):
+    clips, drawn = augmented_clips(8)
+    results = []
+    for size, threads in [(8, 2), (2, 1), (4, 3), (8, 1), (2, 2)]:
+        source = ((clips[low : low + size], drawn[low : low + size]) for low in range(0, 8, size))
+        settings = {"batch_size": size, "threads": threads, "native": native, "augmentations": lambda some: some}
+        with pipeline(source, **settings) as batches:
+            results.append(torch.cat([patches_BNP for patches_BNP, _ in batches]))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@BOTH
+def test_augmentations_that_do_nothing_change_no_bit(native: bool):
+    clips, _ = augmented_clips(4)
+    plain, _ = next(pipeline(iter([(clips, None)]), native=native))
+    nothing = [ClipAugmentation(noise_key=n) for n in range(4)]
+    augmented, _ = next(pipeline(iter([(clips, None)]), native=native, augmentations=lambda _: nothing))
+    assert torch.equal(plain, augmented)
+
+
+def test_an_error_in_the_numbers_comes_out_of_the_iteration():
+    clips, drawn = augmented_clips(3)
+    with (
+        pytest.raises(ValueError, match="its partner does not"),
+        pipeline(iter([(clips[:1], drawn[:1])]), augmentations=lambda some: some) as batches,
+    ):
+        next(batches)
+
+
+def test_the_noise_is_white_uniform_and_another_for_each_key():
+    counters = np.arange(1 << 16)
+    noise_KS = np.array([[uniform(np.uint32(i), np.uint32(key)) for i in counters] for key in (0, 1, 2**31, 2**32 - 1)])
+    assert np.array_equal(noise_KS[2], hashed(counters, 2**31))
+    for noise_S in noise_KS:
+        assert stats.kstest(noise_S, "uniform").pvalue > 1e-4
+        # Of white noise the spectrum's lines |X|^2 / S are exponential with the mean 1 / 12.
+        power_K = np.abs(np.fft.rfft(noise_S - noise_S.mean())[1:-1]) ** 2 / len(noise_S)
+        assert stats.kstest(power_K * 12, "expon").pvalue > 1e-4
+    correlations = np.corrcoef(noise_KS)[np.triu_indices(4, 1)]
+    assert np.abs(correlations).max() < 5 / len(counters) ** 0.5  # five standard errors
 
 
 @BOTH
@@ -150,17 +301,33 @@ def test_tensors_own_their_memory(native: bool):
 
 
 def test_the_source_may_overwrite_its_array_once_the_batch_is_out():
-    buffer_S = np.empty(8000, dtype=np.int16)
+    buffers_2S = np.empty((2, 8000), dtype=np.int16)  # as many as are prefetched
 
     def source():
         for n in range(6):
-            buffer_S[:] = noise(8000, n)
-            yield [buffer_S], n
+            buffers_2S[n % 2] = noise(8000, n)
+            yield [buffers_2S[n % 2]], n
 
-    with pipeline(source()) as batches:
+    with pipeline(source(), prefetch=2) as batches:
         for patches_BNP, n in batches:
             expected = expected_patches(kaldi_log_mel(noise(8000, n)))
             assert (patches_BNP[0] - expected).abs().max() <= MOST / (2 * STD)
+
+
+@BOTH
+def test_samples_that_nobody_else_holds_last_until_they_are_used(native: bool):
+    with pipeline((([noise(8000, n)], n) for n in range(12)), native=native) as batches:
+        for patches_BNP, n in batches:
+            expected = expected_patches(kaldi_log_mel(noise(8000, n)))
+            assert (patches_BNP[0] - expected).abs().max() <= MOST / (2 * STD)
+
+
+def test_patches_outlive_the_pipeline():
+    with pipeline(iter(noise_batches(3))) as batches:
+        kept = [patches_BNP for patches_BNP, _ in batches]
+    del batches
+    again = [patches_BNP for patches_BNP, _ in pipeline(iter(noise_batches(3)))]
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
 
 
 def test_read_only_samples_are_accepted():
@@ -234,6 +401,10 @@ def test_torch_computes_with_as_many_threads_as_before_elsewhere():
 PROGRAM = """
 import itertools, sys, time
 import numpy as np
+from asda.config import AugmentConfig
+from asda.data.augment import ClipAugmentation, draw_augmentation
+from asda.data.cpu_patches import uniform
+from asda.data.fbank import num_samples
 from asda.data.pipeline import PatchPipeline
 clip = np.random.default_rng(0).integers(-9000, 9000, 160_000).astype(np.int16)
 batches = PatchPipeline((([clip] * 4, n) for n in itertools.count()), frames=1024, patch=16, mean=0.0, std=1.0,

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asda.data.plan import assign_splits, keyed, parse_split, plan_split
-from asda.data.sources import Row
 from asda.errors import UserError
+from asda.sharding.place import Place
+from asda.sharding.plan import assign_splits, keyed, parse_split, plan_split
+from asda.sharding.sources import Row
 
 
 def row(relative: str, labels: tuple[str, ...] = (), group: str = "") -> Row:
-    return Row(Path(relative), relative, labels, group, relative)
+    return Row(Place(relative), relative, labels, group, relative)
 
 
 def split(rows: list[Row], *texts: str) -> dict[str, list[str]]:

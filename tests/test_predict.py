@@ -228,7 +228,7 @@ def test_the_picture_is_drawn_and_its_frequency_axis_is_that_of_the_log_mel(tagg
     picture = imread(out)
     assert picture.shape[1] > 1000
     assert picture.std() > 0.1  # not blank
-    from predict import mel_bin  # tools/ is not a package
+    from pictures import mel_bin  # tools/ is not a package
 
     for hz in (300.0, 1000.0, 3000.0):
         tone_S = 0.5 * np.sin(2 * np.pi * hz * np.arange(16_000) / 16_000)

@@ -4,6 +4,7 @@ import io
 import json
 import random
 import re
+import resource
 import shutil
 import subprocess
 import tarfile
@@ -21,10 +22,11 @@ from xxhash import xxh3_64_hexdigest, xxh3_128_hexdigest
 
 from asda.data.audio import decode_wav, encode_wav, read_audio
 from asda.data.index import MAX_SAMPLE_BYTES, TAR_END, DatasetIndex, hash_bytes
-from asda.data.plan import ClipTask, ShardTask
 from asda.data.shards import ShardFile, load_dataset, load_shard_index, verify_shard
-from asda.data.writer import summarize_split, write_dataset, write_shard
 from asda.errors import UserError
+from asda.sharding.place import Place
+from asda.sharding.plan import ClipTask, ShardTask
+from asda.sharding.writer import summarize_split, write_dataset, write_shard
 
 NUM_CLIPS = 6
 VOCABULARY = ("even", "odd")
@@ -38,7 +40,9 @@ def build(folder: Path) -> DatasetIndex:
         source = folder / f"{number}.wav"
         source.write_bytes(encode_wav((10**number * rng.standard_normal(800)).clip(-9999, 9999).astype(np.int16)))
         labels = (number % 2,) if number else ()
-        clips.append(ClipTask(f"clip-{number}", source, source.name, tuple(VOCABULARY[n] for n in labels), labels))
+        clips.append(
+            ClipTask(f"clip-{number}", Place(str(source)), source.name, tuple(VOCABULARY[n] for n in labels), labels)
+        )
     written = write_shard(ShardTask(folder / "train-000000.tar.zst", tuple(clips), max_seconds=1))
     dataset = DatasetIndex(1, 16_000, VOCABULARY, {"train": summarize_split([written], 2)}, 0, folder)
     write_dataset(dataset)
@@ -144,7 +148,7 @@ def kaldi_log_mel(samples: np.ndarray) -> np.ndarray:
 
 def test_log_mel_statistics_are_those_of_torchaudio_s_values_together(shared, tmp_path):
     paths = sorted((shared / "data/env/esc").glob("*.ogg"))[:5]
-    clips = tuple(ClipTask(path.stem, path, path.name, (), ()) for path in paths)
+    clips = tuple(ClipTask(path.stem, Place(str(path)), path.name, (), ()) for path in paths)
     written = write_shard(ShardTask(tmp_path / "train-000000.tar.zst", clips, max_seconds=6))
     values = np.concatenate([kaldi_log_mel(read_audio(path)) for path in paths])
     stats = summarize_split([written], 0).log_mel
@@ -196,6 +200,7 @@ def test_a_missing_file_is_named(broken):
     assert re.search(r"train-000000.tar.zst is missing \(\d+ bytes expected\)", sentence(load_dataset, broken.folder))
     assert "No such file" in sentence(shard.read_frame, 0)
     assert load_dataset(broken.folder, []).vocabulary == VOCABULARY  # no split asked for, no shard looked at
+    assert load_dataset(broken.folder, tolerant=True).vocabulary == VOCABULARY  # left to whoever reads it
     (broken.folder / "dataset.json").unlink()
     assert "holds no dataset.json" in sentence(load_dataset, broken.folder)
     assert "holds no dataset.json" in sentence(load_dataset, broken.folder / "nowhere")
@@ -208,7 +213,7 @@ def test_an_unknown_split_is_answered_with_the_known_ones(dataset):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format_version": 2}, "has format version 2, this asda reads 1; update asda"),
+        ({"format_version": 3}, "has format version 3, this asda reads 1 and 2; update asda"),
         ({"format_version": "1"}, "malformed at format_version"),
         ({"sample_rate_hz": 8000}, "malformed at sample_rate_hz"),
         ({"extra": 1}, "malformed at extra"),
@@ -272,6 +277,25 @@ def test_frames_without_size_or_checksum_or_with_junk_are_refused(broken):
     assert "has no checksum" in sentence(forge(broken, no_checksum).read_frame, 0)
     assert "unused data" in sentence(forge(broken, junk).read_frame, 0)
     assert "damaged at key clip-0" in sentence(forge(broken, b"no zstd frame").read_frame, 0)
+
+
+def test_a_frame_with_a_window_of_2_gib_is_refused(broken):
+    # A zstd frame by hand (RFC 8878, 3.1.1): magic number; 4 bytes of content size, checksum, no single segment; window
+    # of 2^(10 + 21) bytes; 1 byte of content; last block, raw, of 1 byte. A decoder needs to look no further.
+    frame = b"\x28\xb5\x2f\xfd" + b"\x84" + bytes([21 << 3]) + b"\1\0\0\0" + b"\x09\0\0x" + b"\0\0\0\0"
+    assert zstandard.get_frame_parameters(frame).window_size == 2 << 30
+    assert f"declares a window of {2 << 30} bytes, more than" in sentence(forge(broken, frame).read_frame, 0)
+
+
+def test_a_bomb_is_refused_without_a_byte_of_it_in_memory(broken):
+    # 1 GiB of zeros as 8,192 RLE blocks of 128 KiB: 32 KiB of frame.
+    blocks = [(1 << 17 << 3 | 1 << 1 | (n == 8191)).to_bytes(3, "little") + b"\0" for n in range(8192)]
+    shard = forge(
+        broken, b"\x28\xb5\x2f\xfd" + b"\xa4" + (1 << 30).to_bytes(4, "little") + b"".join(blocks) + b"\0" * 4
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+    assert f"declares {1 << 30} bytes, more than" in sentence(shard.read_frame, 0)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The stream: every clip as it was written, in the order asked for, on any number of ranks; or an error."""
 
+import random
 import shutil
 import subprocess
 import sys
@@ -13,37 +14,34 @@ import soundfile
 import torch
 
 from asda.config import Config, DataConfig, load_config
+from asda.data.batches import Batch
+from asda.data.clips import Clip, ClipDataset, read_clips
 from asda.data.fbank import log_mel, num_samples
 from asda.data.order import Draw
-from asda.data.stream import (
-    Batch,
-    ClipDataset,
-    evaluation_batches,
-    fetch_clips,
-    training_batches,
-    with_patches,
-)
+from asda.data.stream import evaluation_batches, training_batches, with_patches
 from asda.errors import UserError
 
+BATCH = 12
+SHARES = {"train": 2.0, "test": 1.0}
 CONFIG = Path(__file__).parent.parent / "configs" / "demo_finetune.json"
 
 
 def data_config(**values: object) -> DataConfig:
-    return DataConfig(train="unused:train", frames=256, **values)  # type: ignore[arg-type]
+    return DataConfig.model_validate({"train": "unused:train", "frames": 256, **values})
 
 
 def batches_of(
     dataset: ClipDataset, config: DataConfig, rank: int = 0, ranks: int = 1, first: int = 0
 ) -> Iterator[Batch]:
     return training_batches(
-        dataset, config, seed=1, first_step=first, batch=12, micro_batch=3, rank=rank, world_size=ranks, masks=None
+        dataset, config, seed=1, first_step=first, batch=BATCH, micro_batch=3, rank=rank, world_size=ranks, masks=None
     )
 
 
 def test_clips_come_back_bit_by_bit_with_their_labels(shards: Path) -> None:
     dataset = ClipDataset(f"{shards}:train+test", labelled=True)
     assert len(dataset) == 64
-    for clip in fetch_clips(dataset, [Draw(0, number) for number in range(64)]):
+    for clip in read_clips(dataset, [Draw(0, number) for number in range(64)]):
         name, number = clip.key.split("_")
         expected, _ = soundfile.read(shards.parent / "audio" / name / f"{number}.wav", dtype="int16")
         assert np.array_equal(clip.samples, expected)
@@ -53,36 +51,59 @@ def test_clips_come_back_bit_by_bit_with_their_labels(shards: Path) -> None:
 def test_the_order_asked_for_is_the_order_given_also_with_repeats(shards: Path) -> None:
     dataset = ClipDataset(f"{shards}:train", labelled=True)
     numbers = [7, 3, 3, 40, 7, 0, 0, 0, 20]
-    clips = fetch_clips(dataset, [Draw(0, number) for number in numbers])
-    assert [clip.key for clip in clips] == [fetch_clips(dataset, [Draw(0, number)])[0].key for number in numbers]
+    clips = read_clips(dataset, [Draw(0, number) for number in numbers])
+    assert [clip.key for clip in clips] == [read_clips(dataset, [Draw(0, number)])[0].key for number in numbers]
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+def clips_of(dataset: ClipDataset, config: DataConfig, ranks: int, first_step: int, last_step: int) -> list[Clip]:
+    """What all ranks together see of some steps, step after step and rank after rank."""
+    by_rank: list[list[Clip]] = []
+    for rank in range(ranks):
+        share = (last_step - first_step) * BATCH // ranks
+        clips = (clip for b in batches_of(dataset, config, rank, ranks, first_step) for clip in b.clips)
+        by_rank.append(list(islice(clips, share)))
+    size = BATCH // ranks
+    return [
+        clip
+        for start in range(0, (last_step - first_step) * size, size)
+        for clips in by_rank
+        for clip in clips[start : start + size]
+    ]
+
+
+@pytest.mark.parametrize("threads", [0, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_ranks_and_threads_do_not_change_what_a_step_sees(shards: Path, ranks: int, threads: int) -> None:
     dataset = ClipDataset(f"{shards}:train", labelled=True)
-    config = data_config(threads=threads, crop="random")
-
-    def steps(ranks: int, threads: int) -> list[list[tuple[str, bytes]]]:
-        config = data_config(threads=threads, crop="random")
-        parts = []
-        for rank in range(ranks):
-            clips = [c for b in islice(batches_of(dataset, config, rank, ranks), 8 * 4 // ranks) for c in b.clips]
-            parts.append([clips[i : i + 12 // ranks] for i in range(0, len(clips), 12 // ranks)])
-        return [[(c.key, c.samples.tobytes()) for part in step for c in part] for step in zip(*parts, strict=True)]
-
-    assert steps(ranks, threads) == steps(1, config.threads)
+    expected = clips_of(dataset, data_config(crop="random", threads=1), 1, 0, 8)  # two epochs
+    found = clips_of(dataset, data_config(crop="random", threads=threads), ranks, 0, 8)
+    assert [(c.draw, c.key, c.samples.tobytes()) for c in found] == [
+        (c.draw, c.key, c.samples.tobytes()) for c in expected
+    ]
 
 
-def test_a_stream_started_in_mid_epoch_continues_the_same_sequence(shards: Path) -> None:
+@pytest.mark.parametrize("order", [{}, {"mode": "balanced", "draws_per_epoch": 30}, {"mode": "sequential"}])
+def test_a_run_stopped_anywhere_goes_on_the_same_with_other_ranks_and_threads(shards: Path, order: dict) -> None:
     dataset = ClipDataset(f"{shards}:train", labelled=True)
-    whole = [clip.draw for batch in islice(batches_of(dataset, data_config()), 40) for clip in batch.clips]
-    for first in (1, 4, 7):  # 48 clips, 12 a step: steps 4 and 7 lie in the second epoch
-        rest = [
-            c.draw for b in islice(batches_of(dataset, data_config(), first=first), 40 - 4 * first) for c in b.clips
+    rng = random.Random(6)
+    num_steps = 2 * 48 // BATCH
+    whole = [clip.key for clip in clips_of(dataset, data_config(order=order), 1, 0, num_steps)]
+    for _ in range(20):
+        stop = rng.randrange(1, num_steps)
+        parts = [
+            clips_of(dataset, data_config(order=order, threads=rng.choice([0, 2, 3])), rng.choice([1, 2, 3]), *steps)
+            for steps in ((0, stop), (stop, num_steps))
         ]
-        assert rest == whole[12 * first :]
-    assert sorted(whole[:48]) == [Draw(0, n) for n in range(48)]
+        assert [clip.key for part in parts for clip in part] == whole
+
+
+def test_the_dataset_of_a_mixture_is_drawn_by_its_share(shards: Path) -> None:
+    config = data_config(train=[{"data": f"{shards}:{name}", "share": share} for name, share in SHARES.items()])
+    dataset = ClipDataset(*[part.data for part in config.datasets], labelled=True)
+    assert len(dataset) == 64
+    clips = clips_of(dataset, config, 1, 0, 250)  # 3,000 positions, three blocks of the mixture
+    assert sum(clip.draw.clip < 48 for clip in clips) == 2000
+    assert {clip.draw.epoch for clip in clips if clip.draw.clip >= 48} == set(range(63))  # 1,000 visits of 16 clips
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
@@ -99,7 +120,7 @@ def test_a_random_crop_makes_exactly_the_frames_asked_for_and_moves(shards: Path
     dataset = ClipDataset(f"{shards}:train", labelled=True)
     config = DataConfig(train="unused:train", frames=64, crop="random")
     clips = [clip for batch in islice(batches_of(dataset, config), 64) for clip in batch.clips]
-    whole = {clip.draw.clip: clip.samples for clip in fetch_clips(dataset, [Draw(0, n) for n in range(48)])}
+    whole = {clip.draw.clip: clip.samples for clip in read_clips(dataset, [Draw(0, n) for n in range(48)])}
     for clip in clips:
         assert len(clip.samples) == num_samples(64)
         assert len(log_mel(clip.samples)) == 64
@@ -129,7 +150,7 @@ def test_patches_belong_to_their_clips(shards: Path) -> None:
 
 def test_statistics_of_several_splits_are_pooled(shards: Path) -> None:
     parts = [ClipDataset(f"{shards}:{name}", labelled=False) for name in ("train", "test")]
-    values = [log_mel(c.samples) for p in parts for c in fetch_clips(p, [Draw(0, n) for n in range(len(p))])]
+    values = [log_mel(c.samples) for p in parts for c in read_clips(p, [Draw(0, n) for n in range(len(p))])]
     pooled = ClipDataset([f"{shards}:train", f"{shards}:test"], labelled=False).log_mel
     together = np.concatenate(values).astype(np.float64)
     assert (pooled.mean, pooled.std) == pytest.approx((together.mean(), together.std()), abs=1e-6)
@@ -142,7 +163,7 @@ def test_a_flipped_byte_names_the_shard_and_the_key(shards: Path, tmp_path: Path
     damaged = bytearray(shard.path.read_bytes())
     damaged[shard.index.offsets[number] + 1000] ^= 4
     shard.path.write_bytes(damaged)
-    fetch_clips(dataset, [Draw(0, 29), Draw(0, 31)])
+    read_clips(dataset, [Draw(0, 29), Draw(0, 31)])
     config = load_config(CONFIG, ['data.log_mel={"mean": 0, "std": 1}', "data.device=cpu"])
     stream = evaluation_batches(dataset, config.data, batch=4, rank=0, world_size=1)
     with (

@@ -1,4 +1,4 @@
-"""What the tests of predict.py and extract_features.py share: tiny models, odd audio, a tool run in this process."""
+"""What the tests of tools share: tiny models, odd audio, a tool run in this process."""
 
 import contextlib
 import importlib
@@ -68,7 +68,7 @@ class Done(NamedTuple):
 def run(tool: str, *arguments: object) -> Done:
     """Run a tool as its command line would, in this process (a fresh one takes seconds to import torch)."""
     module: ModuleType = importlib.import_module(tool)
-    work = {"predict": "predict", "extract_features": "extract"}[tool]
+    work = {"predict": "predict", "extract_features": "extract", "inspect_shards": "inspect_shards"}[tool]
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

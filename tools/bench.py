@@ -11,65 +11,19 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
-import torchaudio.compliance.kaldi as kaldi
-from torch.utils.data import DataLoader, Dataset
+from bench_data import CLIP_SECONDS, ROUNDS, Figures, bench_data, kaldi_log_mel
 
-from asda.config import Config, load_config
 from asda.data.audio import SAMPLE_RATE_HZ
 from asda.data.fbank import log_mel
-from asda.data.stream import ClipDataset, evaluation_batches, with_patches
 from asda.errors import exit_with_sentence
 from asda.models.attention import TRITON_TILE, attend, by_definition
-
-Figures = dict[str, float] | dict[str, dict[str, float]]
-
-ROOT = Path(__file__).resolve().parent.parent
-CLIP_SECONDS = 10
-NUM_CLIPS = 384
-BATCH = 16
-WORKERS = 2  # threads of ours, processes of the baseline
-ROUNDS = 5
-
-
-class WavFolder(Dataset):
-    """The usual way: a WAV per clip, torchaudio's fbank, one worker process per core."""
-
-    def __init__(self, folder: Path, config: Config):
-        self.paths = sorted(folder.glob("*.wav"))
-        self.frames = config.data.frames
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, number: int) -> torch.Tensor:
-        """Padded log-mel [frames, 128]."""
-        samples_S, _ = soundfile.read(self.paths[number], dtype="float32")
-        return pad(reference_log_mel(torch.from_numpy(samples_S)), self.frames)
-
-
-def reference_log_mel(wave_S: torch.Tensor) -> torch.Tensor:
-    """Torchaudio's Kaldi features as the published recipes call them, [T, 128]."""
-    wave_1S = (wave_S - wave_S.mean())[None]
-    return kaldi.fbank(
-        wave_1S, htk_compat=True, window_type="hanning", num_mel_bins=128, dither=0.0, sample_frequency=SAMPLE_RATE_HZ
-    )
-
-
-def pad(mel_TM: torch.Tensor, frames: int) -> torch.Tensor:
-    """Cut or pad with zeros to `frames`."""
-    return torch.nn.functional.pad(mel_TM[:frames], (0, 0, 0, max(0, frames - len(mel_TM))))
 
 
 def bench_features() -> dict[str, float]:
@@ -77,54 +31,8 @@ def bench_features() -> dict[str, float]:
     torch.set_num_threads(1)
     clip_S = np.random.default_rng(0).integers(-9000, 9000, CLIP_SECONDS * SAMPLE_RATE_HZ).astype(np.int16)
     wave_S = torch.from_numpy(clip_S / np.float32(32768))
-    ours, theirs = alternate(lambda: log_mel(clip_S), lambda: reference_log_mel(wave_S), rounds=40)
+    ours, theirs = alternate(lambda: log_mel(clip_S), lambda: kaldi_log_mel(wave_S), rounds=40)
     return {"ours_ms": ours * 1000, "torchaudio_ms": theirs * 1000, "ratio": theirs / ours}
-
-
-def bench_data() -> dict[str, float]:
-    """Clips per second from disk to normalised patches: shards against WAV files in a DataLoader."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        shards = write_clips(folder)
-        overrides = [
-            f"data.train={shards}:train",
-            'data.log_mel={"mean": -4.268, "std": 4.569}',
-            f"data.threads={WORKERS}",
-        ]
-        config = load_config(ROOT / "configs" / "as2m.json", overrides)
-        dataset = ClipDataset(config.data.train, labelled=False)
-        loader = DataLoader(WavFolder(folder / "wav", config), BATCH, num_workers=WORKERS, persistent_workers=True)
-        stream = lambda: evaluation_batches(dataset, config.data, batch=BATCH, rank=0, world_size=1)  # noqa: E731
-        read, whole, theirs = alternate(
-            lambda: exhaust(stream()),
-            lambda: exhaust(with_patches(stream(), config, BATCH, torch.device("cpu"))),
-            lambda: exhaust(loader),
-        )
-    return {
-        "ours_clips_per_s": NUM_CLIPS / whole,
-        "wav_loader_clips_per_s": NUM_CLIPS / theirs,
-        "ratio": theirs / whole,
-        "read_and_verify_only_clips_per_s": NUM_CLIPS / read,
-    }
-
-
-def write_clips(folder: Path) -> Path:
-    """Noise with a falling spectrum, as WAV files and as shards; returns the shards' folder."""
-    (folder / "wav").mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(NUM_CLIPS):
-        steps_S = rng.standard_normal(CLIP_SECONDS * SAMPLE_RATE_HZ)
-        samples_S = np.convolve(steps_S, np.exp(-np.arange(32) / 8), "same") * 0.03
-        soundfile.write(folder / "wav" / f"{number:04d}.wav", samples_S, SAMPLE_RATE_HZ, subtype="PCM_16")
-    tool = [sys.executable, ROOT / "tools" / "make_shards.py", "--source", "folder", "--input", folder / "wav"]
-    subprocess.run([*tool, "--out", folder / "shards"], check=True, capture_output=True)
-    return folder / "shards"
-
-
-def exhaust(items: object) -> None:
-    """Take everything an iterable gives."""
-    for _ in items:  # type: ignore[attr-defined]
-        pass
 
 
 def alternate(*works: Callable[[], object], rounds: int = ROUNDS) -> list[float]:

@@ -29,14 +29,14 @@ from tqdm import tqdm
 
 import asda
 from asda.data.audio import SAMPLE_RATE_HZ, AudioError, read_wave
+from asda.data.clips import Clip, ClipDataset, read_clips
 from asda.data.files import AudioFile, audio_files
 from asda.data.index import DATASET_FILE, SHARD_SUFFIX
 from asda.data.order import Draw
 from asda.data.shards import ShardFile, load_dataset
-from asda.data.stream import Clip, ClipDataset, fetch_clips
-from asda.data.writer import TEMPORARY_SUFFIX, commit, temporary_file, write_file
 from asda.errors import UserError, exit_with_sentence
 from asda.inference import Features, Model
+from asda.sharding.writer import TEMPORARY_SUFFIX, commit, temporary_file, write_file
 
 FORMAT_VERSION = 1  # of the files of features
 SETTINGS_FILE = "features.json"
@@ -169,7 +169,7 @@ def tasks_of(text: str) -> list[Task]:
     if path.exists() or ":" not in text:
         return [file_task(file) for file in audio_files([path])]
     dataset = ClipDataset(text, labelled=True)
-    starts = np.cumsum([0, *dataset.shard_clips]).tolist()
+    starts = np.cumsum([0, *(shard.entry.clips for shard in dataset.shards)]).tolist()
     return [shard_task(dataset, shard, start) for shard, start in zip(dataset.shards, starts, strict=False)]
 
 
@@ -193,7 +193,7 @@ def shard_task(dataset: ClipDataset, shard: ShardFile, first_clip: int) -> Task:
         end = first_clip + shard.entry.clips
         for low in range(first_clip, end, CLIPS_AT_ONCE):
             draws = [Draw(0, clip) for clip in range(low, min(low + CLIPS_AT_ONCE, end))]
-            yield [sound(clip) for clip in fetch_clips(dataset, draws)]
+            yield [sound(clip) for clip in read_clips(dataset, draws)]
 
     name = shard.entry.name.removesuffix(SHARD_SUFFIX)
     return Task(name, str(shard.path), shard.entry.clips, lambda: shard.entry.hash, read)

@@ -3,41 +3,43 @@
 import argparse
 import csv
 import io
-import multiprocessing
 import os
 import re
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from asda.data.audio import MAX_SECONDS, SAMPLE_RATE_HZ
-from asda.data.index import DATASET_FILE, FORMAT_VERSION, MAX_SAMPLE_BYTES, DatasetIndex, SplitIndex
-from asda.data.plan import ShardTask, assign_splits, choose_vocabulary, keyed, parse_split, plan_split
-from asda.data.sources import SOURCES, SourceOptions
-from asda.data.writer import (
-    TEMPORARY_SUFFIX,
-    WrittenShard,
-    start_worker,
-    summarize_split,
-    write_dataset,
-    write_file,
-    write_shard,
-)
+from asda.data.index import DATASET_FILE, FORMAT_VERSION, MAX_SAMPLE_BYTES, DatasetIndex, Duplicates, SplitIndex
+from asda.data.shards import load_dataset
 from asda.errors import UserError, exit_with_sentence
+from asda.sharding.duplicates import Pair, find_pairs
+from asda.sharding.journal import (
+    DUPLICATES_FILE,
+    MERGE_BYTE,
+    REJECTED_FILE,
+    Journal,
+    Lock,
+    bytes_to_replace,
+    claimed,
+    one_byte,
+    refuse_finished,
+    sweep,
+)
+from asda.sharding.plan import Plan, assign_splits, choose_vocabulary, keyed, parse_split, plan_split
+from asda.sharding.sources import SOURCE_HELP, Listing, add_source_arguments, list_clips, options_from
+from asda.sharding.space import check_space
+from asda.sharding.verify import verify_folder
+from asda.sharding.workers import Workers, worker_pool
+from asda.sharding.writer import WrittenShard, summarize_split, write_dataset, write_file, writing
 
-REJECTED_FILE = "rejected.csv"
-OUR_FILES = re.compile(r"[A-Za-z0-9_]+-[0-9]{6}(\.tar\.zst|\.json)", re.ASCII)
-REPORT_EVERY_S = 10.0  # between lines of progress where stderr is not a terminal
 LONGEST_CLIP_S = MAX_SAMPLE_BYTES // (2 * SAMPLE_RATE_HZ) - 1  # what a reader accepts as one sample
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # workers share the cores
 MIB = 1 << 20
+NAMES_SHOWN = 10
+NOT_IN_COMMAND = {"--out", "--workers", "--part", "--merge", "--overwrite"}  # say how or where, not what is made
 
 EXAMPLES = """
 examples
@@ -49,59 +51,85 @@ examples
       rows of one language, and only those whose column split says train
   python tools/make_shards.py --source folder --input recordings --out shards/mine --split train=90% --split valid=10%
       one class per subfolder of recordings/; a tenth of every class held out
+  python tools/make_shards.py --verify --out shards/mine
+      read every file of a dataset and say all that is wrong
+
+a run that was stopped, however it was: the same command goes on behind the last finished shard
+
+several machines with one disk (array jobs)
+  python tools/make_shards.py --source csv --input all.csv --out shards/all --part 1/8
+      writes an eighth of the shards; run 1/8 to 8/8 at any time, in any order. The one that finishes last also writes
+      dataset.json; or run the command with --merge instead of --part
 
 --split, which may be repeated
   NAME          where the input has splits or folds of that name, only those clips; otherwise all clips go to NAME
   NAME=V1,V2    the clips whose split or fold is V1 or V2 go to NAME; what no --split names is left out
   NAME=25%      that share of every class goes to NAME; the percentages must add up to 100
   Without --split the column split names the splits, else the column fold does (fold1, fold2, ...), else all is train.
-
-columns of a CSV
-  path            absolute, or relative to the CSV
-  label, labels or tags (the first present)   class names, several separated by ";"
-  split or fold (the first present)
 """
 
 
 def parse_args() -> argparse.Namespace:
-    """Read the command line."""
+    """Read the command line; --verify needs less of it."""
+    formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__, epilog=EXAMPLES + SOURCE_HELP, formatter_class=formatter, allow_abbrev=False
     )
-    add = parser.add_argument
-    add("--source", required=True, choices=SOURCES, help="what --input is")
-    add("--input", required=True, type=Path, help="the CSV or folder to read")
-    add("--out", required=True, type=Path, help="the folder to write, made if need be")
+    add_source_arguments(parser)
+    add = parser.add_argument_group("what becomes of them").add_argument
     add("--split", action="append", default=[], metavar="NAME[=...]", help="see below")
-    add("--where", action="append", default=[], metavar="COLUMN=VALUE", help="only such rows; may be repeated")
     add("--labels", type=Path, metavar="FILE", help="class names, one per line: fixes the ids, others are refused")
-    add("--no-labels", action="store_true", help="write clips without labels")
     add("--clips-per-shard", type=int, default=256, metavar="N", help="most clips in a shard (default %(default)s)")
     add("--max-seconds", type=float, default=MAX_SECONDS, metavar="S", help="reject longer clips (default %(default)g)")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: all cores)")
-    add("--overwrite", action="store_true", help="replace the dataset in --out")
-    return parser.parse_args()
+    verifying = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    for each in (parser, verifying):
+        add = each.add_argument_group("where and how").add_argument
+        add("--out", required=True, type=Path, help="the folder to write, made if need be")
+        cores = len(os.sched_getaffinity(0))
+        add("--workers", type=int, default=cores, metavar="N", help="processes (default: all cores)")
+        add("--verify", action="store_true", help="check the dataset in --out; exit code 2 where anything is wrong")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--part", type=parse_part, default=(1, 1), metavar="I/N", help="write the I-th of N parts")
+    either.add_argument("--merge", action="store_true", help="write dataset.json when all parts are finished")
+    parser.add_argument("--overwrite", action="store_true", help="replace the dataset, or other unfinished work")
+    verify = "--verify" in sys.argv and not {"-h", "--help"} & set(sys.argv)
+    return (verifying if verify else parser).parse_args()
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """Read I/N."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text} is no part; write I/N with 1 <= I <= N, as in 3/8")
+    return int(match[1]), int(match[2])
 
 
 def make_shards(args: argparse.Namespace) -> None:
     """List, plan, write, and report."""
     check_numbers(args)
     labels = read_labels(args.labels, args.no_labels) if args.labels else None
-    listing = SOURCES[args.source](args.input, SourceOptions(not args.no_labels, tuple(map(parse_where, args.where))))
-    splits = assign_splits(keyed(listing.rows), [parse_split(text) for text in args.split])
-    vocabulary = choose_vocabulary(splits, labels)
-    plan = {
-        name: plan_split(args.out, name, keys, vocabulary, args.clips_per_shard, args.max_seconds)
-        for name, keys in splits.items()
-    }
+    listing = list_clips(args.source, args.input, options_from(args))
+    plan = plan_shards(args, listing, labels or listing.vocabulary)
+    shards = range(0) if args.merge else plan.part(*args.part)
+    if not shards and not args.merge:
+        raise UserError(
+            f"--part {args.part[0]}/{args.part[1]}: there are only {len(plan.tasks)} shards; use fewer parts"
+        )
+    refuse_finished(args.out, args.overwrite)
     started = time.monotonic()
-    with claimed(args.out, args.overwrite):
-        written = write_shards(plan, args.workers)
-        dataset = finish(args.out, vocabulary, written)
-    seconds = time.monotonic() - started
-    num_unnamed = len(listing.rows) - sum(map(len, splits.values()))
-    left_out = listing.left_out | {"clips of splits or folds that no --split names": num_unnamed}
-    report(dataset, seconds, args.workers, left_out)
+    journal = Journal(args.out, plan.digest)
+    with worker_pool(args.workers, len(shards)) as workers:
+        unwritten = [task for task in plan.tasks if not journal.has_record(task)]
+        check_space(workers, args.out, unwritten, bytes_to_replace(args.out, plan.digest) if args.overwrite else 0)
+        with claimed(plan, shards, command_of(sys.argv), args.overwrite) as (journal, lock):
+            if (args.out / DATASET_FILE).exists():  # the last run was stopped after its very last step but one
+                journal.remove()
+                dataset = load_dataset(args.out)
+            else:
+                written = write_shards(plan, shards, journal, workers)
+                dataset = finish(plan, listing, written, journal, lock, args.merge)
+    if dataset:
+        report(dataset, time.monotonic() - started, args.workers, left_out(listing, plan))
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -113,12 +141,15 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise UserError(f"--max-seconds {args.max_seconds:g} must be above 0 and at most {LONGEST_CLIP_S}")
 
 
-def parse_where(text: str) -> tuple[str, str]:
-    """Read COLUMN=VALUE."""
-    column, equals, value = text.partition("=")
-    if not column or not equals:
-        raise UserError(f"--where {text}: write COLUMN=VALUE, as in --where language=ar")
-    return column, value
+def plan_shards(args: argparse.Namespace, listing: Listing, labels: tuple[str, ...] | None) -> Plan:
+    """Give every clip its key, its split, its label ids (sorted where no `labels` fix them) and its shard."""
+    splits = assign_splits(keyed(listing.rows), [parse_split(text) for text in args.split])
+    vocabulary = choose_vocabulary(splits, labels)
+    tasks = {
+        name: plan_split(args.out, name, keys, vocabulary, args.clips_per_shard, args.max_seconds)
+        for name, keys in splits.items()
+    }
+    return Plan(args.out, vocabulary, tasks)
 
 
 def read_labels(path: Path, no_labels: bool) -> tuple[str, ...]:
@@ -141,116 +172,136 @@ def read_labels(path: Path, no_labels: bool) -> tuple[str, ...]:
     return names
 
 
-@contextmanager
-def claimed(out: Path, overwrite: bool) -> Iterator[None]:
-    """Hold the output folder: no dataset.json while shards change, no temporary files afterwards."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is not a folder")
-    if (out / DATASET_FILE).exists() and not overwrite:
-        raise UserError(f"--out {out} already holds a dataset; give --overwrite to replace it, or another folder")
-    created = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    sweep(out)
-    if (out / DATASET_FILE).exists():
-        (out / DATASET_FILE).unlink()
-        for path in out.iterdir():
-            if OUR_FILES.fullmatch(path.name) or path.name == REJECTED_FILE:
-                path.unlink()
-    try:
-        yield
-    finally:
-        sweep(out)
-        if created and not any(out.iterdir()):
-            out.rmdir()
+def command_of(argv: Sequence[str]) -> str:
+    """Return the command that makes the same dataset in one go, in the folder that it lies in.
+
+    Without what changes no byte of the shards, so that parts, workers and a restart change none of dataset.json either.
+    """
+    kept: list[str] = []
+    dropping = False
+    for word in argv[1:]:
+        if word.startswith("--"):
+            dropping = word.partition("=")[0] in NOT_IN_COMMAND
+        if not dropping:
+            kept.append(word)
+    command = shlex.join(["python", "tools/make_shards.py", *kept, "--out", "."])
+    return os.fsencode(command).decode(errors="backslashreplace")
 
 
-def sweep(out: Path) -> None:
-    """Remove the temporary files of this run, or of one that was killed."""
-    for path in out.glob(f"*{TEMPORARY_SUFFIX}"):
-        name, _, _ = path.name.removesuffix(TEMPORARY_SUFFIX).rpartition(".")  # drops the process id
-        if OUR_FILES.fullmatch(name) or name in (DATASET_FILE, REJECTED_FILE):
-            path.unlink(missing_ok=True)
+def write_shards(plan: Plan, shards: range, journal: Journal, workers: Workers) -> dict[int, WrittenShard]:
+    """Write our shards, but for those that are finished; rejected clips and progress go to stderr. By number."""
+    tasks = plan.tasks[shards.start : shards.stop]
+    if num_finished := sum(map(journal.has_record, tasks)):
+        print(f"going on: {num_finished} of {len(tasks)} shards are finished", file=sys.stderr)
+    written = workers.run(journal.produce, tasks, [len(task.clips) for task in tasks], "clip", rejections)
+    return dict(zip(shards, written, strict=True))
 
 
-def write_shards(plan: Mapping[str, list[ShardTask]], num_workers: int) -> dict[str, list[WrittenShard]]:
-    """Write all shards in worker processes, reporting rejected clips and progress as shards are finished."""
-    tasks = [task for split in plan.values() for task in split]
-    with worker_pool(min(num_workers, len(tasks))) as pool:
-        written = iter(progress(pool.map(write_shard, tasks), sum(len(task.clips) for task in tasks)))
-        return {name: [next(written) for _ in split] for name, split in plan.items()}
+def rejections(shard: WrittenShard) -> list[str]:
+    """A line for every clip of a shard that could not be read."""
+    return [f"rejected {source}: {reason}" for source, reason in shard.rejected]
 
 
-@contextmanager
-def worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Start processes that end with the block, at once if it fails."""
-    os.environ.update(ONE_THREAD)  # read when a worker imports numpy
-    context = multiprocessing.get_context("spawn")  # a fork would copy locks held by other threads
-    pool = ProcessPoolExecutor(num_workers, context, initializer=start_worker)
-    try:
-        yield pool
-    except BrokenProcessPool:
-        raise UserError("a worker process was killed, most often for want of memory; use fewer --workers") from None
-    except BaseException:
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def progress(shards: Iterable[WrittenShard], num_clips: int) -> Iterator[WrittenShard]:
-    """Pass shards on; say on stderr how far we are: a bar on a terminal, a line now and then elsewhere."""
-    on_terminal = sys.stderr.isatty()
-    started = reported = time.monotonic()
-    done = 0
-    with tqdm(total=num_clips, unit="clip", disable=not on_terminal) as bar:
-        for shard in shards:
-            for source, reason in shard.rejected:
-                tqdm.write(f"rejected {source}: {reason}", file=sys.stderr)
-            bar.update(len(shard.clips) + len(shard.rejected))
-            done += len(shard.clips) + len(shard.rejected)
-            now = time.monotonic()
-            if not on_terminal and (now - reported > REPORT_EVERY_S or done == num_clips):
-                print(f"{done} of {num_clips} clips, {done / (now - started):.0f} clips/s", file=sys.stderr, flush=True)
-                reported = now
-            yield shard
-
-
-def finish(out: Path, vocabulary: tuple[str, ...], written: Mapping[str, list[WrittenShard]]) -> DatasetIndex:
-    """Write what was rejected, and dataset.json last. Raises UserError where a split has no readable clip."""
-    rejected = [clip for shards in written.values() for shard in shards for clip in shard.rejected]
-    for name, shards in written.items():
-        if not any(shard.clips for shard in shards):
-            reason = shards[0].rejected[0]
-            raise UserError(f"split {name}: none of its clips could be read; the first is {': '.join(reason)}")
-    splits = {name: summarize_split(shards, len(vocabulary)) for name, shards in written.items()}
-    dataset = DatasetIndex(FORMAT_VERSION, SAMPLE_RATE_HZ, vocabulary, splits, len(rejected), out)
-    if rejected:
-        write_file(out / REJECTED_FILE, csv_table([("path", "reason"), *rejected]))
-    write_dataset(dataset)
+def finish(
+    plan: Plan, listing: Listing, written: dict[int, WrittenShard], journal: Journal, lock: Lock, merge: bool
+) -> DatasetIndex | None:
+    """Write dataset.json and the tables beside it if all shards are finished, ours and those of other parts."""
+    if (plan.out / DATASET_FILE).exists() or not lock.take(one_byte(MERGE_BYTE)):
+        print(f"this part is done; another one writes {plan.out / DATASET_FILE}")
+        return None
+    others = [number for number in range(len(plan.tasks)) if number not in written]
+    missing = [number for number in others if not journal.has_record(plan.tasks[number])]
+    if missing:
+        unfinished = f"{len(missing)} of {len(plan.tasks)} shards are not finished"
+        if merge:
+            raise UserError(f"{unfinished}, the first is {plan.tasks[missing[0]].path.name}; run the other parts first")
+        print(f"this part is done; {unfinished}, the part that finishes last, or --merge, writes {DATASET_FILE}")
+        return None
+    for number in others:
+        shard = journal.read(plan.tasks[number])
+        if shard is None:
+            raise UserError(f"{plan.tasks[number].path} is not what its part wrote; run that part again")
+        written[number] = shard
+    dataset = write_tables(plan, listing, written)
+    sweep(plan.out)
+    journal.remove()
     return dataset
 
 
-def csv_table(rows: list[tuple[str, str]]) -> bytes:
-    """Return rows as a CSV; paths keep bytes that are no UTF-8."""
+def write_tables(plan: Plan, listing: Listing, written: Mapping[int, WrittenShard]) -> DatasetIndex:
+    """Write what was rejected, what is there twice, and dataset.json last."""
+    numbers = iter(range(len(plan.tasks)))
+    splits = {name: [written[next(numbers)] for _ in tasks] for name, tasks in plan.splits.items()}
+    rejected = [clip for shards in splits.values() for shard in shards for clip in shard.rejected]
+    for name, shards in splits.items():
+        if not any(shard.entry for shard in shards):
+            reason = shards[0].rejected[0]
+            raise UserError(f"split {name}: none of its clips could be read; the first is {': '.join(reason)}")
+    rejected += sorted(listing.missing)
+    clips = [(key, name) for name, shards in splits.items() for shard in shards for key in shard.keys]
+    pairs = find_pairs([prints for shards in splits.values() for shard in shards for prints in shard.prints])
+    write_table(plan.out / REJECTED_FILE, ("path", "reason"), rejected)
+    header = ("kind", "key", "split", "other_key", "other_split", "differing_bits")
+    rows = [(pair.kind, *clips[pair.first], *clips[pair.second], pair.differing_bits) for pair in pairs]
+    write_table(plan.out / DUPLICATES_FILE, header, rows)
+    dataset = DatasetIndex(
+        format_version=FORMAT_VERSION,
+        sample_rate_hz=SAMPLE_RATE_HZ,
+        vocabulary=plan.vocabulary,
+        splits={name: summarize_split(shards, len(plan.vocabulary)) for name, shards in splits.items()},
+        rejected=len(rejected),
+        folder=plan.out,
+        duplicates=count_pairs(pairs, [split for _, split in clips]),
+        command=command_of(sys.argv),
+    )
+    with writing(plan.out / DATASET_FILE):
+        return write_dataset(dataset)
+
+
+def count_pairs(pairs: Sequence[Pair], splits: Sequence[str]) -> Duplicates:
+    """Count the pairs of duplicates by kind, and those whose clips lie in two splits."""
+    exact, near = ([p for p in pairs if p.kind == kind] for kind in ("exact", "near"))
+    across = [sum(splits[p.first] != splits[p.second] for p in of_kind) for of_kind in (exact, near)]
+    return Duplicates(len(exact), across[0], len(near), across[1])
+
+
+def write_table(path: Path, header: tuple[str, ...], rows: Sequence[tuple]) -> None:
+    """Write a CSV if it has rows; paths keep bytes that are no UTF-8."""
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode(errors="surrogateescape")
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    with writing(path):
+        write_file(path, text.getvalue().encode(errors="surrogateescape"))
 
 
-def report(dataset: DatasetIndex, seconds: float, num_workers: int, left_out: Mapping[str, int]) -> None:
+def left_out(listing: Listing, plan: Plan) -> dict[str, int]:
+    """Why rows of the input are not in the dataset, with their numbers."""
+    num_unnamed = len(listing.rows) - sum(len(task.clips) for task in plan.tasks)
+    return listing.left_out | {"clips of splits or folds that no --split names": num_unnamed}
+
+
+def report(dataset: DatasetIndex, seconds: float, num_workers: int, not_in: Mapping[str, int]) -> None:
     """Print what was written, with units."""
-    print(f"{'split':<12}{'clips':>9}{'hours':>9}{'shards':>8}{'MiB':>10}{'raw MiB':>10}", end="")
+    print(f"{'split':<20}{'clips':>9}{'hours':>9}{'shards':>8}{'MiB':>10}{'raw MiB':>10}", end="")
     print(f"{'classes':>9}{'absent':>8}{'log-mel mean':>14}{'std':>8}")
     for name, split in dataset.splits.items():
         print(split_line(name, split))
+    for name, split in dataset.splits.items():
+        absent = [label for label, n in zip(dataset.vocabulary, split.class_counts, strict=True) if n == 0]
+        if absent:
+            more = f" and {len(absent) - NAMES_SHOWN} more" if len(absent) > NAMES_SHOWN else ""
+            print(f"absent from {name}: {', '.join(absent[:NAMES_SHOWN])}{more}")
     num_clips = sum(split.clips for split in dataset.splits.values())
+    num_bytes = sum(shard.bytes for split in dataset.splits.values() for shard in split.shards)
+    raw_bytes = sum(split.seconds for split in dataset.splits.values()) * SAMPLE_RATE_HZ * 2
     print(f"{num_clips} clips in {seconds:.1f} s: {num_clips / seconds:.0f} clips/s with {num_workers} workers")
-    print(
-        f"rejected: {dataset.rejected} clips"
-        + (f", listed in {dataset.folder / REJECTED_FILE}" if dataset.rejected else "")
-    )
-    for reason, count in left_out.items():
+    print(f"{num_bytes / MIB:.1f} MiB, {num_bytes / raw_bytes:.0%} of the samples' {raw_bytes / MIB:.1f} MiB")
+    table = f", listed in {dataset.folder / REJECTED_FILE}" if dataset.rejected else ""
+    print(f"rejected: {dataset.rejected} clips{table}")
+    report_duplicates(dataset.duplicates, Path(f"{dataset.folder}") / DUPLICATES_FILE)
+    for reason, count in not_in.items():
         if count:
             print(f"left out: {count} {reason}")
 
@@ -262,13 +313,27 @@ def split_line(name: str, split: SplitIndex) -> str:
     absent = split.class_counts.count(0)
     sizes = f"{split.clips:>9}{split.seconds / 3600:>9.2f}{len(split.shards):>8}{mib:>10.1f}{raw_mib:>10.1f}"
     stats = f"{split.log_mel.mean:>14.4f}{split.log_mel.std:>8.4f}"
-    return f"{name:<12}{sizes}{len(split.class_counts) - absent:>9}{absent:>8}{stats}"
+    return f"{name:<20}{sizes}{len(split.class_counts) - absent:>9}{absent:>8}{stats}"
+
+
+def report_duplicates(duplicates: Duplicates, table: Path) -> None:
+    """Say what is there twice, and loudly what training would see of a held-out split."""
+    if duplicates.exact + duplicates.near == 0:
+        return
+    print(f"duplicates: {duplicates.exact} exact and {duplicates.near} near pairs, listed in {table}")
+    across = duplicates.exact_across_splits + duplicates.near_across_splits
+    if across:
+        print(
+            f"WARNING: {across} pairs of duplicates lie in two splits ({duplicates.exact_across_splits} exact, "
+            f"{duplicates.near_across_splits} near): what is held out is also trained on, see {table}"
+        )
 
 
 def main() -> None:
     """Run, and clean up after SIGTERM as after Ctrl-C."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    make_shards(parse_args())
+    args = parse_args()
+    verify_folder(args.out, args.workers) if args.verify else make_shards(args)
 
 
 if __name__ == "__main__":

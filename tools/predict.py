@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pictures import DB_PER_NEPER, pyplot, show_levels
 from tqdm import tqdm
 
 import asda
 from asda.data.audio import SAMPLE_RATE_HZ, AudioError, read_wave
-from asda.data.fbank import FRAME_SHIFT, FRAME_WINDOW, LOW_HZ, NUM_MEL_BINS
+from asda.data.fbank import FRAME_SHIFT
 from asda.data.files import audio_files
 from asda.errors import UserError, exit_with_sentence
 from asda.inference import Model, Tag, Timeline
@@ -27,11 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BAR_CHARACTERS = 25  # of a probability of 1
-DB_PER_NEPER = 10 / math.log(10)  # a log-mel value is the natural logarithm of an energy
 FRAME_SHIFT_S = FRAME_SHIFT / SAMPLE_RATE_HZ
-FRAME_WINDOW_S = FRAME_WINDOW / SAMPLE_RATE_HZ
 MOST_ROWS = 20  # of the picture's tags
-TICKS_HZ = (100, 250, 500, 1000, 2000, 4000, 7000)
 
 EXAMPLES = """
 examples
@@ -102,7 +100,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.picture and args.picture.suffix.lower() != ".png":
         raise UserError(f"--picture {args.picture} must end in .png")
     if args.picture:
-        pyplot()
+        pyplot("--picture")
 
 
 def check_times(args: argparse.Namespace, model: Model) -> None:
@@ -175,7 +173,7 @@ def with_bar(probability: float) -> str:
 
 def draw(out: Path, path: Path, model: Model, mel_TM: torch.Tensor, timeline: Timeline, top: int) -> None:
     """Write the picture: the spectrogram, and below it the `top` classes that are strongest anywhere, over time."""
-    plt = pyplot()
+    plt = pyplot("--picture")
     figure, (above, below) = plt.subplots(
         2, figsize=(11, 4 + 0.3 * top), height_ratios=(3.2, 0.3 * top), sharex=True, layout="constrained"
     )
@@ -190,23 +188,11 @@ def draw(out: Path, path: Path, model: Model, mel_TM: torch.Tensor, timeline: Ti
 
 
 def draw_spectrogram(axes: "Axes", level_TM: np.ndarray) -> None:
-    """Log-mel levels in dB, each frame drawn around its centre; Hz on the left, mel bins on the right."""
-    first_s = (FRAME_WINDOW_S - FRAME_SHIFT_S) / 2
-    last_s = first_s + len(level_TM) * FRAME_SHIFT_S
-    image = axes.imshow(
-        level_TM.T, origin="lower", aspect="auto", cmap="magma", extent=(first_s, last_s, -0.5, NUM_MEL_BINS - 0.5)
-    )
+    """Log-mel levels in dB; Hz on the left, mel bins on the right."""
+    image = show_levels(axes, level_TM)
     axes.figure.colorbar(image, ax=axes, label="energy (dB)", pad=0.06)
-    axes.set_yticks([mel_bin(hz) for hz in TICKS_HZ], [f"{hz:,}" for hz in TICKS_HZ])
     axes.set_ylabel("frequency (Hz)")
-    axes.set_xlim(0, last_s)
     axes.secondary_yaxis("right").set_ylabel("mel bin")
-
-
-def mel_bin(hz: float) -> float:
-    """Where a frequency lies among the mel bins; 0 is the centre of the first."""
-    mel, low, high = (1127 * math.log(1 + f / 700) for f in (hz, LOW_HZ, SAMPLE_RATE_HZ / 2))
-    return (mel - low) / (high - low) * (NUM_MEL_BINS + 1) - 1
 
 
 def draw_tags(axes: "Axes", timeline: Timeline, labels: tuple[str, ...], top: int) -> None:
@@ -222,18 +208,6 @@ def draw_tags(axes: "Axes", timeline: Timeline, labels: tuple[str, ...], top: in
     axes.set_yticks([row + 0.5 for row in range(len(names))], names)
     axes.invert_yaxis()
     axes.figure.colorbar(image, ax=axes, label="probability", pad=0.06)
-
-
-def pyplot() -> Any:
-    """matplotlib's, which draws into files only; raises UserError where it is not installed."""
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise UserError("--picture needs matplotlib; install it with: pip install 'asda[report]'") from None
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def main() -> None:

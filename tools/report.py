@@ -25,9 +25,9 @@ from matplotlib.figure import Figure
 
 from asda import checkpoint
 from asda.config import Config, PretrainConfig
+from asda.data.clips import Clip, ClipDataset, read_clips
 from asda.data.fbank import log_mel
 from asda.data.order import Draw, clip_rng
-from asda.data.stream import Clip, ClipDataset, fetch_clips
 from asda.errors import UserError, exit_with_sentence
 from asda.models.attention import Attention
 from asda.models.encoder import Block, Encoder
@@ -53,8 +53,8 @@ def write_report(pretrained: Path, finetuned: Path, scratch: Path, out: Path) ->
     objective = config.objective
     if not isinstance(objective, PretrainConfig):
         raise UserError(f"{pretrained} is not a pre-training run; give one whose objective.kind is pretrain")
-    dataset = ClipDataset(config.data.train, labelled=False)
-    clip = _liveliest(fetch_clips(dataset, [Draw(0, number) for number in range(min(24, len(dataset)))]), config)
+    dataset = ClipDataset(*(part.data for part in config.data.datasets), labelled=False)
+    clip = _liveliest(read_clips(dataset, [Draw(0, number) for number in range(min(24, len(dataset)))]), config)
     teacher = Encoder(config.model)
     teacher.load_state_dict(checkpoint.read_weights(folder, "teacher"))
 
@@ -153,7 +153,7 @@ def _masked_spectrogram(clip: Clip, config: Config, objective: PretrainConfig) -
     image_TF = _image(clip, config)
     patch = config.model.patch
     grid = (config.data.frames // patch, config.model.mel_bins // patch)
-    visible_N = inverse_block_masks(clip_rng(config.run.seed, clip.draw), 1, grid, objective.mask)[0]
+    visible_N = inverse_block_masks(clip_rng(config.run.seed, clip.draw, "masks"), 1, grid, objective.mask)[0]
     hidden_TF = ~np.kron(visible_N.reshape(grid), np.ones((patch, patch), dtype=bool))
     figure, axes = plt.subplots(1, 2, figsize=(13, 3.2), layout="constrained", sharey=True)
     palette = plt.get_cmap("magma").copy()

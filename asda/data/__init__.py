@@ -1,1 +1,1 @@
-"""From audio files to batches: audio -> sources -> writer -> shards on disk -> log-mel patches."""
+"""From shards to batches: storage -> clips -> order -> stream -> log-mel patches."""

@@ -1,8 +1,8 @@
 """Audio files as waves: in float at their own rate, or as shards hold them, 16 kHz, mono, int16, in one kind of WAV.
 
-Reads what libsndfile reads, and nothing here trusts a header: lengths, rates and channels are bounded before a byte is
-decoded, and a file that holds less than it declares is refused. (Ogg and NIST files declare no length: their cut copies
-pass as shorter clips.)
+Reads what libsndfile reads and, with the extra `m4a`, AAC and Opus in MP4, WebM and the like. Nothing here trusts a
+header: lengths, rates and channels are bounded before a byte is decoded, and a file that holds less than it declares is
+refused. (Ogg, NIST and raw AAC files declare no length: their cut copies pass as shorter clips.)
 """
 
 import math
@@ -12,12 +12,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import soundfile
 import soxr
-import torch
-from torchaudio.transforms import Resample
+
+if TYPE_CHECKING:
+    from torchaudio.transforms import Resample
+
+# torch is imported where it resamples: it takes a second and 450 MB, and whoever only opens a dataset needs none.
+
+# What is read, by the names such files bear; what a file is, its content says.
+LIBSNDFILE_EXTENSIONS = (
+    *(".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc"),
+    *(".au", ".snd", ".caf", ".w64", ".rf64", ".sph", ".nist"),
+)
+PYAV_EXTENSIONS = (".m4a", ".m4b", ".mp4", ".aac", ".webm", ".mka", ".mkv")  # by the extra m4a
+AUDIO_EXTENSIONS = LIBSNDFILE_EXTENSIONS + PYAV_EXTENSIONS
 
 SAMPLE_RATE_HZ = 16_000
 MIN_SAMPLES = 400  # one 25 ms frame of the log-mel front-end
@@ -34,26 +46,34 @@ RESAMPLE_AT_ONCE = 1 << 19  # samples: 10 s at 48 kHz in one piece; torchaudio t
 # common divisor of the two. 22.05 and 44.1 kHz take 0.1 M values, 11127 Hz would take 178 M (0.7 GB).
 MAX_KERNEL_VALUES = 1 << 22
 LOWPASS_ZEROS, LOWPASS_ROLLOFF = 6, 0.99  # torchaudio's defaults: zero crossings each side, share of the Nyquist band
+CUT_SLACK_S = 0.5  # a file that is longer than a segment by this much still is that segment: codecs pad, cutters round
 
 # libsndfile shortens a truncated file's header to what is there; only its log knows: "data : 900 (should be 600)".
 SIZE_CORRECTION = re.compile(r": (\d+) \(should be (\d+)\)")
 SIZE_SLACK_BYTES = 8  # writers that forget a pad byte or count the RIFF header itself are off by this much at most
 UNKNOWN_SIZE_BYTES = 0x7FFF_0000  # from here on a declared size is a streaming writer's "unknown"
 
+Segment = tuple[float, float]  # start and stop in a recording, seconds
+
 
 class AudioError(ValueError):
     """The reason, in a few words, why a file or a payload is not usable audio."""
 
 
-def read_audio(path: Path, max_seconds: float = MAX_SECONDS) -> np.ndarray:
-    """Read a file as int16 samples [S] at 16 kHz, S >= 400.
+def read_audio(path: Path, max_seconds: float = MAX_SECONDS, segment: Segment | None = None) -> np.ndarray:
+    """Read a file, or the segment of a longer one, as int16 samples [S] at 16 kHz, S >= 400.
 
     16 kHz mono 16-bit audio comes out bit for bit. Anything else is decoded as by read_wave, resampled as by `resample`
-    and rounded with saturation. Raises AudioError when the file cannot be used.
+    and rounded with saturation. A file that lasts no longer than its segment is taken whole; see part_of. Raises
+    AudioError when the file cannot be used.
     """
-    with _opened(path, max_seconds) as sound:
+    if demuxer := demuxer_of(path):
+        return to_int16(resample(*_read_compressed(path, demuxer, max_seconds, segment)))
+    with _opened(path, max_seconds, segment) as (sound, num_frames):
         exact = (sound.samplerate, sound.channels, sound.subtype) == (SAMPLE_RATE_HZ, 1, "PCM_16")
-        return _decode_int16(sound) if exact else to_int16(resample(_decode_mono(sound), sound.samplerate))
+        if exact:
+            return _decode_int16(sound, num_frames)
+        return to_int16(resample(_decode_mono(sound, num_frames), sound.samplerate))
 
 
 def read_wave(path: Path, max_seconds: float = MAX_SECONDS) -> tuple[np.ndarray, int]:
@@ -62,74 +82,134 @@ def read_wave(path: Path, max_seconds: float = MAX_SECONDS) -> tuple[np.ndarray,
     At 16 kHz they make 400 samples or more. Memory is that of the result. Raises AudioError when the file cannot be
     used, for the same reasons as read_audio.
     """
-    with _opened(path, max_seconds) as sound:
-        return _decode_mono(sound), sound.samplerate
+    if demuxer := demuxer_of(path):
+        return _read_compressed(path, demuxer, max_seconds, None)
+    with _opened(path, max_seconds, None) as (sound, num_frames):
+        return _decode_mono(sound, num_frames), sound.samplerate
+
+
+def demuxer_of(path: Path) -> str:
+    """Return FFmpeg's name of a file's format where only FFmpeg knows it, else "". Raises AudioError for no file."""
+    if not path.is_file():
+        raise AudioError("is not a regular file" if path.exists() else "no such file")
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+    except OSError as error:
+        raise AudioError(f"cannot be read: {error.strerror}") from error
+    if not head:
+        raise AudioError("the file is empty")
+    if head[4:] == b"ftyp":  # MP4, M4A
+        return "mov"
+    if head[:4] == b"\x1a\x45\xdf\xa3":  # EBML: Matroska, WebM
+        return "matroska"
+    # ADTS: 12 bits of ones, a bit for the version, two zeros where MPEG audio, MP3 too, has its layer.
+    return "aac" if len(head) > 1 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0 else ""
+
+
+def _read_compressed(path: Path, demuxer: str, max_seconds: float, segment: Segment | None) -> tuple[np.ndarray, int]:
+    # Imported here because PyAV is an optional extra.
+    from asda.data.compressed import read_compressed
+
+    return read_compressed(path, demuxer, max_seconds, segment)
 
 
 @contextmanager
-def _opened(path: Path, max_seconds: float) -> Iterator[soundfile.SoundFile]:
-    """An audio file whose header is plausible; what libsndfile says against it in the block is an AudioError too."""
-    if not path.is_file():
-        raise AudioError("is not a regular file" if path.exists() else "no such file")
-    if path.stat().st_size == 0:
-        raise AudioError("the file is empty")
+def _opened(path: Path, max_seconds: float, segment: Segment | None) -> Iterator[tuple[soundfile.SoundFile, int]]:
+    """An audio file at the first of the frames to read, and their number, all of it plausible.
+
+    What libsndfile says against the file in the block is an AudioError too.
+    """
     try:
         # By descriptor, because soundfile would judge a path by its extension.
         with path.open("rb") as file, soundfile.SoundFile(file.fileno(), closefd=False) as sound:
-            check_header(sound, max_seconds)
-            yield sound
+            check_format(sound.samplerate, sound.channels)
+            _check_sizes(sound)
+            first, num_frames = part_of(sound.frames, sound.samplerate, segment)
+            check_length(num_frames, sound.samplerate, max_seconds)
+            if first:
+                sound.seek(first)
+            yield sound, num_frames
     except soundfile.LibsndfileError as error:
         raise AudioError(f"libsndfile: {error.error_string.rstrip('.') or f'error {error.code}'}") from error
     except OSError as error:
         raise AudioError(f"cannot be read: {error.strerror}") from error
 
 
-def check_header(sound: soundfile.SoundFile, max_seconds: float) -> None:
-    """Refuse a header whose promise is empty, out of bounds, or larger than the file."""
+def check_format(rate_hz: int, num_channels: int) -> None:
+    """Refuse rates and channels out of bounds."""
     low_hz, high_hz = RATE_BOUNDS_HZ
-    if not low_hz <= sound.samplerate <= high_hz:
-        raise AudioError(f"sample rate {sound.samplerate} Hz is outside {low_hz} to {high_hz} Hz")
-    if not 1 <= sound.channels <= MAX_CHANNELS:
-        raise AudioError(f"{sound.channels} channels are more than {MAX_CHANNELS}")
-    if sound.frames <= 0:
+    if not low_hz <= rate_hz <= high_hz:
+        raise AudioError(f"sample rate {rate_hz} Hz is outside {low_hz} to {high_hz} Hz")
+    if not 1 <= num_channels <= MAX_CHANNELS:
+        raise AudioError(f"{num_channels} channels are more than {MAX_CHANNELS}")
+
+
+def part_of(num_frames: int, rate_hz: int, segment: Segment | None) -> tuple[int, int]:
+    """Return first frame and number of frames of a segment, which ends with the file at the latest.
+
+    All of a file that lasts no longer than the segment, because it is the segment, cut by whoever downloaded it.
+    """
+    if segment is None or num_frames <= (segment[1] - segment[0] + CUT_SLACK_S) * rate_hz:
+        return 0, num_frames
+    first, stop = (round(time_s * rate_hz) for time_s in segment)
+    if first >= num_frames:
+        raise AudioError(f"lasts {num_frames / rate_hz:.1f} s and the clip begins at {segment[0]:g} s")
+    return first, min(stop, num_frames) - first
+
+
+def check_length(num_frames: int, rate_hz: int, max_seconds: float) -> None:
+    """Refuse to read nothing, too much, or less than a frame of the log-mel front-end."""
+    if num_frames <= 0:
         raise AudioError("holds no samples")
-    if sound.frames > max_seconds * sound.samplerate:
-        raise AudioError(f"lasts {sound.frames / sound.samplerate:.1f} s, longer than {max_seconds:g} s")
-    if sound.frames > MAX_FRAMES:
-        raise AudioError(f"{sound.frames} samples per channel are more than {MAX_FRAMES}")
-    for declared, present in SIZE_CORRECTION.findall(sound.extra_info):
-        if int(present) + SIZE_SLACK_BYTES < int(declared) < UNKNOWN_SIZE_BYTES:
-            raise AudioError(f"is truncated: a chunk declares {declared} bytes and {present} are there")
-    num_samples = resampled_length(sound.frames, sound.samplerate)
+    if num_frames > max_seconds * rate_hz:
+        raise AudioError(f"lasts {num_frames / rate_hz:.1f} s, longer than {max_seconds:g} s")
+    if num_frames > MAX_FRAMES:
+        raise AudioError(f"{num_frames} samples per channel are more than {MAX_FRAMES}")
+    num_samples = resampled_length(num_frames, rate_hz)
     if num_samples < MIN_SAMPLES:
         raise AudioError(f"has {num_samples} samples at 16 kHz, shorter than one frame of {MIN_SAMPLES}")
 
 
-def _decode_int16(sound: soundfile.SoundFile) -> np.ndarray:
-    """All samples of a mono 16-bit file, int16 [S]."""
-    samples_S = sound.read(dtype="int16")
-    _check_whole(sound, len(samples_S))
+def _check_sizes(sound: soundfile.SoundFile) -> None:
+    """Refuse a header that promises more bytes than the file has."""
+    for declared, present in SIZE_CORRECTION.findall(sound.extra_info):
+        if int(present) + SIZE_SLACK_BYTES < int(declared) < UNKNOWN_SIZE_BYTES:
+            raise AudioError(f"is truncated: a chunk declares {declared} bytes and {present} are there")
+
+
+def _decode_int16(sound: soundfile.SoundFile, num_frames: int) -> np.ndarray:
+    """The next samples of a mono 16-bit file, int16 [S]."""
+    samples_S = sound.read(num_frames, dtype="int16")
+    _check_whole(sound, len(samples_S), num_frames)
     return samples_S
 
 
-def _decode_mono(sound: soundfile.SoundFile) -> np.ndarray:
-    """The mean over the channels of an open file, float32 [S] at its own rate."""
-    mono_S = np.empty(sound.frames, np.float32)
+def _decode_mono(sound: soundfile.SoundFile, num_frames: int) -> np.ndarray:
+    """The mean over the channels of the next frames of an open file, float32 [S] at its own rate."""
+    mono_S = np.empty(num_frames, np.float32)
     block = READ_AT_ONCE // sound.channels
-    for start in range(0, sound.frames, block):
-        audio_SC = sound.read(block, dtype="float32", always_2d=True)
-        _check_whole(sound, start + len(audio_SC), min(start + block, sound.frames))
-        # A sum of columns: numpy's mean over a short axis takes twenty times as long.
-        mean_S = sum(audio_SC.T[1:], start=audio_SC[:, 0]) / np.float32(sound.channels)
-        if not np.isfinite(mean_S).all():
-            raise AudioError("holds samples that are not finite")
-        mono_S[start : start + block] = mean_S
+    for start in range(0, num_frames, block):
+        expected = min(block, num_frames - start)
+        audio_SC = sound.read(expected, dtype="float32", always_2d=True)
+        _check_whole(sound, len(audio_SC), expected)
+        mono_S[start : start + expected] = mean_of_channels(audio_SC.T)
     return mono_S
 
 
-def _check_whole(sound: soundfile.SoundFile, num_read: int, expected: int | None = None) -> None:
-    if num_read != (sound.frames if expected is None else expected):
-        raise AudioError(f"is truncated: its header declares {sound.frames} frames and {num_read} are there")
+def mean_of_channels(audio_CS: np.ndarray) -> np.ndarray:
+    """Mean over the channels, float32 [S]. Raises AudioError where it is not finite."""
+    # A sum of rows: numpy's mean over a short axis takes twenty times as long.
+    mean_S = np.asarray(sum(audio_CS[1:], start=audio_CS[0]) / np.float32(len(audio_CS)))
+    if not np.isfinite(mean_S).all():
+        raise AudioError("holds samples that are not finite")
+    return mean_S
+
+
+def _check_whole(sound: soundfile.SoundFile, num_read: int, expected: int) -> None:
+    if num_read != expected:
+        there = sound.tell()
+        raise AudioError(f"is truncated: its header declares {sound.frames} frames and {there} are there")
 
 
 def resampled_length(num_samples: int, rate_hz: int) -> int:
@@ -150,6 +230,8 @@ def resample(wave_S: np.ndarray, rate_hz: int) -> np.ndarray:
         return _resample_by_soxr(wave_S, rate_hz)
     if max(len(wave_S), resampled_length(len(wave_S), rate_hz)) > RESAMPLE_AT_ONCE:
         return _resample_in_blocks(wave_S, rate_hz)
+    import torch
+
     return _resampler(rate_hz)(torch.from_numpy(wave_S)).numpy()
 
 
@@ -160,6 +242,8 @@ def _resample_in_blocks(wave_S: np.ndarray, rate_hz: int) -> np.ndarray:
     the input. So a block of whole groups, with as many groups around it as the filter reaches over, gives what the
     whole wave gives.
     """
+    import torch
+
     resampler = _resampler(rate_hz)
     old, new = rate_hz // resampler.gcd, SAMPLE_RATE_HZ // resampler.gcd
     reach = math.ceil(resampler.width / old)  # groups
@@ -189,8 +273,11 @@ def _kernel_values(rate_hz: int) -> int:
 
 
 @lru_cache(maxsize=8)
-def _resampler(rate_hz: int) -> Resample:
+def _resampler(rate_hz: int) -> "Resample":
     """Holds the kernel, computed in float32 as the function does for float32 waves; the class would take float64."""
+    import torch
+    from torchaudio.transforms import Resample
+
     return Resample(rate_hz, SAMPLE_RATE_HZ, dtype=torch.float32)
 
 
@@ -199,6 +286,7 @@ def to_int16(amplitude_S: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(amplitude_S * INT16_SCALE), -INT16_SCALE, INT16_SCALE - 1).astype(np.int16)
 
 
+@lru_cache(maxsize=1024)  # most clips of a dataset have one of a few lengths
 def wav_header(num_bytes: int) -> bytes:
     """Return the canonical 44-byte header of a 16 kHz mono PCM int16 WAV with this many bytes of samples."""
     riff = struct.pack("<4sI4s", b"RIFF", num_bytes + WAV_HEADER_BYTES - 8, b"WAVE")

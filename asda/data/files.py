@@ -1,9 +1,11 @@
 """Which audio files a user means: files as given, folders with all that is below them."""
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from asda.data.sources import AUDIO_EXTENSIONS, is_audio, walk
+from asda.data.audio import AUDIO_EXTENSIONS
 from asda.errors import UserError
 
 
@@ -29,3 +31,23 @@ def _below(folder: Path) -> list[AudioFile]:
     if not names:
         raise UserError(f"{folder} holds no audio file; known extensions are {' '.join(AUDIO_EXTENSIONS)}")
     return [AudioFile(folder / name, Path(name)) for name in names]
+
+
+def is_audio(relative: str) -> bool:
+    """Whether a name has an audio extension and no part of its path is hidden."""
+    return os.path.splitext(relative)[1].lower() in AUDIO_EXTENSIONS and "/." not in f"/{relative}"
+
+
+def walk(folder: Path) -> Iterator[str]:
+    """Yield the relative paths of all files, following links to folders, each folder once."""
+    seen: set[str] = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()  # a link back into the tree
+            continue
+        seen.add(real)
+        folders.sort()
+        inside = os.path.relpath(root, folder)
+        prefix = "" if inside == "." else f"{inside}/"
+        yield from (prefix + name for name in files)

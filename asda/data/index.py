@@ -1,22 +1,25 @@
 """What the index files of a dataset say, field by field. The format is specified in shards/README.md."""
 
-import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+import numpy as np
+from pydantic import AfterValidator, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
 from xxhash import xxh3_128
 
 from asda.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of dataset.json; version 1 is read too, and lacks what has a default below
+SHARD_FORMAT_VERSION = 1  # of a shard and its index
+READABLE_VERSIONS = (1, 2)
 DATASET_FILE = "dataset.json"
 SHARD_SUFFIX = ".tar.zst"
 TAR_END = bytes(1024)  # two zero blocks
 MAX_SAMPLE_BYTES = 256 << 20  # of one clip's tar members; more is refused before it is decompressed
-MAX_DATASET_FILE_BYTES = 256 << 20  # AudioSet's 2 million clips need 2 MiB
+MAX_DATASET_FILE_BYTES = 256 << 20  # AudioSet's 2 million clips need 20 MiB
 REPAIR = "restore the shard or make it again with tools/make_shards.py"
 
 Count = Annotated[int, Field(ge=0)]
@@ -25,6 +28,36 @@ Hash128 = Annotated[str, Field(pattern="^xxh3_128:[0-9a-f]{32}$")]
 Key = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,200}$")]
 SplitName = Annotated[str, Field(pattern="^[A-Za-z0-9_]+$")]
 ShardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+-[0-9]{6}\.tar\.zst$")]  # a name, never a path
+
+HASH_DIGITS = re.compile(rb"xxh3_128:[0-9a-f]{32}")  # of dataset.json itself, where it first occurs
+NO_HASH = b"xxh3_128:" + b"0" * 32  # stands there while the file is hashed
+
+
+class UnknownVersionError(Exception):
+    """A format_version that this code does not read."""
+
+
+def _known_version(version: int) -> int:
+    if version not in READABLE_VERSIONS:
+        raise UnknownVersionError(version)
+    return version
+
+
+def _weights(values: object) -> np.ndarray:
+    """Check a list of positive numbers as a whole: one by one, two million of them would take a second."""
+    array = np.asarray(values)
+    if array.size and (array.ndim != 1 or array.dtype.kind not in "iuf"):
+        raise ValueError("it is no list of numbers")
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
+        array = array.astype(np.float32)
+    if not (np.isfinite(array) & (array >= 0)).all():
+        raise ValueError("a weight is negative or not finite")
+    array.flags.writeable = False
+    return array
+
+
+Version = Annotated[int, AfterValidator(_known_version)]
+Weights = Annotated[np.ndarray, PlainValidator(_weights)]
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 Record = TypeVar("Record")
@@ -73,6 +106,22 @@ class SplitIndex:
     class_counts: tuple[Count, ...]
     log_mel: LogMelStats
     shards: tuple[ShardEntry, ...]
+    class_weights: tuple[float, ...] = ()  # class_weight() of each of class_counts; absent in version 1
+    # float32 [clips] in the order of the split: the sum of the class weights of a clip's labels. Empty where the split
+    # has no labels, and in version 1.
+    sample_weights: Weights = field(default_factory=lambda: np.zeros(0, np.float32), compare=False)
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """How many pairs of duplicates.csv are of each kind, and how many of those lie in two splits."""
+
+    __pydantic_config__ = STRICT
+
+    exact: Count = 0
+    exact_across_splits: Count = 0
+    near: Count = 0
+    near_across_splits: Count = 0
 
 
 @dataclass(frozen=True)
@@ -81,12 +130,15 @@ class DatasetIndex:
 
     __pydantic_config__ = STRICT
 
-    format_version: int
+    format_version: Version
     sample_rate_hz: Literal[16_000]
     vocabulary: tuple[str, ...]  # a label's id is its position
     splits: dict[SplitName, SplitIndex]
     rejected: Count
-    folder: Path = Path()  # not in the file
+    folder: Any = Path()  # not in the file: a Path, or the asda.data.storage.Storage of a remote dataset
+    duplicates: Duplicates = Duplicates()
+    command: str = ""  # what made the dataset
+    hash: Annotated[str, Field(pattern="^(xxh3_128:[0-9a-f]{32})?$")] = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         names = [shard.name for split in self.splits.values() for shard in split.shards]
@@ -99,6 +151,10 @@ class DatasetIndex:
                 raise ValueError(f"split {name} and its shards count different numbers of clips")
             if len(split.class_counts) != len(self.vocabulary):
                 raise ValueError(f"split {name} does not count every class of the vocabulary")
+            if len(split.class_weights) not in (0, len(self.vocabulary)):
+                raise ValueError(f"split {name} does not weigh every class of the vocabulary")
+            if len(split.sample_weights) not in (0, split.clips):
+                raise ValueError(f"split {name} does not weigh every clip")
 
 
 @dataclass(frozen=True)
@@ -107,7 +163,7 @@ class ShardIndex:
 
     __pydantic_config__ = STRICT
 
-    format_version: int
+    format_version: Version
     name: ShardName
     bytes: Count
     hash: Hash128
@@ -137,18 +193,33 @@ def hash_bytes(data: bytes) -> str:
     return f"xxh3_128:{xxh3_128(data).hexdigest()}"
 
 
-def parse(record: type[Record], text: bytes, path: Path) -> Record:
+def class_weight(count: int) -> float:
+    """Weight of a class of so many clips in balanced sampling, as AudioSet's recipes have it since PANNs."""
+    return 1000 / (count + 0.01)
+
+
+def hash_dataset_file(text: bytes) -> str:
+    """xxh3_128 of dataset.json, taken with zeros in the place of the digits of this very hash."""
+    return hash_bytes(HASH_DIGITS.sub(NO_HASH, text, count=1))
+
+
+def parse_dataset(text: bytes, path: Path | str) -> DatasetIndex:
+    """Check dataset.json: field by field, then against its own hash (since version 2). Raises UserError."""
+    dataset = parse(DatasetIndex, text, path)
+    if dataset.format_version > 1 and (found := hash_dataset_file(text)) != dataset.hash:
+        raise UserError(f"{path} is damaged: its hash is {found}, it says {dataset.hash or 'none'}; {REPAIR}")
+    return dataset
+
+
+def parse(record: type[Record], text: bytes, path: Path | str) -> Record:
     """Check a JSON file against a dataclass. Raises UserError naming the file and the first wrong value."""
     try:
-        raw: Any = json.loads(text)
-        version = raw["format_version"]
-        if isinstance(version, int) and version != FORMAT_VERSION:
-            raise UserError(f"{path} has format version {version}, this asda reads {FORMAT_VERSION}; update asda")
         return _validator(record).validate_json(text)
+    except UnknownVersionError as error:
+        known = " and ".join(map(str, READABLE_VERSIONS))
+        raise UserError(f"{path} has format version {error}, this asda reads {known}; update asda") from None
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(
             f"{path} is malformed at {'.'.join(map(str, first['loc'])) or 'top'}: {first['msg']}; {REPAIR}"
         ) from None
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise UserError(f"{path} is malformed: no JSON object with a format_version ({error}); {REPAIR}") from None

@@ -6,17 +6,19 @@
 4. normalise  (x - mean) / (2 std)                                 fn.normalize
 5. patches    [time patches x mel patches, pixels]                 fn.reshape, fn.transpose
 
-The native log-mel is made of DALI's own operators and costs a GPU next to nothing; on a CPU it is five times slower
-than asda.data.fbank, which therefore stands in its place there. Both are held to torchaudio's numbers.
+On a GPU each stage is made of DALI's own operators, which cost it next to nothing. On a CPU they take several times
+the log-mel's time, so stages 2 to 5 are one function in the graph there, asda.data.cpu_patches. Both are held to
+torchaudio's numbers.
+
+Augmentation (asda.data.augment) joins in where its stage is: each clip's numbers come through the same
+fn.external_source as its wave, so a graph does the same to a clip wherever it stands in whatever batch.
 
 Shapes: B clips, S samples, T frames, W samples of a frame, K spectral lines, M mel bins, N patches, P pixels.
 """
 
-import threading
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, Literal, Self, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, Literal, Self, TypeVar
 
 import numpy as np
 import nvidia.dali.math as dali_math
@@ -29,6 +31,8 @@ from nvidia.dali.types import Constant, DALIDataType
 
 from asda.data import fbank
 from asda.data.audio import INT16_SCALE
+from asda.data.augment import ClipAugmentation, packed
+from asda.data.cpu_patches import ROOT_12, WEYL_STEP, CpuPatches, PatchLayout
 
 BLOCK = 80  # samples; the greatest common divisor of frame shift and window: frames are made of whole blocks
 BLOCKS_PER_SHIFT = fbank.FRAME_SHIFT // BLOCK
@@ -43,7 +47,8 @@ class PatchPipeline(Generic[Extra]):
     Patches are time-major (number = time patch x mel patches + mel patch), pixels row-major (frame, mel bin). A batch
     may have fewer clips than `batch_size`. Every tensor owns its memory. An exception of the source comes out of the
     iteration unchanged, after the batches before it. The source is asked only from within `next`, in the caller's
-    thread. Close the pipeline, or use it in a `with` statement, to end its threads; the source's end closes it too.
+    thread, and its arrays must stay as they are until their patches are out. Close the pipeline, or use it in a `with`
+    statement, to end its threads; the source's end closes it too.
     """
 
     def __init__(
@@ -59,6 +64,8 @@ class PatchPipeline(Generic[Extra]):
         device: Literal["cpu", "gpu"],
         threads: int,
         prefetch: int,
+        augmentations: Callable[[Extra], Sequence[ClipAugmentation]] | None = None,
+        mask_first: bool = False,
         native: bool | None = None,
     ):
         """Build the pipeline; nothing is taken from the source before the first batch is asked for.
@@ -74,15 +81,20 @@ class PatchPipeline(Generic[Extra]):
             device: where the patches are made and handed out; "gpu" is torch's current CUDA device.
             threads: CPU threads that compute.
             prefetch: batches prepared ahead.
-            native: whether DALI's own operators compute the log-mel; None: on a GPU only.
+            augmentations: what happens to each clip of a batch, found in its extra; None: nothing ever does.
+            mask_first: what is masked becomes a log-mel of 0 in the single clip, rather than 0 in the finished mixture.
+            native: whether DALI's own operators make the patches; None: on a GPU only.
         """
         self._source = source
-        self._extras: deque[Extra] = deque()  # of the batches that DALI has taken and not yet handed out
+        self._augmentations = augmentations
+        # Of the batches that DALI has taken and not yet handed out: the arrays it reads, and the extra.
+        self._taken: deque[tuple[list[np.ndarray], np.ndarray | None, Extra]] = deque()
         self._error: Exception | None = None
         self._max_samples = fbank.num_samples(frames)
         self._device = torch.device("cuda", torch.cuda.current_device()) if device == "gpu" else torch.device("cpu")
         native = device == "gpu" if native is None else native
-        self._pool = None if native else _single_core_threads(threads)
+        layout = PatchLayout(frames, patch, mean, std, pad_log_mel, mask_first)
+        self._cpu_patches = None if native else CpuPatches(layout, batch_size, threads)
         self._pipe: Pipeline | None = Pipeline(
             batch_size=batch_size,
             num_threads=threads,
@@ -90,12 +102,13 @@ class PatchPipeline(Generic[Extra]):
             prefetch_queue_depth=prefetch,
         )
         with self._pipe:
-            waves_S = fn.external_source(source=self._next_waves, batch=True, dtype=DALIDataType.INT16, ndim=1)
-            if self._pool is None:
-                mel_TM = NativeLogMel(frames, self._device)(waves_S)
+            waves_S, *numbers = self._inputs()
+            if self._cpu_patches is None:
+                patches_NP = NativePatches(layout, self._device)(waves_S, *numbers)
             else:
-                mel_TM = _log_mel_in_threads(waves_S, self._pool)
-            self._pipe.set_outputs(_patches(mel_TM, frames, patch, mean, std, pad_log_mel))
+                function = self._cpu_patches.augmented if numbers else self._cpu_patches.plain
+                patches_NP = fn.python_function(waves_S, *numbers, function=function, batch_processing=True)
+            self._pipe.set_outputs(patches_NP)
 
     def __iter__(self) -> Self:
         return self
@@ -109,7 +122,7 @@ class PatchPipeline(Generic[Extra]):
         """
         patches_BNP = self._run()
         if patches_BNP is not None:
-            return patches_BNP, self._extras.popleft()
+            return patches_BNP, self._taken.popleft()[-1]
         self.close()
         error, self._error = self._error, None
         raise error or StopIteration
@@ -121,8 +134,8 @@ class PatchPipeline(Generic[Extra]):
             # letting go of ours would not end it.
             self._pipe._shutdown()
             self._pipe = None
-        if self._pool is not None:
-            self._pool.shutdown()
+        if self._cpu_patches is not None:
+            self._cpu_patches.close()
 
     def __enter__(self) -> Self:
         return self
@@ -130,20 +143,42 @@ class PatchPipeline(Generic[Extra]):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _next_waves(self) -> list[np.ndarray]:
+    def _inputs(self) -> Sequence[DataNode]:
+        """Graph: the waves and, where there is augmentation, the numbers of each clip."""
+        one_or_two = {"dtype": DALIDataType.INT16, "ndim": 1}
+        if self._augmentations is not None:
+            one_or_two = {"num_outputs": 2, "dtype": [DALIDataType.INT16, DALIDataType.FLOAT64], "ndim": [1, 1]}
+        # On the CPU DALI reads our arrays where they are; for a GPU it copies them into memory that a GPU can reach.
+        inputs = fn.external_source(
+            source=self._next_inputs, batch=True, no_copy=self._device.type == "cpu", **one_or_two
+        )
+        return [inputs] if isinstance(inputs, DataNode) else inputs
+
+    def _next_inputs(self) -> list[np.ndarray] | tuple[list[np.ndarray], list[np.ndarray]]:
         """DALI's request for a batch. It knows no errors but the end, so an error is kept until the queue is empty."""
         try:
             waves, extra = next(self._source)
+            augmentations = None if self._augmentations is None else self._augmentations(extra)
+            numbers_BK = None if augmentations is None else packed(augmentations)
         except StopIteration:
             raise
         except Exception as error:
             self._error = error
             raise StopIteration from None
-        self._extras.append(extra)
-        return [wave_S[: self._max_samples] for wave_S in waves]  # no later sample reaches a frame that is kept
+        if augmentations is None:
+            waves = [self._used(wave_S) for wave_S in waves]
+        else:
+            pairs = zip(waves, augmentations, strict=True)
+            waves = [wave_S if one.wave_shift or one.noise_ratio else self._used(wave_S) for wave_S, one in pairs]
+        self._taken.append((waves, numbers_BK, extra))
+        return waves if numbers_BK is None else (waves, list(numbers_BK))
+
+    def _used(self, wave_S: np.ndarray) -> np.ndarray:
+        """What of a wave reaches a frame that is kept, if neither the wave's end nor its loudness does."""
+        return wave_S[: self._max_samples]
 
     def _run(self) -> torch.Tensor | None:
-        """One batch as a tensor of its own, because DALI reuses its buffers; None after the last."""
+        """One batch as a tensor of its own; None after the last."""
         if self._pipe is None:
             return None
         stream = torch.cuda.current_stream() if self._device.type == "cuda" else None
@@ -151,30 +186,94 @@ class PatchPipeline(Generic[Extra]):
             batch = self._pipe.run(stream)[0].as_tensor()
         except StopIteration:
             return None
+        if stream is None:
+            return torch.from_dlpack(batch)  # DALI's dynamic executor, its default, gives the buffer away
+        # On a GPU it would take the buffer back when torch lets go of it, which may still have work queued on it.
         patches_BNP = torch.empty(batch.shape(), dtype=torch.float32, device=self._device)
         return feed_ndarray(batch, patches_BNP, cuda_stream=stream)
 
 
-def _patches(mel_TM: DataNode, frames: int, patch: int, mean: float, std: float, pad_log_mel: float) -> DataNode:
-    """Log-mel frames, however many, to patches [N, P]."""
-    grid = [frames // patch, patch, fbank.NUM_MEL_BINS // patch, patch]
-    mel_TM = fn.slice(
-        mel_TM, start=[0], shape=[frames], axes=[0], out_of_bounds_policy="pad", fill_values=[pad_log_mel]
-    )
-    mel_TM = fn.normalize(mel_TM, mean=mean, stddev=2 * std)
-    return fn.reshape(
-        fn.transpose(fn.reshape(mel_TM, shape=grid), perm=[0, 2, 1, 3]),
-        shape=[grid[0] * grid[2], patch * patch],
-    )
+class Numbers:
+    """The numbers of each clip inside a graph, by the names of their fields; one more is its partner in the batch."""
+
+    def __init__(self, numbers_K: DataNode, device: str):
+        self._host_K = numbers_K
+        self._device_K = numbers_K.gpu() if device == "gpu" else numbers_K
+
+    def factor(self, name: str, dtype: DALIDataType = DALIDataType.FLOAT) -> DataNode:
+        """For arithmetic, on the device of the data."""
+        return fn.cast(self._device_K[ClipAugmentation._fields.index(name)], dtype=dtype)
+
+    def argument(self, name: str, dtype: DALIDataType = DALIDataType.INT32) -> DataNode:
+        """For an operator's argument, which DALI wants on the CPU."""
+        return fn.cast(self._host_K[ClipAugmentation._fields.index(name)], dtype=dtype)
+
+    @property
+    def partner(self) -> DataNode:
+        """Place in the batch, an operator's argument."""
+        return fn.cast(self._host_K[len(ClipAugmentation._fields)], dtype=DALIDataType.INT32)
 
 
-def _log_mel_in_threads(waves_S: DataNode, pool: ThreadPoolExecutor) -> DataNode:
-    """Graph of a pipeline on the CPU: int16 [S] to log-mel [T, M], a clip per thread."""
+class NativePatches:
+    """Patches from DALI's operators alone: the graph of a pipeline on a GPU."""
 
-    def compute(waves: list[np.ndarray]) -> list[np.ndarray]:
-        return list(pool.map(fbank.log_mel, waves))
+    def __init__(self, layout: PatchLayout, device: torch.device):
+        self._layout = layout
+        self._device = "gpu" if device.type == "cuda" else "cpu"
+        self._log_mel = NativeLogMel(layout.frames, device)
 
-    return fn.python_function(waves_S, function=compute, batch_processing=True)
+    def __call__(self, waves_S: DataNode, numbers_K: DataNode | None = None) -> DataNode:
+        """Graph: int16 [S], and the numbers of asda.data.augment.packed where clips are augmented, to [N, P]."""
+        layout, numbers = self._layout, None if numbers_K is None else Numbers(numbers_K, self._device)
+        mel_TM = fn.slice(
+            self._log_mel(waves_S, numbers),
+            start=[0],
+            shape=[layout.frames],
+            axes=[0],
+            out_of_bounds_policy="pad",
+            fill_values=[layout.pad_log_mel],
+        )
+        if numbers is not None and layout.mask_first:
+            mel_TM = self._masked(mel_TM, numbers)
+        mel_TM = fn.normalize(mel_TM, mean=layout.mean, stddev=2 * layout.std)
+        if numbers is not None:
+            mel_TM = self._mixed(self._noisy(mel_TM, numbers), numbers)
+            mel_TM = mel_TM if layout.mask_first else self._masked(mel_TM, numbers)
+        return self._cut(mel_TM)
+
+    def _noisy(self, mel_TM: DataNode, numbers: Numbers) -> DataNode:
+        """Noise in every value, then the frames rolled."""
+        shape = (self._layout.frames, fbank.NUM_MEL_BINS)
+        # The complement, so that the noise of the frames is not the noise of the samples.
+        key = numbers.factor("noise_key", DALIDataType.UINT32) ^ uint32(0xFFFFFFFF)
+        mel_TM = mel_TM + numbers.factor("frame_noise") * uniform_noise(shape, key, self._device)
+        return rolled(mel_TM, numbers.argument("frame_shift"), self._layout.frames, self._layout.frames)
+
+    def _mixed(self, mel_TM: DataNode, numbers: Numbers) -> DataNode:
+        share = numbers.factor("share")
+        return mel_TM * share + fn.permute_batch(mel_TM, indices=numbers.partner) * (1.0 - share)
+
+    def _masked(self, mel_TM: DataNode, numbers: Numbers) -> DataNode:
+        """0 in a band of mel bins and in a stretch of frames."""
+        mel_start, mel_stop, frame_start, frame_stop = (
+            numbers.argument(name, DALIDataType.FLOAT)
+            for name in ("mel_start", "mel_stop", "frame_start", "frame_stop")
+        )
+        none = mel_start * 0
+        return fn.erase(
+            mel_TM,
+            anchor=fn.stack(none, mel_start, frame_start, none),
+            shape=fn.stack(
+                none + self._layout.frames, mel_stop - mel_start, frame_stop - frame_start, none + fbank.NUM_MEL_BINS
+            ),
+            axes=[0, 1],
+            fill_value=0.0,
+        )
+
+    def _cut(self, mel_TM: DataNode) -> DataNode:
+        frames, patch = self._layout.frames, self._layout.patch
+        grid = [frames // patch, patch, fbank.NUM_MEL_BINS // patch, patch]
+        return fn.reshape(fn.transpose(fn.reshape(mel_TM, shape=grid), perm=[0, 2, 1, 3]), shape=self._layout.shape)
 
 
 class NativeLogMel:
@@ -185,30 +284,44 @@ class NativeLogMel:
     """
 
     def __init__(self, frames: int, device: torch.device):
-        self._frames = frames
+        self._frames, self._num_samples = frames, fbank.num_samples(frames)
         # In float64, because training may have switched float32 products to TF32, which has three digits.
         self._filters_KM = fbank.mel_filters().to(device, torch.float64)
         # A stream of its own, because torch's default one has the training step queued.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __call__(self, waves_S: DataNode) -> DataNode:
-        """Graph: int16 [S] to log-mel [T, M]; S is at most what makes `frames` frames."""
-        num_frames = (waves_S.shape()[0] - fbank.FRAME_WINDOW) // fbank.FRAME_SHIFT + 1
+    def __call__(self, waves_S: DataNode, numbers: Numbers | None = None) -> DataNode:
+        """Graph: int16 [S] to log-mel [T, M], with at most `frames` frames."""
+        num_samples: Any = fn.cast(waves_S.shape()[0], dtype=DALIDataType.INT32)  # one kind for all of its arguments
+        num_frames = dali_math.min((num_samples - fbank.FRAME_WINDOW) // fbank.FRAME_SHIFT + 1, self._frames)
         if self._stream is not None:
             waves_S = waves_S.gpu()
-        power_TK = self._power_spectrum(self._frame(waves_S))
+        wave_S = fn.cast(waves_S, dtype=DALIDataType.FLOAT) / float(INT16_SCALE)
+        wave_S = wave_S - fn.reductions.mean(wave_S)
+        wave_S = self._padded(wave_S) if numbers is None else self._augmented(wave_S, num_samples, numbers)
+        power_TK = self._power_spectrum(self._frame(wave_S))
         mel_TM = fn.dl_tensor_python_function(
             power_TK, function=self._mel_energies, device="gpu" if self._stream else "cpu", batch_processing=True
         )
         return dali_math.log(dali_math.max(mel_TM, fbank.MIN_ENERGY))[:num_frames]
 
-    def _frame(self, waves_S: DataNode) -> DataNode:
-        """All frames [T, W] of a wave padded to `frames` frames, minus the wave's mean and their own."""
+    def _padded(self, wave_S: DataNode) -> DataNode:
+        """A wave of any length as one that makes `frames` frames."""
+        return fn.slice(wave_S, start=[0], shape=[self._num_samples], axes=[0], out_of_bounds_policy="pad")
+
+    def _augmented(self, wave_S: DataNode, num_samples: DataNode, numbers: Numbers) -> DataNode:
+        """The same of a wave that is rolled, amplified and made noisy, as far as it reaches and in the padding."""
+        device = "gpu" if self._stream is not None else "cpu"
+        key = numbers.factor("noise_key", DALIDataType.UINT32)
+        noise_S = (uniform_noise((self._num_samples,), key, device) - 0.5) * ROOT_12
+        noise_S = noise_S * (fn.reductions.rms(wave_S) * numbers.factor("noise_ratio"))
+        wave_S = rolled(wave_S, numbers.argument("wave_shift"), num_samples, num_samples)
+        return (self._padded(wave_S) + noise_S) * numbers.factor("gain")
+
+    def _frame(self, wave_S: DataNode) -> DataNode:
+        """All frames [T, W] of a padded wave, minus their means."""
         blocks = BLOCKS_PER_SHIFT * (self._frames - 1) + BLOCKS_PER_FRAME
         order = [BLOCKS_PER_SHIFT * t + b for t in range(self._frames) for b in range(BLOCKS_PER_FRAME)]
-        wave_S = fn.cast(waves_S, dtype=DALIDataType.FLOAT) / float(INT16_SCALE)
-        wave_S = wave_S - fn.reductions.mean(wave_S)
-        wave_S = fn.slice(wave_S, start=[0], shape=[blocks * BLOCK], axes=[0], out_of_bounds_policy="pad")
         framed = fn.sequence_rearrange(fn.reshape(wave_S, shape=[blocks, BLOCK]), new_order=order)
         raw_TW = fn.reshape(framed, shape=[self._frames, fbank.FRAME_WINDOW])
         return raw_TW - fn.reductions.mean(raw_TW, axes=[1], keep_dims=True)
@@ -242,20 +355,22 @@ class NativeLogMel:
         return [mel_TM.__dlpack__() for mel_TM in mel_BTM]
 
 
-def _single_core_threads(num_threads: int) -> ThreadPoolExecutor:
-    """Threads in which torch computes on one core each; elsewhere it computes as before.
+def rolled(data: DataNode, shift: DataNode, length: DataNode | int, keep: DataNode | int) -> DataNode:
+    """numpy.roll along the first axis: 0 <= shift < length; `keep` of the result from its start on."""
+    return fn.slice(fn.cat(data, data, axis=0), start=length - shift, shape=keep, axes=[0])
 
-    torch.set_num_threads concerns the calling thread and all that have not computed yet, so the setting is put back
-    once every thread of the pool has its own.
-    """
-    before = torch.get_num_threads()
-    all_here = threading.Barrier(num_threads)
 
-    def settle(_: int) -> None:
-        torch.set_num_threads(1)
-        all_here.wait()  # holds the thread, so that the next task starts another one
+def uint32(value: int) -> Any:
+    """A number that stays 32 bits wide in arithmetic, which then wraps around as C's does."""
+    return Constant(value, dtype=DALIDataType.UINT32)
 
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="asda-fbank")
-    list(pool.map(settle, range(num_threads)))
-    torch.set_num_threads(before)
-    return pool
+
+def uniform_noise(shape: tuple[int, ...], key: DataNode, device: str) -> DataNode:
+    """asda.data.cpu_patches.uniform of every place, float32; division by a power of two is a shift."""
+    counters = np.arange(np.prod(shape), dtype=np.uint32) * np.uint32(WEYL_STEP)
+    bits = Constant(counters.reshape(shape), device=device) + key
+    bits = (bits ^ (bits // uint32(1 << 16))) * uint32(0x85EBCA6B)
+    bits = (bits ^ (bits // uint32(1 << 13))) * uint32(0xC2B2AE35)
+    bits = bits ^ (bits // uint32(1 << 16))
+    whole: Any = fn.cast(bits // uint32(1 << 8), dtype=DALIDataType.FLOAT)
+    return whole * 2.0**-24

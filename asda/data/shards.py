@@ -2,22 +2,24 @@
 
     dataset.json --hash--> train-000000.json --hash of every frame--> train-000000.tar.zst
 
-A shard is a row of zstd frames, one per clip, so any clip is reached by its offset and checked on its own.
+A shard is a row of zstd frames, one per clip, so any clip is reached by its offset and checked on its own. Where the
+files lie, and how they come here, is asda.data.storage's.
 """
 
 import io
 import json
-import os
 import tarfile
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import zstandard
 from xxhash import xxh3_64_hexdigest, xxh3_128
 
 from asda.data.audio import AudioError, decode_wav
+from asda.data.cache import READ_BYTES, CacheConfig, StoredFile
 from asda.data.index import (
     DATASET_FILE,
     MAX_DATASET_FILE_BYTES,
@@ -29,46 +31,65 @@ from asda.data.index import (
     ShardIndex,
     hash_bytes,
     parse,
+    parse_dataset,
 )
+from asda.data.storage import LocalFolder, Storage, open_storage
 from asda.errors import UserError
 
 INDEXES_KEPT = 512  # shard indexes in memory at a time: about 40 MB with 256 clips a shard
-READ_BYTES = 1 << 20  # per read while a whole file is hashed
+
+_of_thread = threading.local()  # .decompressor: making one takes 20 us, and threads cannot share one
 
 
-def load_dataset(folder: Path, splits: Sequence[str] | None = None) -> DatasetIndex:
-    """Open a folder of shards, and check that all files of the given splits (default: all) have their sizes.
+def load_dataset(
+    location: str | Path | Storage,
+    splits: Sequence[str] | None = None,
+    cache: CacheConfig | None = None,
+    *,
+    tolerant: bool = False,
+) -> DatasetIndex:
+    """Open a dataset, and check that all files of the given splits (default: all) have their sizes.
 
-    Raises UserError when something is missing, newer than this code, malformed, or of another size.
+    Remote files are checked when they are fetched: asking for the size of every one takes minutes.
+
+    Args:
+        location: a folder, or a URL as asda.data.storage.open_storage takes it.
+        splits: the splits that will be used.
+        cache: keeps copies of remote shards; without it every read is a request.
+        tolerant: leaves missing files and wrong sizes for when they are read.
+
+    Raises:
+        UserError: something is missing, newer than this code, malformed, or of another size.
     """
-    path = folder / DATASET_FILE
-    if not path.is_file():
-        raise UserError(f"{folder} holds no {DATASET_FILE}; make the dataset with tools/make_shards.py --out {folder}")
-    if path.stat().st_size > MAX_DATASET_FILE_BYTES:
-        raise UserError(f"{path} has {path.stat().st_size} bytes, more than {MAX_DATASET_FILE_BYTES}: it is no index")
-    dataset = replace(parse(DatasetIndex, _read_file(path), path), folder=folder)
-    for name in dataset.splits if splits is None else splits:
+    storage = open_storage(location, cache)
+    where = storage.where(DATASET_FILE)
+    dataset = parse_dataset(storage.read_dataset_file(MAX_DATASET_FILE_BYTES), where)
+    dataset = replace(dataset, folder=storage.folder if isinstance(storage, LocalFolder) else storage)
+    names = list(dataset.splits) if splits is None else splits
+    for name in names:
         if name not in dataset.splits:
-            raise UserError(f"{path} has no split {name!r}; it has {', '.join(dataset.splits)}")
-        for shard in dataset.splits[name].shards:
-            _check_size(folder / shard.name, shard.bytes)
-            _check_size(folder / shard.index_name, shard.index_bytes)
+            raise UserError(f"{where} has no split {name!r}; it has {', '.join(dataset.splits)}")
+    if names and not tolerant:
+        entries = (entry for name in names for entry in dataset.splits[name].shards)
+        storage.check_sizes(file for entry in entries for file in (_shard_file(entry), _index_file(entry)))
     return dataset
 
 
-def load_shard_index(folder: Path, entry: ShardEntry) -> ShardIndex:
+def load_shard_index(location: str | Path | Storage, entry: ShardEntry) -> ShardIndex:
     """Read the index of one shard. Raises UserError unless it is the one that dataset.json was written with."""
-    path = folder / entry.index_name
-    _check_size(path, entry.index_bytes)
-    text = _read_file(path)
-    if (found := hash_bytes(text)) != entry.index_hash:
+    storage, file = open_storage(location), _index_file(entry)
+    where = storage.where(file.name)
+    text = storage.read_whole(file)
+    if hash_bytes(text) != file.hash and storage.renew(file):
+        text = storage.read_whole(file)
+    if (found := hash_bytes(text)) != file.hash:
         raise UserError(
-            f"shard index {path} is damaged: its hash is {found}, {DATASET_FILE} says {entry.index_hash}; {REPAIR}"
+            f"shard index {where} is damaged: its hash is {found}, {DATASET_FILE} says {file.hash}; {REPAIR}"
         )
-    index = parse(ShardIndex, text, path)
+    index = parse(ShardIndex, text, where)
     if (index.name, len(index.keys), index.bytes, index.hash) != (entry.name, entry.clips, entry.bytes, entry.hash):
         raise UserError(
-            f"shard index {path} and {DATASET_FILE} disagree on the shard's name, clips, bytes or hash; {REPAIR}"
+            f"shard index {where} and {DATASET_FILE} disagree on the shard's name, clips, bytes or hash; {REPAIR}"
         )
     return index
 
@@ -79,15 +100,26 @@ _kept_shard_index = lru_cache(maxsize=INDEXES_KEPT)(load_shard_index)
 class ShardFile:
     """One shard. Reads are independent of each other: any thread may read any clip at any time."""
 
-    def __init__(self, folder: Path, entry: ShardEntry):
-        self.path = folder / entry.name
+    def __init__(self, location: str | Path | Storage, entry: ShardEntry):
+        self.storage = open_storage(location)
         self.entry = entry
-        self._folder = folder
+        self.file = _shard_file(entry)
+
+    @cached_property
+    def path(self) -> Path | str:
+        """The file, or where it is on the network."""
+        where = self.storage.where(self.entry.name)
+        return Path(where) if isinstance(self.storage, LocalFolder) else where
 
     @property
     def index(self) -> ShardIndex:
         """The shard's index, read and verified when it is first needed."""
-        return _kept_shard_index(self._folder, self.entry)
+        return _kept_shard_index(self.storage, self.entry)
+
+    def prefetch(self) -> None:
+        """Begin to bring the shard near, in the background: into the cache, or into the system's memory."""
+        self.storage.read_ahead(_index_file(self.entry))
+        self.storage.read_ahead(self.file)
 
     def read_frame(self, number: int) -> bytes:
         """Return the tar members of clip `number`, without a tar's end.
@@ -97,38 +129,37 @@ class ShardFile:
         """
         index = self.index
         start, stop = index.offsets[number : number + 2]
-        where = f"shard {self.path} is damaged at key {index.keys[number]} (bytes {start} to {stop})"
-        frame = self._read_bytes(start, stop)
-        if (found := xxh3_64_hexdigest(frame)) != index.hashes[number]:
-            raise UserError(f"{where}: its hash is {found}, the index says {index.hashes[number]}; {REPAIR}")
-        return _decompress(frame, where)
-
-    def _read_bytes(self, start: int, stop: int) -> bytes:
-        # Opened for each read: a dataset has more shards than a process may have open files.
+        expected = index.hashes[number]
+        frame = self.storage.read(self.file, start, stop)
+        if xxh3_64_hexdigest(frame) != expected and self.storage.renew(self.file):
+            frame = self.storage.read(self.file, start, stop)
+        if (found := xxh3_64_hexdigest(frame)) != expected:
+            raise UserError(f"{self._damage(number)}: its hash is {found}, the index says {expected}; {REPAIR}")
         try:
-            descriptor = os.open(self.path, os.O_RDONLY)
-            try:
-                return os.pread(descriptor, stop - start, start)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise UserError(
-                f"cannot read shard {self.path}, bytes {start} to {stop}: {error.strerror}; {REPAIR}"
-            ) from error
+            return _decompress(frame)
+        except (BadFrameError, zstandard.ZstdError) as error:
+            raise UserError(f"{self._damage(number)}: {error}; {REPAIR}") from error
+
+    def _damage(self, number: int) -> str:
+        start, stop = self.index.offsets[number : number + 2]
+        return f"shard {self.path} is damaged at key {self.index.keys[number]} (bytes {start} to {stop})"
 
 
 def verify_shard(dataset: DatasetIndex, entry: ShardEntry) -> None:
     """Read everything in a shard: index, frames, members, end frame, hash of the whole file. Raises UserError."""
-    index = load_shard_index(dataset.folder, entry)
     shard = ShardFile(dataset.folder, entry)
-    _check_size(shard.path, entry.bytes)
+    index = load_shard_index(shard.storage, entry)
+    shard.storage.check_sizes([shard.file])
     for number, key in enumerate(index.keys):
         _check_members(shard, number, key, dataset.vocabulary)
     end = index.offsets[-1]
     where = f"shard {shard.path} is damaged in its end frame (bytes {end} to {entry.bytes})"
-    if _decompress(shard._read_bytes(end, entry.bytes), where) != TAR_END:
-        raise UserError(f"{where}: it does not hold two zero blocks; {REPAIR}")
-    if (found := _hash_file(shard.path)) != entry.hash:
+    try:
+        if _decompress(shard.storage.read(shard.file, end, entry.bytes)) != TAR_END:
+            raise UserError(f"{where}: it does not hold two zero blocks; {REPAIR}")
+    except (BadFrameError, zstandard.ZstdError) as error:
+        raise UserError(f"{where}: {error}; {REPAIR}") from error
+    if (found := _hash_of(shard)) != entry.hash:
         raise UserError(
             f"shard {shard.path} is damaged: its hash is {found}, {DATASET_FILE} says {entry.hash}; {REPAIR}"
         )
@@ -136,53 +167,56 @@ def verify_shard(dataset: DatasetIndex, entry: ShardEntry) -> None:
 
 def _check_members(shard: ShardFile, number: int, key: str, vocabulary: tuple[str, ...]) -> None:
     """Compare the tar members of one clip with its row in the index."""
+    where = f"shard {shard.path}, key {key}: its members"
     members = io.BytesIO(shard.read_frame(number) + TAR_END)
     try:
         with tarfile.open(fileobj=members) as tar:
             contents = [(member.name, tar.extractfile(member)) for member in tar]
-        (wav_name, wav), (json_name, text) = [(name, file.read() if file else b"") for name, file in contents]
-        samples, described = decode_wav(wav), json.loads(text)
+        names = [name for name, _ in contents]
+        if names != [f"{key}.wav", f"{key}.json"]:
+            raise UserError(f"{where} are {', '.join(names) or 'none'}, not {key}.wav and {key}.json; {REPAIR}")
+        wav, text = (file.read() if file else b"" for _, file in contents)
         labels = [vocabulary[label] for label in shard.index.labels[number]]
-        found = (wav_name, json_name, len(samples), described["labels"])
+        found = (len(decode_wav(wav)), json.loads(text)["labels"])
     except (tarfile.TarError, AudioError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"shard {shard.path}, key {key}: its members cannot be read ({error}); {REPAIR}") from error
-    if found != (f"{key}.wav", f"{key}.json", shard.index.num_samples[number], labels):
-        raise UserError(f"shard {shard.path}, key {key}: its members are not what the index says; {REPAIR}")
+        raise UserError(f"{where} cannot be read ({error}); {REPAIR}") from error
+    if found != (shard.index.num_samples[number], labels):
+        raise UserError(f"{where} are not what the index says; {REPAIR}")
 
 
-def _decompress(frame: bytes, where: str) -> bytes:
-    """Decompress exactly one frame. One-shot on purpose: zstandard's streaming readers accept truncated input."""
+class BadFrameError(ValueError):
+    """A frame that breaks the rules of the format."""
+
+
+def _decompress(frame: bytes) -> bytes:
+    """Decompress exactly one frame. One-shot on purpose: zstandard's streaming readers accept truncated input.
+
+    Nothing is allocated before the sizes that the frame declares are known to be bounded.
+    """
+    declared = zstandard.get_frame_parameters(frame)
+    if declared.content_size > MAX_SAMPLE_BYTES:  # also what a frame without a declared size says
+        raise BadFrameError(f"it declares {declared.content_size} bytes, more than {MAX_SAMPLE_BYTES}")
+    if declared.window_size > MAX_SAMPLE_BYTES:
+        raise BadFrameError(f"it declares a window of {declared.window_size} bytes, more than {MAX_SAMPLE_BYTES}")
+    if not declared.has_checksum:
+        raise BadFrameError("its frame has no checksum")
     try:
-        declared = zstandard.get_frame_parameters(frame)
-        if declared.content_size > MAX_SAMPLE_BYTES:  # also what a frame without a declared size says
-            raise UserError(
-                f"{where}: it declares {declared.content_size} bytes, more than {MAX_SAMPLE_BYTES}; {REPAIR}"
-            )
-        if not declared.has_checksum:
-            raise UserError(f"{where}: its frame has no checksum; {REPAIR}")
-        decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_SAMPLE_BYTES)
-        return decompressor.decompress(frame, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise UserError(f"{where}: {error}; {REPAIR}") from error
+        decompressor = _of_thread.decompressor
+    except AttributeError:
+        decompressor = _of_thread.decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_SAMPLE_BYTES)
+    return decompressor.decompress(frame, allow_extra_data=False)
 
 
-def _read_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+def _shard_file(entry: ShardEntry) -> StoredFile:
+    return StoredFile(entry.name, entry.bytes, entry.hash)
 
 
-def _check_size(path: Path, expected: int) -> None:
-    if not path.is_file():
-        raise UserError(f"{path} is missing ({expected} bytes expected); {REPAIR}")
-    if (found := path.stat().st_size) != expected:
-        raise UserError(f"{path} has {found} bytes, {DATASET_FILE} says {expected}; {REPAIR}")
+def _index_file(entry: ShardEntry) -> StoredFile:
+    return StoredFile(entry.index_name, entry.index_bytes, entry.index_hash)
 
 
-def _hash_file(path: Path) -> str:
-    state = xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(READ_BYTES):
-            state.update(chunk)
+def _hash_of(shard: ShardFile) -> str:
+    state, size = xxh3_128(), shard.entry.bytes
+    for low in range(0, size, READ_BYTES):
+        state.update(shard.storage.read(shard.file, low, min(low + READ_BYTES, size)))
     return f"xxh3_128:{state.hexdigest()}"

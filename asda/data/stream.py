@@ -1,110 +1,39 @@
-"""From shards to batches of clips.
+"""From shards to batches of clips: a webdataset pipeline whose samples are micro-batches.
 
-1. order     positions of the run -> draws                              asda.data.order, pure arithmetic
-2. frames    draw -> one verified zstd frame of a shard                 asda.data.shards, in threads
-3. samples   frames joined to a tar stream -> webdataset's stages       tar_file_expander | group_by_keys
-4. clips     wav and json members -> int16 samples, labels, crop        decode
-5. batches   clips of one micro-batch, read ahead in order              `training_batches`, `evaluation_batches`
-6. patches   normalised log-mel patches on the device                   asda.data.pipeline, in DALI
+1. draws     which clips a micro-batch visits                  asda.data.order, pure arithmetic
+2. shards    that come next are fetched, or announced          asda.data.storage
+3. clips     read, verified, decoded                           asda.data.clips
+4. batches   crop, masks and augmentation of every visit       `training_batches`, `evaluation_batches`
+5. patches   normalised log-mel patches on the device          asda.data.pipeline, in DALI
 
-Any frames of any shards, one after the other, form a valid tar stream (shards/README.md). So the order of the clips is
-chosen before anything is read, and webdataset still sees one archive with neighbouring members.
+Steps 3 and 4 are done ahead in threads or, with data.workers, in processes (asda.data.reader); those make the patches
+too where no GPU does.
+
+The order is chosen before anything is read, so a shard's neighbours are not read one after another as webdataset does
+alone; every frame of a shard is reached by its offset instead, within the few shards of a group.
 """
 
-import io
-from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import accumulate, islice
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import xxhash
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.pipeline import DataPipeline
 
-from asda.config import Config, DataConfig, LogMelStats
-from asda.data.audio import decode_wav
+from asda.config import AugmentConfig, Config, DataConfig, LogMelStats
+from asda.data.augment import ClipAugmentation, draw_augmentations
+from asda.data.batches import Batch, PatchMaker
+from asda.data.clips import Clip, ClipDataset, DamageBudget, Note, read_clips
+from asda.data.cpu_patches import PatchLayout
 from asda.data.fbank import num_samples
-from asda.data.index import TAR_END, DatasetIndex
-from asda.data.order import Draw, ShuffledOrder, clip_rng, rank_slice
+from asda.data.order import ClipOrder, Draw, clip_rng, rank_slice
 from asda.data.pipeline import PatchPipeline
-from asda.data.shards import ShardFile, load_dataset
+from asda.data.reader import read_ahead, read_ahead_in_processes
 from asda.errors import UserError
 
-
-class ClipDataset:
-    """The clips of one or more splits as one numbered sequence.
-
-    Attributes:
-        vocabulary: class names, a label's id is its position; empty where labels are not used.
-        num_labels: labels of all clips together; equal to the number of clips where each has one.
-        log_mel: mean and standard deviation of the log-mel values of all clips.
-        shards: all shards, in the order that numbers the clips.
-        fingerprint: one hash of all shards; what it stays equal for is the same data in the same order.
-    """
-
-    def __init__(self, specs: str | list[str], *, labelled: bool):
-        """Open "FOLDER:SPLIT" or "FOLDER:SPLIT+SPLIT", or a list of such.
-
-        Args:
-            specs: which splits of which folders.
-            labelled: whether the labels are used; then all folders must have the same vocabulary.
-
-        Raises:
-            UserError: a folder, split or shard is missing or damaged, or the vocabularies differ.
-        """
-        specs = [specs] if isinstance(specs, str) else specs
-        parts = [(index, name) for spec in specs for index, name in _parse_spec(spec)]
-        self.vocabulary = _one_vocabulary([index for index, _ in parts]) if labelled else ()
-        self.shards = [ShardFile(index.folder, shard) for index, name in parts for shard in index.splits[name].shards]
-        self.log_mel = _pooled_stats([index.splits[name].log_mel for index, name in parts])
-        self.num_labels = sum(sum(index.splits[name].class_counts) for index, name in parts)
-        self.fingerprint = xxhash.xxh3_128_hexdigest("".join(shard.entry.hash for shard in self.shards).encode())
-        self._first_clip = [0, *accumulate(shard.entry.clips for shard in self.shards)]
-
-    def __len__(self) -> int:
-        return self._first_clip[-1]
-
-    @property
-    def shard_clips(self) -> list[int]:
-        """Number of clips in each shard."""
-        return [shard.entry.clips for shard in self.shards]
-
-    def locate(self, clip: int) -> tuple[ShardFile, int]:
-        """The shard that holds a clip, and the clip's place in it."""
-        number = bisect_right(self._first_clip, clip) - 1
-        return self.shards[number], clip - self._first_clip[number]
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One visit of one clip, decoded."""
-
-    draw: Draw
-    key: str
-    samples: np.ndarray  # [S] int16 at 16 kHz
-    labels: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The clips of one micro-batch, in order; masks only where there are students."""
-
-    clips: list[Clip]
-    visible_BMK: np.ndarray | None  # [B, M, K] int64, the patches that each student sees
-
-    def targets(self, num_classes: int) -> np.ndarray:
-        """[B, C] float32, 1 where the clip has the label."""
-        targets = np.zeros((len(self.clips), num_classes), dtype=np.float32)
-        for row, clip in enumerate(self.clips):
-            targets[row, list(clip.labels)] = 1
-        return targets
-
-
-MaskMaker = Callable[[np.random.Generator], np.ndarray]  # -> [M, K] int64
+MaskMaker = Callable[[np.random.Generator], np.ndarray]  # -> [M, K] int64; pickled where there are worker processes
 
 
 def training_batches(
@@ -118,147 +47,200 @@ def training_batches(
     rank: int,
     world_size: int,
     masks: MaskMaker | None,
+    budget: DamageBudget | None = None,
+    patches: PatchMaker | None = None,
 ) -> Iterator[Batch]:
-    """Rank's micro-batches from step `first_step` on, without end; `batch` clips a step over all ranks."""
-    order = ShuffledOrder(dataset.shard_clips, seed, config.group_shards)
+    """Rank's micro-batches from step `first_step` on, without end; `batch` clips a step over all ranks.
+
+    Args:
+        dataset: opened with the datasets of `config`.
+        config: of the data.
+        seed: of the run.
+        first_step: the first that is wanted; any step is reached at once.
+        batch: clips of a step.
+        micro_batch: most clips of a batch that is given out.
+        rank: whose share.
+        world_size: ranks.
+        masks: draws what the students of a clip see, if there are students.
+        budget: of damaged clips; None is strict.
+        patches: makes them in worker processes; None leaves it to DALI. See `patch_maker`.
+
+    Raises:
+        UserError: what `read_clips` and `read_ahead` raise; sample weights that are needed and not there.
+    """
+    order = ClipOrder(dataset.ordered(config), seed=seed, group_shards=config.group_shards)
 
     def draws() -> Iterator[list[Draw]]:
-        start = first_step * batch
+        start = announced = first_step * batch
         while True:
+            if start >= announced:  # this group of shards and the next, each half a group ahead of need
+                dataset.announce(order.shards_ahead(start, order.draws_per_group + 1))
+                announced = start + order.draws_per_group // 2
             mine = rank_slice(start, start + batch, rank, world_size)
             for low in range(mine.start, mine.stop, micro_batch):
                 yield order.draws(low, min(low + micro_batch, mine.stop))
             start += batch
 
-    def load(batch_draws: list[Draw]) -> Batch:
-        clips = fetch_clips(dataset, batch_draws)
-        rngs = [clip_rng(seed, clip.draw) for clip in clips]
-        if config.crop == "random":
-            clips = [_random_crop(clip, config.frames, rng) for clip, rng in zip(clips, rngs, strict=True)]
-        return Batch(clips, np.stack([masks(rng) for rng in rngs]) if masks else None)
+    budget = budget or DamageBudget()
+    load = _TrainingLoad(dataset, config, seed, masks, budget, patches)
+    for loaded in _ahead(draws(), load, config, dataset):
+        if loaded.damaged:
+            budget.add(loaded.damaged)
+        yield loaded
 
-    return _read_ahead(draws(), load, config.threads, config.prefetch)
+
+@dataclass(frozen=True)
+class _TrainingLoad:
+    """From the visits of a micro-batch to its batch, in a thread or in a worker process."""
+
+    dataset: ClipDataset
+    config: DataConfig
+    seed: int
+    masks: MaskMaker | None
+    budget: DamageBudget
+    patches: PatchMaker | None
+
+    def __call__(self, draws: list[Draw], note: Note) -> Batch:
+        clips = read_clips(self.dataset, draws, self.budget, note)
+        if self.config.crop == "random":
+            clips = [_random_crop(clip, self.config.frames, self.seed) for clip in clips]
+        visible = [self.masks(clip_rng(self.seed, draw, "masks")) for draw in draws] if self.masks else None
+        lengths = tuple(len(clip.samples) for clip in clips)
+        augmentations = draw_augmentations(draws, lengths, self.config, self.seed)
+        batch = Batch(clips, np.stack(visible) if visible else None, augmentations, lengths=lengths)
+        batch = self.patches(batch) if self.patches else batch
+        return replace(batch, damaged=frozenset(self.budget.met))
 
 
 def evaluation_batches(
-    dataset: ClipDataset, config: DataConfig, *, batch: int, rank: int, world_size: int
+    dataset: ClipDataset,
+    config: DataConfig,
+    *,
+    batch: int,
+    rank: int,
+    world_size: int,
+    patches: PatchMaker | None = None,
 ) -> Iterator[Batch]:
-    """Rank's share of the clips, in order, once; all ranks together see every clip exactly once."""
+    """Rank's share of the clips, in order, once; all ranks together see every clip exactly once. Always strict."""
     mine = rank_slice(0, len(dataset), rank, world_size)
     draws = ([Draw(0, clip) for clip in mine[low : low + batch]] for low in range(0, len(mine), batch))
-    return _read_ahead(draws, lambda some: Batch(fetch_clips(dataset, some), None), config.threads, config.prefetch)
+    return _ahead(draws, _EvaluationLoad(dataset, patches), config, dataset)
 
 
+@dataclass(frozen=True)
+class _EvaluationLoad:
+    """As _TrainingLoad, without chance."""
+
+    dataset: ClipDataset
+    patches: PatchMaker | None
+
+    def __call__(self, draws: list[Draw], note: Note) -> Batch:
+        clips = read_clips(self.dataset, draws, note=note)
+        batch = Batch(clips, None, lengths=tuple(len(clip.samples) for clip in clips))
+        return self.patches(batch) if self.patches else batch
+
+
+def _ahead(
+    draws: Iterator[list[Draw]],
+    load: Callable[[list[Draw], Note], Batch],
+    config: DataConfig,
+    dataset: ClipDataset,
+) -> Iterator[Batch]:
+    """Batches in order, loaded by threads of this process or by worker processes."""
+
+    def by_threads(source: Iterator[list[Draw]]) -> Iterator[Batch]:
+        return read_ahead(source, load, threads=config.threads, ahead=config.prefetch, timeout_s=config.timeout_s)
+
+    def by_processes(source: Iterator[list[Draw]]) -> Iterator[Batch]:
+        return read_ahead_in_processes(
+            source,
+            load,
+            processes=config.workers,
+            ahead_each=batches_per_worker(config),
+            timeout_s=config.timeout_s,
+            describe=lambda some: " and ".join(sorted({dataset.locate(draw.clip)[0].entry.name for draw in some})),
+        )
+
+    return iter(DataPipeline(lambda: draws, by_processes if config.workers else by_threads))
+
+
+def patch_maker(config: Config, device: torch.device, *, training: bool = False) -> PatchMaker | None:
+    """What makes the patches inside worker processes: where there are such, and no GPU makes them."""
+    if not config.data.workers or _on_gpu(config.data, device):
+        return None
+    augmented = training and config.data.augment != AugmentConfig()
+    return PatchMaker(_layout(config), augmented, batches_per_worker(config.data))
+
+
+@contextmanager
 def with_patches(
-    batches: Iterator[Batch], config: Config, batch_size: int, device: torch.device
-) -> PatchPipeline[Batch]:
-    """Add the patches: iterates over (float32 [B, N, P] where DALI computes them, the batch they belong to)."""
+    batches: Iterator[Batch], config: Config, batch_size: int, device: torch.device, *, training: bool = False
+) -> Iterator[Iterator[tuple[torch.Tensor, Batch]]]:
+    """Add the patches: gives an iterator over (float32 [B, N, P] where they are made, the batch they belong to).
+
+    DALI makes them, but for batches that have theirs from a `patch_maker`. While training, what data.augment asks for
+    happens to the clips.
+    """
+    if patch_maker(config, device):
+        yield _hold(batches, config.data.workers * (batches_per_worker(config.data) + 2))
+        return
+    layout, augmented = _layout(config), training and config.data.augment != AugmentConfig()
+
+    def augmentations(batch: Batch) -> list[ClipAugmentation]:
+        assert batch.augmentations is not None, "these batches are not made for training"
+        return batch.augmentations
+
+    with PatchPipeline(
+        (([clip.samples for clip in batch.clips], batch) for batch in batches),
+        frames=layout.frames,
+        patch=layout.patch,
+        mean=layout.mean,
+        std=layout.std,
+        pad_log_mel=layout.pad_log_mel,
+        batch_size=batch_size,
+        device="gpu" if _on_gpu(config.data, device) else "cpu",
+        threads=max(1, config.data.threads),
+        prefetch=2,  # what DALI holds ready; the reading ahead is done before it
+        augmentations=augmentations if augmented else None,
+        mask_first=layout.mask_first,
+    ) as pipeline:
+        yield pipeline
+
+
+def _hold(batches: Iterator[Batch], num_held: int) -> Iterator[tuple[torch.Tensor, Batch]]:
+    """Take out the patches, and keep the last ones: torch finds their shared memory mapped when it comes again."""
+    held: deque[torch.Tensor] = deque(maxlen=num_held)
+    for batch in batches:
+        assert batch.patches_BNP is not None, "these batches are made without a patch_maker"
+        held.append(batch.patches_BNP)
+        yield batch.patches_BNP, batch
+
+
+def batches_per_worker(config: DataConfig) -> int:
+    """How far ahead each worker process works."""
+    return max(1, config.prefetch // max(1, config.workers))
+
+
+def _on_gpu(config: DataConfig, device: torch.device) -> bool:
+    if config.device == "gpu" and device.type != "cuda":
+        raise UserError("data.device is gpu, but this machine has no CUDA device; use auto or cpu")
+    return config.device != "cpu" and device.type == "cuda"
+
+
+def _layout(config: Config) -> PatchLayout:
     stats = config.data.log_mel
     assert isinstance(stats, LogMelStats), "train.py writes the figures of the shards into the configuration"
-    if config.data.device == "gpu" and device.type != "cuda":
-        raise UserError("data.device is gpu, but this machine has no CUDA device; use auto or cpu")
-    on_gpu = config.data.device != "cpu" and device.type == "cuda"
-    return PatchPipeline(
-        (([clip.samples for clip in batch.clips], batch) for batch in batches),
-        frames=config.data.frames,
-        patch=config.model.patch,
-        mean=stats.mean,
-        std=stats.std,
-        pad_log_mel=config.data.pad_log_mel,
-        batch_size=batch_size,
-        device="gpu" if on_gpu else "cpu",
-        threads=config.data.threads,
-        prefetch=2,  # what DALI holds ready; the reading ahead is done by the threads before it
+    mask_first = config.data.augment.spec_augment.order == "before_normalisation"
+    return PatchLayout(
+        config.data.frames, config.model.patch, stats.mean, stats.std, config.data.pad_log_mel, mask_first
     )
 
 
-def fetch_clips(dataset: ClipDataset, draws: list[Draw]) -> list[Clip]:
-    """Read, verify and decode clips, in the order asked for.
-
-    Raises:
-        UserError: a frame is damaged, or holds another clip than the index says; nothing of it is used.
-    """
-    places = [dataset.locate(draw.clip) for draw in draws]
-    keys = [shard.index.keys[number] for shard, number in places]
-    frames = [shard.read_frame(number) for shard, number in places]
-    samples = list(group_by_keys(tar_file_expander(_tar_streams(keys, frames))))
-    if [sample["__key__"] for sample in samples] != keys:
-        raise UserError(f"the frames of {keys} hold other clips; make the shards again with tools/make_shards.py")
-    return [_decode(*args) for args in zip(draws, places, samples, strict=True)]
-
-
-def _tar_streams(keys: list[str], frames: list[bytes]) -> Iterator[dict]:
-    """Join frames to as few tar streams as possible: webdataset wants a key once in a stream."""
-    start = 0
-    while start < len(keys):
-        stop = start + next((n for n, key in enumerate(keys[start:]) if key in keys[start : start + n]), len(keys))
-        yield {"url": "frames", "stream": io.BytesIO(b"".join(frames[start:stop]) + TAR_END)}
-        start = stop
-
-
-def _decode(draw: Draw, place: tuple[ShardFile, int], sample: dict) -> Clip:
-    shard, number = place
-    try:
-        samples = decode_wav(sample["wav"])
-    except (KeyError, ValueError) as error:
-        raise UserError(
-            f"shard {shard.entry.name}, key {sample['__key__']}: the frame is intact, but its wav member is not what "
-            f"shards/README.md says ({error}); make the shard again with tools/make_shards.py"
-        ) from None
-    return Clip(draw, sample["__key__"], samples, tuple(shard.index.labels[number]))
-
-
-def _random_crop(clip: Clip, frames: int, rng: np.random.Generator) -> Clip:
+def _random_crop(clip: Clip, frames: int, seed: int) -> Clip:
     """A random stretch that makes exactly `frames` log-mel frames, of clips that have more."""
     length = num_samples(frames)
     spare = len(clip.samples) - length
     if spare <= 0:
         return clip
-    start = int(rng.integers(spare + 1))
-    return Clip(clip.draw, clip.key, clip.samples[start : start + length], clip.labels)
-
-
-def _read_ahead(
-    draws: Iterable[list[Draw]], load: Callable[[list[Draw]], Batch], threads: int, prefetch: int
-) -> Iterator[Batch]:
-    """Load batches in `threads` threads, at most `prefetch` ahead, and yield them in order."""
-    draws = iter(draws)
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="asda-reader")
-    try:
-        waiting: deque[Future[Batch]] = deque(pool.submit(load, some) for some in islice(draws, prefetch))
-        while waiting:
-            batch = waiting.popleft().result()
-            waiting.extend(pool.submit(load, some) for some in islice(draws, 1))
-            yield batch
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _parse_spec(spec: str) -> list[tuple[DatasetIndex, str]]:
-    folder, colon, names = spec.rpartition(":")
-    if not colon or not folder or not names:
-        raise UserError(
-            f"cannot read the data {spec!r}; write FOLDER:SPLIT or FOLDER:SPLIT+SPLIT, as in shards/esc:fold1"
-        )
-    index = load_dataset(Path(folder), names.split("+"))
-    return [(index, name) for name in names.split("+")]
-
-
-def _one_vocabulary(indexes: list[DatasetIndex]) -> tuple[str, ...]:
-    first = indexes[0]
-    for other in indexes[1:]:
-        if other.vocabulary != first.vocabulary:
-            raise UserError(
-                f"{first.folder} and {other.folder} have different vocabularies ({len(first.vocabulary)} and "
-                f"{len(other.vocabulary)} classes); make both with the same --labels FILE"
-            )
-    return first.vocabulary
-
-
-def _pooled_stats(stats: list) -> LogMelStats:
-    """Mean and standard deviation over the union of several sets of values."""
-    frames = np.array([s.frames for s in stats], dtype=np.float64)
-    means = np.array([s.mean for s in stats])
-    mean = float(np.average(means, weights=frames))
-    variance = np.average(np.array([s.std for s in stats]) ** 2 + (means - mean) ** 2, weights=frames)
-    return LogMelStats(mean=mean, std=float(np.sqrt(variance)))
+    start = int(clip_rng(seed, clip.draw, "crop").integers(spare + 1))
+    return replace(clip, samples=clip.samples[start : start + length])

@@ -3,6 +3,7 @@
 Shapes: B clips, N patches of a clip, P pixels of a patch, D width, C classes.
 """
 
+import math
 import re
 
 from torch import Tensor, nn
@@ -29,31 +30,46 @@ class Classifier(nn.Module):
         nn.init.trunc_normal_(self.head.weight, std=INIT_STD)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, patches_BNP: Tensor) -> Tensor:
-        """Logits [B, C] in fp32 from normalised log-mel patches of whole clips."""
-        return self.logits(self.encoder(patches_BNP))
+    def forward(self, patches_BNP: Tensor, present_BN: Tensor | None = None) -> Tensor:
+        """Logits [B, C] in fp32.
 
-    def logits(self, tokens_BND: Tensor) -> Tensor:
+        Args:
+            patches_BNP: normalised log-mel of whole clips.
+            present_BN: False where a patch is padding, which is neither attended to nor pooled; None: all are seen.
+        """
+        return self.logits(self.encoder(patches_BNP, present_BN=present_BN), present_BN)
+
+    def logits(self, tokens_BND: Tensor, present_BN: Tensor | None = None) -> Tensor:
         """Logits [B, C] in fp32 from the encoder's tokens [B, 1 + N, D], CLS first."""
-        clip_BD = POOLINGS[self.pooling](tokens_BND)
+        clip_BD = POOLINGS[self.pooling](tokens_BND, present_BN)
         return self.head(self.norm(clip_BD)).float()
 
 
-def linear_softmax(features_BND: Tensor) -> Tensor:
+def mean(features_BND: Tensor, present_BN: Tensor | None = None) -> Tensor:
+    """Each feature's mean over the tokens that are present: [B, N, D] -> [B, D]."""
+    if present_BN is None:
+        return features_BND.mean(1)
+    weight_BN1 = present_BN[..., None].to(features_BND.dtype)
+    return (features_BND * weight_BN1).sum(1) / weight_BN1.sum(1)
+
+
+def linear_softmax(features_BND: Tensor, present_BN: Tensor | None = None) -> Tensor:
     """Each feature's mean over the tokens, as a probability weighted by itself: [B, N, D] -> [B, D].
 
     With p = sigmoid(feature) it is the logit of sum(p^2) / sum(p) (Wang et al., 2019). Logarithms keep it from
     overflowing; in fp64, because a difference of two of them loses digits that the next norm would show.
     """
     log_p_BND = logsigmoid(features_BND.double())
+    if present_BN is not None:
+        log_p_BND = log_p_BND.masked_fill(~present_BN[..., None], -math.inf)
     log_pooled_BD = (2 * log_p_BND).logsumexp(1) - log_p_BND.logsumexp(1) - CERTAINTY_GAP
     return (log_pooled_BD - (-log_pooled_BD.expm1()).log()).to(features_BND.dtype)
 
 
 POOLINGS = {
-    "cls": lambda tokens_BND: tokens_BND[:, 0],
-    "mean": lambda tokens_BND: tokens_BND[:, 1:].mean(1),
-    "linear_softmax": lambda tokens_BND: linear_softmax(tokens_BND[:, 1:]),
+    "cls": lambda tokens_BND, present_BN: tokens_BND[:, 0],
+    "mean": lambda tokens_BND, present_BN: mean(tokens_BND[:, 1:], present_BN),
+    "linear_softmax": lambda tokens_BND, present_BN: linear_softmax(tokens_BND[:, 1:], present_BN),
 }
 
 

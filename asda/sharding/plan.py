@@ -3,18 +3,22 @@
 Nothing here depends on the order in which the source lists its rows, so the same clips make the same shards.
 """
 
+import json
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 
-from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
+from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest, xxh3_128
 
+import asda
 from asda.data.index import SHARD_SUFFIX
-from asda.data.sources import Row
 from asda.errors import UserError
+from asda.sharding.place import Place
+from asda.sharding.sources import Row
 
 MAX_KEY_CHARS = 95  # a ustar header has 100 bytes for "<key>.json"
 KEY_HASH_CHARS = 8  # hex digits that tell colliding keys apart
@@ -28,7 +32,7 @@ class ClipTask:
     """One clip to be written."""
 
     key: str
-    path: Path
+    place: Place
     source: str
     labels: tuple[str, ...]
     label_ids: tuple[int, ...]
@@ -41,6 +45,40 @@ class ShardTask:
     path: Path
     clips: tuple[ClipTask, ...]
     max_seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All shards that will be written into a folder."""
+
+    out: Path
+    vocabulary: tuple[str, ...]
+    splits: dict[str, list[ShardTask]]
+
+    @cached_property
+    def tasks(self) -> list[ShardTask]:
+        """The shards of all splits; a shard's number is its position."""
+        return [task for split in self.splits.values() for task in split]
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of everything that decides about bytes, but for the audio: see `inputs_digest` in journal.py.
+
+        The folders of input and output do not count, so they may be moved or be spelled in another way.
+        """
+        state = xxh3_128(json.dumps([asda.__version__, self.vocabulary]).encode())
+        for task in self.tasks:
+            clips = [
+                (clip.key, clip.source, clip.labels, clip.label_ids, astuple(replace(clip.place, path="")))
+                for clip in task.clips
+            ]
+            state.update(json.dumps([task.path.name, task.max_seconds, clips]).encode())
+        return state.hexdigest()
+
+    def part(self, number: int, num_parts: int) -> range:
+        """The shards of part 1 <= number <= num_parts; each part gets its share of the clips, give or take a shard."""
+        bounds = [len(self.tasks) * part // num_parts for part in (number - 1, number)]
+        return range(*bounds)
 
 
 @dataclass(frozen=True)
@@ -196,7 +234,7 @@ def plan_split(
     """Cut a split into as few shards as `clips_per_shard` allows, of sizes that differ by at most one clip."""
     label_ids = {label: number for number, label in enumerate(vocabulary)}
     clips = [
-        ClipTask(key, row.path, row.relative, row.labels, tuple(label_ids[label] for label in row.labels))
+        ClipTask(key, row.place, row.relative, row.labels, tuple(label_ids[label] for label in row.labels))
         for key, row in keys.items()
     ]
     num_shards = -(-len(clips) // clips_per_shard)

@@ -1,0 +1,268 @@
+"""A bounded folder of copies on the local disk, shared by all processes of a machine.
+
+    0123...cdef         a whole, verified file, named by the hash of its content
+    0123...cdef.part    one that is being fetched; its writer holds a lock (flock) on it
+    lock                held while room is made, and while a file gets its name
+
+- A name appears by one rename of a verified file, so what has a name is whole. A crash leaves .part files without a
+  lock, which the next process removes. After a power failure a file may have lost bytes: the hash of every frame says
+  so on reading, and the copy is fetched again.
+- A .part has its full length from the beginning: the sum of all lengths is what the cache holds or will hold, whoever
+  fetches, and never passes the bound.
+- Room is made by removing the files that were used longest ago. A reader opens a file, reads and closes it; one that is
+  removed in between stays readable through its open descriptor (POSIX keeps the bytes until it is closed), so nobody
+  reads half a file. The next reader fetches it again.
+"""
+
+import fcntl
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from xxhash import xxh3_128
+
+from asda.errors import UserError
+
+READ_BYTES = 4 << 20  # per read while a whole file is hashed
+TOUCH_S = 1.0  # a use is noted at most this often for one file
+POLL_S = 0.05  # between two looks at what another process does
+PART = ".part"
+OURS = re.compile(r"[0-9a-f]{32}(\.part)?")  # no other file in the folder is counted, or ever removed
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One file of a dataset, as its index describes it."""
+
+    name: str
+    bytes: int
+    hash: str  # xxh3_128:...
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """How remote files are fetched, and where copies of them are kept."""
+
+    folder: str | Path = ""  # "" is asda/shards below $XDG_CACHE_HOME or ~/.cache
+    gib: float = 20.0  # bound of the whole folder
+    timeout_s: float = 30.0  # a server may be silent this long
+    downloads: int = 4  # fetched ahead at a time
+    attempts: int = 6  # per file
+    give_up_s: float = 120.0  # after which no further attempt is made
+
+    @property
+    def path(self) -> Path:
+        """The folder in use."""
+        if self.folder:
+            return Path(self.folder)
+        home = os.environ.get("XDG_CACHE_HOME")
+        return (Path(home) if home else Path.home() / ".cache") / "asda" / "shards"
+
+    @property
+    def limit_bytes(self) -> int:
+        """The bound."""
+        return int(self.gib * (1 << 30))
+
+
+class Stopped(Exception):  # noqa: N818 - nothing has gone wrong
+    """The storage was closed while a file was on its way."""
+
+
+class Cache:
+    """The folder. Any thread of any process may use it at any time."""
+
+    def __init__(self, folder: Path, limit_bytes: int):
+        self.folder = folder
+        self.limit_bytes = limit_bytes
+        self._used_at: dict[str, float] = {}
+        with self._sentences():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+
+    def holds(self, file: StoredFile) -> bool:
+        """Whether the file is here; noted as a use."""
+        if not self.path(file).exists():
+            return False
+        self._note_use(file, self.path(file))
+        return True
+
+    def path(self, file: StoredFile) -> Path:
+        """Where the copy is, or would be."""
+        return self.folder / file.hash.rpartition(":")[2]
+
+    def read(self, file: StoredFile, start: int, stop: int) -> bytes | None:
+        """The bytes from start to stop, or None where the file is not here. Fewer bytes where it has lost some."""
+        with self._sentences():
+            try:
+                descriptor = os.open(self.path(file), os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return None
+            try:
+                self._note_use(file, descriptor)
+                return os.pread(descriptor, stop - start, start)
+            finally:
+                os.close(descriptor)
+
+    def fill(self, file: StoredFile, download: Callable[[BinaryIO], None], stopping: threading.Event) -> None:
+        """Bring the file here. Where another process is fetching it, wait for that instead.
+
+        Args:
+            file: what to fetch.
+            download: writes the whole file, and raises unless it is the right one.
+            stopping: gives up the waiting.
+
+        Raises:
+            UserError: it does not fit, or the folder cannot be written.
+            Stopped: when `stopping` is set.
+        """
+        with self._sentences(), self._claim(file, stopping) as part:
+            if part is None:
+                return
+            while not self._reserve(part, file):
+                _pause(stopping)
+            download(part)
+            part.flush()
+            with self._locked():  # or a look at the folder might see neither name
+                os.replace(self._part_path(file), self.path(file))
+
+    def drop_if_damaged(self, file: StoredFile) -> None:
+        """Remove the copy, unless the whole of it has the right hash."""
+        state = xxh3_128()
+        with self._sentences():
+            try:
+                with self.path(file).open("rb") as copy:
+                    while chunk := copy.read(READ_BYTES):
+                        state.update(chunk)
+                if f"xxh3_128:{state.hexdigest()}" != file.hash:
+                    self.path(file).unlink()
+            except FileNotFoundError:
+                pass
+
+    def _part_path(self, file: StoredFile) -> Path:
+        return self.path(file).with_name(self.path(file).name + PART)
+
+    @contextmanager
+    def _claim(self, file: StoredFile, stopping: threading.Event) -> Iterator[BinaryIO | None]:
+        """The .part of a file, locked for us; None where the file has come without us."""
+        path = self._part_path(file)
+        while True:
+            part = _open_locked(path)
+            if self.path(file).exists():
+                if part is not None:
+                    path.unlink(missing_ok=True)
+                    part.close()
+                yield None
+                return
+            if part is not None:
+                break
+            _pause(stopping)
+        with part:
+            try:
+                yield part
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
+
+    def _reserve(self, part: BinaryIO, file: StoredFile) -> bool:
+        """Make room, and give the .part its full length; False while others' unfinished files are in the way.
+
+        Waiting for those cannot last forever: each has its room already, and ends by itself.
+        """
+        if file.bytes > self.limit_bytes:
+            raise UserError(
+                f"{file.name} has {file.bytes} bytes and the cache {self.folder} may hold {self.limit_bytes}; "
+                "raise data.cache_gib"
+            )
+        with self._locked():
+            self._sweep()
+            found = [entry for entry in self._files() if entry[0] != self._part_path(file)]
+            held = sum(stat.st_size for _, stat in found)
+            to_come = sum(max(stat.st_size - stat.st_blocks * 512, 0) for path, stat in found if path.suffix == PART)
+            whole = [entry for entry in found if entry[0].suffix != PART]
+            for path, stat in sorted(whole, key=lambda entry: entry[1].st_mtime_ns):
+                if held + file.bytes <= self.limit_bytes and self._free() >= file.bytes + to_come:
+                    break
+                path.unlink(missing_ok=True)
+                held -= stat.st_size
+            if (free := self._free()) < file.bytes + to_come:
+                raise UserError(
+                    f"the disk of the cache {self.folder} has {free} bytes free, {file.name} needs {file.bytes}"
+                    + (f" beside {to_come} that are on their way" if to_come else "")
+                    + "; free some space, or give another folder as data.cache"
+                )
+            fits = held + file.bytes <= self.limit_bytes
+            if fits:
+                part.truncate(file.bytes)
+            return fits
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with (self.folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _free(self) -> int:
+        return shutil.disk_usage(self.folder).free
+
+    def _files(self) -> list[tuple[Path, os.stat_result]]:
+        files = []
+        for entry in os.scandir(self.folder):
+            if OURS.fullmatch(entry.name):
+                try:
+                    files.append((Path(entry.path), entry.stat(follow_symlinks=False)))
+                except FileNotFoundError:  # renamed or removed since the folder was listed
+                    continue
+        return files
+
+    def _sweep(self) -> None:
+        """Remove what a crash has left."""
+        for path, _ in self._files():
+            if path.suffix == PART and (part := _open_locked(path, create=False)):
+                path.unlink(missing_ok=True)
+                part.close()
+
+    def _note_use(self, file: StoredFile, copy: Path | int) -> None:
+        now = time.monotonic()
+        if now - self._used_at.get(file.hash, -TOUCH_S) >= TOUCH_S:
+            self._used_at[file.hash] = now
+            with suppress(FileNotFoundError, PermissionError):  # removed just now; written by another user
+                os.utime(copy)
+
+    @contextmanager
+    def _sentences(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot use the cache {self.folder}: {error.strerror}; free some space, or give another folder as "
+                "data.cache"
+            ) from error
+
+
+def _open_locked(path: Path, *, create: bool = True) -> BinaryIO | None:
+    """Open and lock a .part; None where another holds it, or has renamed or removed it since it was opened."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0), 0o666)
+    except FileNotFoundError:
+        return None
+    part = open(descriptor, "r+b")  # noqa: SIM115 - whoever gets it closes it
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return part
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    part.close()
+    return None
+
+
+def _pause(stopping: threading.Event) -> None:
+    if stopping.wait(POLL_S):
+        raise Stopped

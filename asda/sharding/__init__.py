@@ -1,0 +1,1 @@
+"""From audio files to shards: sources -> plan -> writer, with a journal that survives kills."""

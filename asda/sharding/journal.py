@@ -1,0 +1,294 @@
+"""Unfinished work in an output folder: what is being made, which shards are done, and who is writing which.
+
+    .unfinished/plan.json                 the plan's digest, and the command
+    .unfinished/train-000000.done.json    all that dataset.json needs to know of a finished shard
+    .unfinished/lock                      byte n is locked by the process that writes shard n
+
+A run that finds its own plan here goes on where the last one was stopped; any number of runs may share the shards
+among them. The folder goes when dataset.json is written.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from xxhash import xxh3_128_hexdigest
+
+from asda.data.index import DATASET_FILE, SHARD_SUFFIX, ShardEntry
+from asda.errors import UserError
+from asda.sharding.plan import Plan, ShardTask
+from asda.sharding.workers import report_done
+from asda.sharding.writer import TEMPORARY_SUFFIX, LogMelSums, WrittenShard, write_file, write_shard, writing
+
+JOURNAL_FOLDER = ".unfinished"
+PLAN_FILE = "plan.json"
+LOCK_FILE = "lock"
+RECORD_SUFFIX = ".done.json"
+DUPLICATES_FILE = "duplicates.csv"
+REJECTED_FILE = "rejected.csv"
+TABLES = (REJECTED_FILE, DUPLICATES_FILE)  # beside dataset.json, where there is anything to list
+SHARD_FILES = re.compile(r"[A-Za-z0-9_]+-[0-9]{6}(\.tar\.zst|\.json)", re.ASCII)
+SETUP_BYTE, MERGE_BYTE = 1 << 40, (1 << 40) + 1  # of the lock file: behind the bytes of all shards
+ALL_SHARDS = range(SETUP_BYTE)
+DISCARDING = "discarding"  # stands for the plan's digest while old files are removed
+
+
+class Lock:
+    """Locks on ranges of bytes of a file, which end with the process however it ends, also on network file systems."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = path.open("ab")
+
+    def take(self, shards: range, wait: bool = False) -> bool:
+        """Lock a range; say whether it worked. A process does not stand in its own way."""
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), len(shards), shards.start)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            raise UserError(
+                f"cannot lock {self.path}: {error.strerror}; --out must lie on a file system that has POSIX locks"
+            ) from error
+        return True
+
+    def release(self, shards: range) -> None:
+        """Unlock a range."""
+        fcntl.lockf(self._file, fcntl.LOCK_UN, len(shards), shards.start)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the file still has its name: whoever finished the work has removed it."""
+        return self.path.exists() and os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+
+    def close(self) -> None:
+        """Unlock everything."""
+        self._file.close()
+
+
+def one_byte(position: int) -> range:
+    """The range of a single byte."""
+    return range(position, position + 1)
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The unfinished work on a plan. Small: every worker process gets one."""
+
+    out: Path
+    digest: str  # of the plan
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.out / JOURNAL_FOLDER
+
+    def record_path(self, task: ShardTask) -> Path:
+        """Where a shard's record lies."""
+        return self.folder / (task.path.name.removesuffix(SHARD_SUFFIX) + RECORD_SUFFIX)
+
+    def has_record(self, task: ShardTask) -> bool:
+        """Whether a shard was finished, as far as its record's name tells."""
+        return self.record_path(task).exists()
+
+    def produce(self, number: int, task: ShardTask) -> WrittenShard:
+        """In a worker: return what was noted of a finished shard; otherwise write it, and note that."""
+        inputs = inputs_digest(task)
+        shard = self.read(task, inputs)
+        if shard is None:
+            self.record_path(task).unlink(missing_ok=True)
+            shard = write_shard(task, partial(report_done, number))
+            self.write(task, inputs, shard)
+        return shard
+
+    def write(self, task: ShardTask, inputs: str, shard: WrittenShard) -> None:
+        """Note that a shard is finished. Its files are on the disk by now."""
+        content = asdict(shard) | {"plan": self.digest, "inputs": inputs, "prints": [p.hex() for p in shard.prints]}
+        text = json.dumps(content, separators=(",", ":"))
+        with writing(self.record_path(task)):
+            write_file(self.record_path(task), f"{xxh3_128_hexdigest(text.encode())}\n{text}\n".encode())
+
+    def read(self, task: ShardTask, inputs: str | None = None) -> WrittenShard | None:
+        """Return what was noted of a shard, or None where the shard has to be written (again).
+
+        A record counts if it is whole, of this plan and of these `inputs` (None: of any), and the shard's two files
+        have the sizes that it says.
+        """
+        try:
+            digest, text = self.record_path(task).read_text().splitlines()
+        except (OSError, ValueError):
+            return None
+        if xxh3_128_hexdigest(text.encode()) != digest:
+            return None
+        content = json.loads(text)
+        shard = _shard_from(content)
+        same = content["plan"] == self.digest and inputs in (None, content["inputs"])
+        return shard if same and _has_files(self.out, shard.entry) else None
+
+    def remove(self) -> None:
+        """Remove the folder; plan.json last, so that a run which is stopped in between can be told from others."""
+        for path in sorted(self.folder.iterdir(), key=lambda path: path.name == PLAN_FILE):
+            path.unlink()
+        self.folder.rmdir()
+
+
+def _shard_from(content: dict) -> WrittenShard:
+    return WrittenShard(
+        entry=content["entry"] and ShardEntry(**content["entry"]),
+        num_samples=content["num_samples"],
+        log_mel=LogMelSums(*content["log_mel"]),
+        keys=tuple(content["keys"]),
+        labels=tuple(map(tuple, content["labels"])),
+        prints=tuple(map(bytes.fromhex, content["prints"])),
+        rejected=tuple((source, reason) for source, reason in content["rejected"]),
+    )
+
+
+def _has_files(out: Path, entry: ShardEntry | None) -> bool:
+    if entry is None:
+        return True
+    sizes = {entry.name: entry.bytes, entry.index_name: entry.index_bytes}
+    return all((out / name).is_file() and (out / name).stat().st_size == size for name, size in sizes.items())
+
+
+def inputs_digest(task: ShardTask) -> str:
+    """Hash of the sizes and times of change of a shard's audio files, so that a changed file is read again."""
+    paths = dict.fromkeys(clip.place.path for clip in task.clips)
+    return xxh3_128_hexdigest(repr([_size_and_time(path) for path in paths]).encode())
+
+
+def _size_and_time(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def refuse_finished(out: Path, overwrite: bool) -> None:
+    """Refuse an output folder that cannot be one, or holds a dataset."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is not a folder")
+    if (out / DATASET_FILE).exists() and not overwrite and not (out / JOURNAL_FOLDER / PLAN_FILE).exists():
+        raise UserError(f"--out {out} already holds a dataset; give --overwrite to replace it, or another folder")
+
+
+def bytes_to_replace(out: Path, digest: str) -> int:
+    """Bytes of a dataset, or of the unfinished work on another plan, that --overwrite will free."""
+    if not out.is_dir() or _planned(out)[0] == digest:
+        return 0
+    return sum(path.stat().st_size for path in out.iterdir() if SHARD_FILES.fullmatch(path.name))
+
+
+@contextmanager
+def claimed(plan: Plan, shards: range, command: str, overwrite: bool) -> Iterator[tuple[Journal, Lock]]:
+    """Hold some shards of the output folder: nobody else writes them, and no dataset.json while shards change.
+
+    Keeps what was finished on the same plan. Leaves no temporary files, and no folder in which nothing was finished.
+    """
+    out, journal = plan.out, Journal(plan.out, plan.digest)
+    created = not out.exists()
+    lock = _open_lock(journal)
+    try:
+        _prepare(journal, lock, command, overwrite)
+        if shards and not lock.take(shards):
+            raise UserError(f"another run is writing these shards of {out}; wait for it, or stop it")
+        lock.release(one_byte(SETUP_BYTE))
+        sweep(out, {plan.tasks[number].path.name for number in shards})
+        yield journal, lock
+    finally:
+        _leave(journal, lock, created)
+        lock.close()
+
+
+def _open_lock(journal: Journal) -> Lock:
+    """Open the lock file, and hold its setup byte."""
+    while True:
+        with writing(journal.folder):
+            journal.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock = Lock(journal.folder / LOCK_FILE)
+            except FileNotFoundError:  # another run has just finished and removed the folder
+                continue
+        if lock.take(one_byte(SETUP_BYTE), wait=True) and lock.is_current:
+            return lock
+        lock.close()
+
+
+def _prepare(journal: Journal, lock: Lock, command: str, overwrite: bool) -> None:
+    """Make the folder one of this plan: go on, begin, or discard what is there and begin."""
+    out = journal.out
+    found, its_command = _planned(out)
+    if found == journal.digest:
+        return
+    if found and not overwrite:
+        raise UserError(
+            f"--out {out} holds the unfinished work of `{its_command}`, which has other clips, labels or options "
+            "than this command; finish that, give --overwrite to discard it, or choose another folder"
+        )
+    refuse_finished(out, overwrite)
+    if found or (out / DATASET_FILE).exists():
+        if not lock.take(ALL_SHARDS):
+            raise UserError(f"another run is writing into {out}; wait for it, or stop it")
+        _write_plan(journal, DISCARDING, command)
+        _discard(journal)
+        lock.release(ALL_SHARDS)
+    _write_plan(journal, journal.digest, command)
+
+
+def _write_plan(journal: Journal, digest: str, command: str) -> None:
+    with writing(journal.folder / PLAN_FILE):
+        content = json.dumps({"plan": digest, "command": command}) + "\n"
+        write_file(journal.folder / PLAN_FILE, content.encode())
+
+
+def _discard(journal: Journal) -> None:
+    """Remove a dataset, or the unfinished work on another plan; dataset.json first, for it vouches for the rest."""
+    (journal.out / DATASET_FILE).unlink(missing_ok=True)
+    for path in journal.folder.iterdir():
+        if path.name not in (LOCK_FILE, PLAN_FILE):
+            path.unlink()
+    for path in journal.out.iterdir():
+        if SHARD_FILES.fullmatch(path.name) or path.name in TABLES:
+            path.unlink()
+
+
+def _planned(out: Path) -> tuple[str, str]:
+    """Digest and command of the unfinished work in a folder, "" and "" where there is none."""
+    try:
+        content = json.loads((out / JOURNAL_FOLDER / PLAN_FILE).read_bytes())
+        return content["plan"], content["command"]
+    except FileNotFoundError:
+        return "", ""
+    except (ValueError, LookupError, TypeError):
+        return "damaged", "unknown"
+
+
+def _leave(journal: Journal, lock: Lock, created: bool) -> None:
+    """Remove temporary files, and the journal if it holds nothing and nobody else is at work."""
+    if not (lock.is_current and lock.take(one_byte(SETUP_BYTE), wait=True) and lock.take(ALL_SHARDS)):
+        return
+    sweep(journal.out)
+    planned = (journal.folder / PLAN_FILE).exists()
+    if not planned or not any(SHARD_FILES.fullmatch(path.name) for path in journal.out.iterdir()):
+        journal.remove()
+        if created and not any(journal.out.iterdir()):
+            journal.out.rmdir()
+
+
+def sweep(out: Path, shards: set[str] | None = None) -> None:
+    """Remove the temporary files of this run, or of one that was killed: of some shards, or of everything."""
+    for folder in (out, out / JOURNAL_FOLDER):
+        for path in folder.glob(f"*{TEMPORARY_SUFFIX}") if folder.is_dir() else ():
+            name, _, _ = path.name.removesuffix(TEMPORARY_SUFFIX).rpartition(".")  # drops the process id
+            ours = folder != out or SHARD_FILES.fullmatch(name) or name in (DATASET_FILE, *TABLES)
+            shard = name.removesuffix(SHARD_SUFFIX).removesuffix(RECORD_SUFFIX).removesuffix(".json") + SHARD_SUFFIX
+            if ours and (shards is None or shard in shards):
+                path.unlink(missing_ok=True)

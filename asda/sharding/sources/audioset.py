@@ -1,0 +1,171 @@
+"""AudioSet as its users have it: tables of segments, and the audio of those videos that could be downloaded.
+
+Downloaders name files in several ways, and a YouTube id has 11 characters, so each name means one thing:
+
+    --PJHxphWEs.m4a, Y--PJHxphWEs.wav        a whole video, or its segment: their length tells when they are read
+    --PJHxphWEs_30000.wav                    the segment that begins at 30000 ms; also _30, in seconds
+    --PJHxphWEs_30.000_40.000.flac           the segment from 30 s to 40 s; also in milliseconds
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from asda.data.files import is_audio, walk
+from asda.errors import UserError
+from asda.sharding.place import Place
+from asda.sharding.sources.classes import Classes
+from asda.sharding.sources.listing import (
+    Listing,
+    Row,
+    SourceOptions,
+    check_cells,
+    examples,
+    read_cells,
+    refuse_duplicates,
+    require_columns,
+)
+
+COLUMNS = ("YTID", "start_seconds", "end_seconds", "positive_labels")
+VIDEO_ID = re.compile(r"[A-Za-z0-9_-]{11}", re.ASCII)
+TIME = r"_(\d+(?:\.\d+)?)"
+FILE_STEM = re.compile(rf"Y?({VIDEO_ID.pattern})(?:{TIME}(?:{TIME})?)?", re.ASCII)
+NAMES = "Y<id>.wav, <id>.m4a, <id>_<start in ms>.flac or the like"
+MAX_STOP_S = 10.0**6  # 11 days; what is above is no time in seconds
+
+
+class Segment(NamedTuple):
+    """One row of a table of segments."""
+
+    line: int
+    video: str
+    start_s: float
+    stop_s: float
+    mids: str  # separated by commas
+
+
+def rows_from_audioset(inputs: list[Path], options: SourceOptions) -> Listing:
+    """List the segments of one or more CSVs whose audio is in the folder --audio; a CSV's stem is their split."""
+    if options.audio is None:
+        raise UserError("--source audioset needs --audio, the folder with the downloaded files")
+    classes = Classes(options.class_labels)
+    tables = [table for path in inputs for table in segment_tables(path)]
+    files = AudioFolder(options.audio)
+    rows: list[Row] = []
+    missing: list[tuple[str, str]] = []
+    for table in tables:
+        group = table.stem.removesuffix("_segments")
+        for segment in read_segments(table):
+            found = files.find(segment)
+            name = f"{segment.video}_{_milliseconds(segment.start_s)}"
+            if isinstance(found, str):
+                missing.append((name, found))
+                continue
+            labels = classes.labels(segment.mids, f"{table} line {segment.line}") if options.use_labels else ()
+            rows.append(Row(found, name, labels, group, found.path))
+    files.refuse_ambiguous()
+    if not rows:
+        raise UserError(f"--audio {options.audio} holds none of the {len(missing)} segments; files are named {NAMES}")
+    refuse_duplicates(rows)
+    left_out = {"files of --audio that are no audio, or not named by a video's id": files.num_others}
+    return Listing(rows, left_out, classes.names if options.use_labels else None, missing)
+
+
+def segment_tables(path: Path) -> list[Path]:
+    """Return the CSV itself, or those of a folder that hold segments."""
+    if not path.is_dir():
+        return [path]
+    tables = sorted(path.glob("*_segments.csv"))
+    if not tables:
+        raise UserError(f"--input {path} holds no *_segments.csv, such as balanced_train_segments.csv")
+    return tables
+
+
+def read_segments(table: Path) -> Iterator[Segment]:
+    """Yield the segments of a CSV, whose header may be the last of AudioSet's comments. Raises UserError."""
+    positions: list[int] = []
+    num_columns = 0
+    for line, cells in read_cells(table):
+        if positions and not cells[0].startswith("#"):
+            check_cells(table, line, cells, num_columns)
+            yield _segment(table, line, *(cells[position] for position in positions))
+            continue
+        names = [cell.lstrip("# ").strip() for cell in cells]
+        if COLUMNS[0] in names:
+            require_columns(table, names, COLUMNS)
+            positions, num_columns = [names.index(column) for column in COLUMNS], len(names)
+        elif not cells[0].startswith("#"):
+            raise UserError(f"{table} line {line} comes before a header; it must name {', '.join(COLUMNS)}")
+    if not positions:
+        raise UserError(f"{table} is empty; it must begin with a header that names {', '.join(COLUMNS)}")
+
+
+def _segment(table: Path, line: int, video: str, start: str, stop: str, mids: str) -> Segment:
+    where = f"{table} line {line}"
+    video = video.strip()
+    if not VIDEO_ID.fullmatch(video):
+        raise UserError(f"{where}: {video!r} is no YouTube id of 11 letters, digits, - and _")
+    try:
+        start_s, stop_s = float(start), float(stop)
+    except ValueError:
+        raise UserError(f"{where}: start {start.strip()!r} and end {stop.strip()!r} must be seconds") from None
+    if not 0 <= start_s < stop_s < MAX_STOP_S:
+        raise UserError(f"{where}: start {start_s:g} s and end {stop_s:g} s must be 0 <= start < end, in seconds")
+    return Segment(line, video, start_s, stop_s, mids)
+
+
+class AudioFolder:
+    """The files of a folder by the id of their video; it is read once, not asked for every row."""
+
+    def __init__(self, folder: Path):
+        if not folder.is_dir():
+            raise UserError(f"--audio {folder} is not a folder")
+        self.folder = folder
+        self.num_others = 0
+        self._file_of: dict[str, str] = {}  # the one file of a video, named by its id alone, as most are
+        self._files_of: dict[str, list[str]] = {}  # all others
+        self._ambiguous: list[str] = []
+        for name in walk(folder):
+            match = _parsed(name)
+            if not match or not is_audio(name):
+                self.num_others += 1
+            elif match[2] or self._file_of.setdefault(match[1], name) is not name:
+                self._files_of.setdefault(match[1], []).append(name)
+
+    def find(self, segment: Segment) -> Place | str:
+        """Return where a segment lies, or the reason why it lies nowhere."""
+        plain, others = self._file_of.get(segment.video), self._files_of.get(segment.video, [])
+        fitting = [name for name in others if _fits(name, segment)]
+        if plain:
+            fitting.append(plain)
+        if not fitting:
+            return f"no file in --audio but for other times, such as {others[0]}" if others else "no file in --audio"
+        if len(fitting) > 1:
+            self._ambiguous.append(f"{segment.video} ({' and '.join(sorted(fitting))})")
+        path = f"{self.folder}/{fitting[0]}"
+        return Place(path, segment.start_s, segment.stop_s) if fitting[0] == plain else Place(path)
+
+    def refuse_ambiguous(self) -> None:
+        """Refuse what find() has come upon: two files for one segment."""
+        if self._ambiguous:
+            shown = examples(self._ambiguous, len(self._ambiguous))
+            raise UserError(f"--audio {self.folder} has several files for a segment: {shown}; keep one of each")
+
+
+def _parsed(name: str) -> re.Match[str] | None:
+    """Video id, first and second time of a file's name; None where it has no id."""
+    return FILE_STEM.fullmatch(name.rpartition("/")[2].rpartition(".")[0])
+
+
+def _fits(name: str, segment: Segment) -> bool:
+    """Whether the times in a file's name, if any, are those of the segment, in seconds or in milliseconds."""
+    match = _parsed(name)
+    times = [float(time) for time in match.groups()[1:] if time is not None] if match else []
+    wanted = [segment.start_s, segment.stop_s][: len(times)]
+    in_ms = [_milliseconds(time_s) for time_s in wanted]
+    return times == in_ms or [_milliseconds(time) for time in times] == in_ms
+
+
+def _milliseconds(time_s: float) -> int:
+    return round(1000 * time_s)

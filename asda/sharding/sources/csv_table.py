@@ -1,0 +1,53 @@
+"""A CSV with a column `path`, and maybe labels and splits or folds."""
+
+import os
+from pathlib import Path
+
+from asda.errors import UserError
+from asda.sharding.place import Place
+from asda.sharding.sources.listing import Listing, Row, SourceOptions, only_input, refuse_duplicates, select
+
+LABEL_COLUMNS = ("label", "labels", "tags")  # the first that is present
+LABEL_SEPARATOR = ";"
+
+
+def rows_from_csv(inputs: list[Path], options: SourceOptions) -> Listing:
+    """List a CSV with a column `path`, and maybe `label`, `labels` or `tags`, and `split` or `fold`."""
+    table = only_input(inputs, "csv")
+    if not table.is_file():
+        raise UserError(f"--input {table} is not a CSV file; --source csv wants a table with a column 'path'")
+    rows: list[Row] = []
+    num_others = 0
+    for kept in select(table, options, ("path",)):
+        if kept:
+            rows.append(_row(table, *kept, options))
+        else:
+            num_others += 1
+    refuse_duplicates(rows)
+    return Listing(rows, {"rows without the --where values": num_others})
+
+
+def _row(table: Path, line: int, record: dict[str, str], options: SourceOptions) -> Row:
+    where = f"{table} line {line}"
+    if not record["path"] or "\0" in record["path"]:
+        raise UserError(f"{where}: the cell 'path' is empty or holds a zero byte")
+    relative = os.path.normpath(record["path"])
+    if os.path.isabs(relative) and Path(relative).is_relative_to(table.parent.absolute()):
+        relative = os.path.relpath(relative, table.parent.absolute())
+    column = next((name for name in LABEL_COLUMNS if name in record), None)
+    labels = _split_labels(record[column]) if column and options.use_labels else ()
+    return Row(Place(os.path.join(table.parent, relative)), relative, labels, _group(where, record), where)
+
+
+def _split_labels(cell: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in cell.split(LABEL_SEPARATOR) if name.strip()))
+
+
+def _group(where: str, record: dict[str, str]) -> str:
+    column = next((name for name in ("split", "fold") if name in record), None)
+    if column is None:
+        return ""
+    value = record[column]
+    if not value:
+        raise UserError(f"{where}: the cell {column!r} is empty; every row needs one, or drop the column")
+    return value if column == "split" or value.startswith("fold") else f"fold{value}"

@@ -1,0 +1,159 @@
+"""The manifests of EAT, ASDA and other fairseq code: train.tsv, train.lbl, label_descriptors.csv.
+
+    train.tsv              a root folder, then file<TAB>number of samples; a file may be pack.h5/key
+    train.lbl              id<TAB>MIDs separated by commas, in any order; a file's id is its name without extension
+    label_descriptors.csv  index,mid,name
+
+Chen et al., "EAT: Self-supervised pre-training with efficient audio transformer", IJCAI 2024.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from asda.data.files import walk
+from asda.errors import UserError
+from asda.sharding.place import Place
+from asda.sharding.sources.classes import Classes
+from asda.sharding.sources.hdf5 import PACK_EXTENSIONS, pack_keys, pack_rate_hz
+from asda.sharding.sources.listing import Listing, Row, SourceOptions, examples, refuse_duplicates
+
+DESCRIPTORS = "label_descriptors.csv"
+
+
+def rows_from_eat(inputs: list[Path], options: SourceOptions) -> Listing:
+    """List the clips of one or more tsv files, or of all in a folder; the stem of a tsv is their split."""
+    rows: list[Row] = []
+    missing: list[tuple[str, str]] = []
+    unused = 0
+    vocabulary = None
+    for table in [table for path in inputs for table in manifests(path)]:
+        labels: dict[str, tuple[str, ...]] = {}
+        if options.use_labels:
+            classes = _classes(table, options.class_labels)
+            if vocabulary not in (None, classes.names):
+                raise UserError(
+                    f"{classes.table} names other classes than that of the manifest before; run once for each"
+                )
+            vocabulary = classes.names
+            labels = read_labels(table.with_suffix(".lbl"), classes)
+        listed = len(rows) + len(missing)
+        _add_rows(table, labels, options, rows, missing)
+        unused += max(0, len(labels) - (len(rows) + len(missing) - listed))
+    if not rows:
+        raise UserError(f"none of the {len(missing)} files of the manifests is there; give their folder as --audio")
+    refuse_duplicates(rows)
+    return Listing(rows, {"labels of clips that no manifest lists": unused}, vocabulary, missing)
+
+
+def manifests(path: Path) -> list[Path]:
+    """Return the tsv itself, or those of a folder."""
+    if not path.is_dir():
+        return [path]
+    tables = sorted(path.glob("*.tsv"))
+    if not tables:
+        raise UserError(f"--input {path} holds no .tsv, such as train.tsv")
+    return tables
+
+
+def _classes(table: Path, given: Path | None) -> Classes:
+    beside = table.with_name(DESCRIPTORS)
+    if given is None and not beside.is_file():
+        raise UserError(f"{beside}: no such file; give the table index,mid,name as --class-labels, or --no-labels")
+    return Classes(given or beside)
+
+
+def read_labels(path: Path, classes: Classes) -> dict[str, tuple[str, ...]]:
+    """Read id -> labels. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; --no-labels lists the clips without")
+    labels: dict[str, tuple[str, ...]] = {}
+    for line, text in _lines(path):
+        clip, tab, mids = text.partition("\t")
+        if not tab or clip in labels:
+            raise UserError(f"{path} line {line} repeats {clip!r} or is not id<TAB>labels; each clip has one line")
+        labels[clip] = classes.labels(mids, f"{path} line {line}")
+    return labels
+
+
+def _add_rows(
+    table: Path,
+    labels: dict[str, tuple[str, ...]],
+    options: SourceOptions,
+    rows: list[Row],
+    missing: list[tuple[str, str]],
+) -> None:
+    """List one manifest: clips to `rows`, or to `missing` where there is no audio."""
+    lines = iter(_lines(table))
+    root = _root(table, next(lines, (1, ""))[1], options.audio)
+    files = _Files(root, options.sample_rate_hz)
+    unlabelled: list[str] = []
+    for line, text in lines:
+        name, tab, num_samples = text.partition("\t")
+        if not tab or not num_samples.strip().isdigit():
+            raise UserError(f"{table} line {line} is not file<TAB>number of samples")
+        clip = os.path.splitext(os.path.basename(name))[0]
+        if options.use_labels and clip not in labels:
+            unlabelled.append(clip)
+            continue
+        place = files.find(name)
+        if isinstance(place, str):
+            missing.append((name, place))
+        else:
+            rows.append(Row(place, os.path.normpath(name), labels.get(clip, ()), table.stem, place.path))
+    if unlabelled:
+        shown = examples(unlabelled, len(unlabelled))
+        raise UserError(f"{table.with_suffix('.lbl')} has no line for {shown}; add them, or give --no-labels")
+
+
+def _root(table: Path, line: str, audio: Path | None) -> Path:
+    """Return the folder of a manifest: as its first line says, or in --audio, where it may have its own subfolder."""
+    named = Path(line)
+    root = named if audio is None else audio / named.name if (audio / named.name).is_dir() else audio
+    if not line or not root.is_dir():
+        given = f"--audio {audio}" if audio else f"{table} line 1: the root {line!r}"
+        raise UserError(f"{given} is not a folder here; give the folder with the files as --audio")
+    return root
+
+
+class _Files:
+    """The files below a root, and the clips in its HDF5 packs; the folder is read once, not asked for every row."""
+
+    def __init__(self, root: Path, sample_rate_hz: int | None):
+        self.root = root
+        self.sample_rate_hz = sample_rate_hz
+        self._names = set(walk(root))
+        self._packs: dict[str, tuple[int, dict[str, tuple[str, int | None]]]] = {}  # rate in Hz, key -> entry, row
+
+    def find(self, name: str) -> Place | str:
+        """Return where a clip lies, or the reason why it lies nowhere."""
+        path = os.path.join(self.root, name)
+        if os.path.normpath(name) in self._names:
+            return Place(path)
+        pack, _, key = name.rpartition("/")
+        if not pack.endswith(PACK_EXTENSIONS):
+            return "no such file"
+        pack = os.path.normpath(pack)
+        if pack not in self._names:
+            return f"no pack {pack}"
+        if pack not in self._packs:
+            whole = str(self.root / pack)
+            self._packs[pack] = pack_rate_hz(whole, self.sample_rate_hz), pack_keys(whole)
+        sample_rate_hz, keys = self._packs[pack]
+        if key not in keys:
+            return f"no {key} in the pack"
+        entry, row = keys[key]
+        return Place(str(self.root / pack), entry=entry, row=row, sample_rate_hz=sample_rate_hz)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (number, text) of the lines that are not empty. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    with path.open(encoding="utf-8-sig") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if text := line.strip():
+                    yield number, text
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is no UTF-8 text: {error}") from None

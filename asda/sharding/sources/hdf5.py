@@ -1,0 +1,115 @@
+"""HDF5 packs as PANNs writes them: audio_name [N], waveform [N, S], target [N, classes].
+
+Kong et al., "PANNs: large-scale pretrained audio neural networks for audio pattern recognition", 2020.
+"""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from asda.data.files import walk
+from asda.errors import UserError
+from asda.sharding.packs import open_pack
+from asda.sharding.place import Place
+from asda.sharding.sources.classes import Classes
+from asda.sharding.sources.listing import Listing, Row, SourceOptions, refuse_duplicates
+
+if TYPE_CHECKING:
+    import h5py
+
+PACK_EXTENSIONS = (".h5", ".hdf5")
+DEFAULT_RATE_HZ = 32_000  # PANNs and EAT pack at this rate
+NAMES, WAVEFORM, TARGET, RATE = "audio_name", "waveform", "target", "sample_rate"
+PART = re.compile(r"(_segments)?(_part\d+)?$", re.ASCII)  # unbalanced_train_part07 is a part of unbalanced_train
+
+KnownLabels = dict[tuple[int, ...], tuple[str, ...]]  # every list of labels once, for two million rows to share
+
+
+def rows_from_hdf5(inputs: list[Path], options: SourceOptions) -> Listing:
+    """List the clips of packs, or of all packs in a folder and below; a pack's stem without its part is their split."""
+    names = Classes(options.class_labels).names if options.use_labels else None
+    known: KnownLabels = {}
+    rows = [row for path in inputs for pack in packs(path) for row in _pack_rows(pack, names, known, options)]
+    refuse_duplicates(rows)
+    return Listing(rows, vocabulary=names)
+
+
+def packs(path: Path) -> list[Path]:
+    """Return the pack itself, or those of a folder and below."""
+    if not path.is_dir():
+        return [path]
+    found = [path / name for name in sorted(walk(path)) if name.endswith(PACK_EXTENSIONS)]
+    if not found:
+        raise UserError(f"--input {path} holds no pack; they are named {' or '.join('*' + e for e in PACK_EXTENSIONS)}")
+    return found
+
+
+def _pack_rows(path: Path, names: tuple[str, ...] | None, known: KnownLabels, options: SourceOptions) -> list[Row]:
+    with open_pack(str(path)) as pack:
+        clips = _clip_names(pack, path)
+        labels = _labels(pack, path, len(clips), names, known) if names else [()] * len(clips)
+    rate_hz = pack_rate_hz(str(path), options.sample_rate_hz)
+    group, whole = PART.sub("", path.stem), str(path)
+    places = (Place(whole, entry=WAVEFORM, row=row, sample_rate_hz=rate_hz) for row in range(len(clips)))
+    return [Row(*row, group, whole) for row in zip(places, clips, labels, strict=True)]
+
+
+def _clip_names(pack: "h5py.File", path: Path) -> list[str]:
+    names_N, waveform_NS = _data_set(pack, path, NAMES), _data_set(pack, path, WAVEFORM)
+    clips = [name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in names_N[:]]
+    if waveform_NS.ndim != 2 or len(waveform_NS) != len(clips):
+        shape = f"{len(clips)} names and a {WAVEFORM} of the shape {waveform_NS.shape}"
+        raise UserError(f"{path} has {shape}; each clip has its name and its row of samples")
+    if not clips:
+        raise UserError(f"{path} holds no clip")
+    return clips
+
+
+def _labels(
+    pack: "h5py.File", path: Path, num_clips: int, names: tuple[str, ...], known: KnownLabels
+) -> list[tuple[str, ...]]:
+    target_NK = _data_set(pack, path, TARGET)[:]
+    if target_NK.shape != (num_clips, len(names)):
+        raise UserError(
+            f"{path}: {TARGET} has the shape {target_NK.shape}, not ({num_clips}, {len(names)}) for its clips and the "
+            "classes; give the table of its classes as --class-labels, or --no-labels"
+        )
+    clip_numbers, class_numbers = np.nonzero(target_NK)
+    pieces = np.split(class_numbers, np.searchsorted(clip_numbers, np.arange(1, num_clips)))
+    return [_named(tuple(piece.tolist()), names, known) for piece in pieces]
+
+
+def _named(ids: tuple[int, ...], names: tuple[str, ...], known: KnownLabels) -> tuple[str, ...]:
+    if ids not in known:
+        known[ids] = tuple(names[number] for number in ids)
+    return known[ids]
+
+
+def _data_set(pack: "h5py.File", path: Path, name: str) -> "h5py.Dataset":
+    import h5py
+
+    data = pack.get(name)
+    if not isinstance(data, h5py.Dataset):
+        raise UserError(f"{path} has no data set {name!r}, as PANNs' packs of waveforms do; it has {', '.join(pack)}")
+    return data
+
+
+def pack_rate_hz(path: str, given: int | None) -> int:
+    """Return the sample rate that a pack names, else the given, else 32 kHz. Raises UserError where the two differ."""
+    with open_pack(path) as pack:
+        named = pack.attrs.get(RATE)
+    if named is None:
+        return given or DEFAULT_RATE_HZ
+    if given not in (None, int(named)):
+        raise UserError(f"--sample-rate {given}: {path} says that it has {int(named)} Hz; leave --sample-rate out")
+    return int(named)
+
+
+def pack_keys(path: str) -> dict[str, tuple[str, int | None]]:
+    """Return key -> (data set, row) of the clips in a pack: PANNs' rows by name, else one data set for each."""
+    with open_pack(path) as pack:
+        if NAMES in pack:
+            return {name: (WAVEFORM, row) for row, name in enumerate(_clip_names(pack, Path(path)))}
+        return {str(name): (str(name), None) for name in pack}

@@ -1,0 +1,138 @@
+"""Worker processes that never outlive their work, and how far they are."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from tqdm import tqdm
+
+from asda.errors import UserError
+
+REPORT_EVERY_S = 10.0  # between lines of progress where stderr is not a terminal
+LOOK_EVERY_S = 0.2  # at the counts
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # workers share the cores
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+_counts: Any = None  # in a worker: units done of each task
+
+
+@contextmanager
+def worker_pool(num_workers: int, num_tasks: int) -> Iterator["Workers"]:
+    """Start processes, when there is work for them, that end with the block, at once if it fails."""
+    os.environ.update(ONE_THREAD)  # read when a worker imports numpy
+    context = multiprocessing.get_context("spawn")  # a fork would copy locks held by other threads
+    counts = context.RawArray("q", max(num_tasks, 1))  # each has one writer, so it needs no lock
+    pool = ProcessPoolExecutor(max(1, min(num_workers, num_tasks)), context, _start_worker, (counts,))
+    try:
+        yield Workers(pool, counts)
+    except BrokenProcessPool:
+        raise UserError("a worker process was killed, most often for want of memory; use fewer --workers") from None
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(counts: Any) -> None:
+    """Prepare a worker process: Ctrl-C is its parent's to handle, and it never outlives its parent."""
+    global _counts
+    _counts = counts
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked worker would have its parent's handler
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    cast(BaseProcess, multiprocessing.parent_process()).join()
+    os._exit(1)
+
+
+def report_done(task: int, num_units: int) -> None:
+    """In a worker: say how many units of a task are done."""
+    _counts[task] = num_units
+
+
+class Workers:
+    """Runs a function over tasks in processes."""
+
+    def __init__(self, pool: ProcessPoolExecutor, counts: Any):
+        self.pool = pool
+        self._counts = np.frombuffer(counts, np.int64)
+
+    def run(
+        self,
+        function: Callable[[int, Task], Result],
+        tasks: Sequence[Task],
+        units: Sequence[int],
+        unit: str,
+        told: Callable[[Result], Sequence[str]],
+    ) -> list[Result]:
+        """Return function(number, task) for all tasks, in their order; show progress on stderr meanwhile.
+
+        Args:
+            function: calls report_done(number, n) as it goes, n <= units[number].
+            tasks: its second arguments.
+            units: how much each task holds.
+            unit: of what, in the singular.
+            told: lines to print about a result, as soon as it is there.
+        """
+        self._counts[:] = 0
+        futures = {self.pool.submit(function, number, task): number for number, task in enumerate(tasks)}
+        results: dict[int, Result] = {}
+        waiting: set[Future[Result]] = set(futures)
+        progress = Progress(sum(units), unit)
+        while waiting:
+            done, waiting = wait(waiting, LOOK_EVERY_S, FIRST_COMPLETED)
+            for future in done:
+                number = futures.pop(future)
+                results[number] = future.result()
+                self._counts[number] = units[number]
+                for line in told(results[number]):
+                    tqdm.write(line, file=sys.stderr)
+            progress.show(int(self._counts.sum()))
+        progress.close()
+        return [results[number] for number in range(len(tasks))]
+
+
+class Progress:
+    """How far we are: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, total: int, unit: str):
+        self.total, self.unit = total, unit
+        self._bar = tqdm(total=total, unit=unit, disable=not sys.stderr.isatty())
+        self._started = self._reported = time.monotonic()
+        self._done = 0
+
+    def show(self, done: int) -> None:
+        """Say that `done` units of the total are done."""
+        self._bar.update(done - self._done)
+        self._done = done
+        if time.monotonic() - self._reported > REPORT_EVERY_S:
+            self._print()
+
+    def close(self) -> None:
+        """Say how far we came."""
+        self._bar.close()
+        if self.total:
+            self._print()
+
+    def _print(self) -> None:
+        self._reported = time.monotonic()
+        if self._bar.disable:
+            rate = self._done / max(self._reported - self._started, 1e-9)
+            line = f"{self._done} of {self.total} {self.unit}s, {rate:.0f} {self.unit}s/s"
+            print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,383 @@
+"""Say what is in a dataset of shards: tables, lists, pictures, single clips; and whether all of it is intact."""
+
+import argparse
+import csv
+import difflib
+import io
+import itertools
+import json
+import math
+import signal
+import sys
+import tarfile
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from shard_tables import MIB, dataset_figures, shortened, tables
+from tqdm import tqdm
+
+from asda.data.audio import SAMPLE_RATE_HZ, AudioError, decode_wav
+from asda.data.cache import CacheConfig
+from asda.data.index import REPAIR, TAR_END, DatasetIndex
+from asda.data.shards import ShardFile, load_dataset
+from asda.errors import UserError, exit_with_sentence
+from asda.sharding.verify import Checked, check_shard, repeated_keys
+from asda.sharding.workers import Progress
+from asda.sharding.writer import write_file
+
+if TYPE_CHECKING:
+    from pictures import Panel
+
+COLUMNS = ("key", "split", "shard", "seconds", "labels", "source")
+MAKER = "tools/make_shards.py"
+MOST_PANELS = 400  # of a contact sheet; Agg draws up to 65,536 pixels
+
+EXAMPLES = """
+examples
+  python tools/inspect_shards.py shards/esc50
+      splits, hours, bytes, classes and lengths; --json for programs, --classes all for every class
+  python tools/inspect_shards.py shards/esc50 --verify
+      read everything, and name every clip and file that is damaged (tools/make_shards.py --verify does so on all cores)
+  python tools/inspect_shards.py shards/esc50 --find dog
+      the clips with a label, as CSV: key, split, shard, seconds, labels, source
+  python tools/inspect_shards.py shards/esc50 --list --columns key,seconds > clips.csv
+      all clips; without the column source, which stands in the shards, only their indexes are read
+  python tools/inspect_shards.py shards/esc50 --sheet dogs.png --find dog --num 24
+      a contact sheet of spectrograms of a random sample
+  python tools/inspect_shards.py shards/esc50 --key 1-100032-A-0 --split fold1
+      one clip: labels, length, the bytes of the shard that hold it, what its JSON says
+  python tools/inspect_shards.py shards/esc50 --export 1-100032-A-0 dog.wav
+      that clip as a WAV, to the bit as it lies in the shard
+"""
+
+
+class Clip(NamedTuple):
+    """One clip by its place: split, shard, row of the shard's index."""
+
+    split: str
+    shard: ShardFile
+    number: int
+
+    @property
+    def key(self) -> str:
+        """Its name in the dataset."""
+        return self.shard.index.keys[self.number]
+
+    @property
+    def num_samples(self) -> int:
+        """At 16 kHz."""
+        return self.shard.index.num_samples[self.number]
+
+    @property
+    def label_ids(self) -> tuple[int, ...]:
+        """Positions in the vocabulary."""
+        return self.shard.index.labels[self.number]
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read these arguments, or the command line."""
+    parser = argparse.ArgumentParser(
+        description="Say what is in a dataset of shards, and whether all of it is intact.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("dataset", metavar="SHARDS", help="a dataset: its folder, or a URL (https://, s3://, ...)")
+    add("--split", action="append", default=[], metavar="NAME", help="only this split; may be repeated (default: all)")
+    add("--find", metavar="LABEL", help="only clips with this label: listed, or drawn with --sheet")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--list", action="store_true", help="the clips as CSV")
+    either.add_argument("--key", help="one clip: its row of the index, and its JSON")
+    either.add_argument("--export", nargs=2, metavar=("KEY", "WAV"), help="write one clip to a file")
+    either.add_argument("--sheet", type=Path, metavar="PNG", help="draw a contact sheet of spectrograms")
+    either.add_argument("--verify", action="store_true", help="read everything; exit code 2 where anything is damaged")
+    add("--classes", default="10", metavar="N", help="classes shown, N most frequent and N rarest, or all (default 10)")
+    add("--columns", default=",".join(COLUMNS), metavar="A,B", help="of --list and --find (default %(default)s)")
+    add("--num", type=int, default=24, metavar="N", help="clips on a --sheet (default %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="which clips a --sheet shows (default %(default)s)")
+    add(
+        "--cache",
+        action="store_true",
+        help="of a URL: fetch whole shards, and keep copies in ~/.cache/asda; --verify and"
+        " --list do so by themselves, the others fetch single clips, which some servers refuse",
+    )
+    add("--json", action="store_true", help="the tables, or the clip of --key, as one JSON object")
+    return parser.parse_args(arguments)
+
+
+def inspect_shards(args: argparse.Namespace) -> None:
+    """Open the dataset, and show what is asked for."""
+    check_arguments(args)
+    tables_only = not (args.verify or args.key or args.export or args.sheet or args.list or args.find)
+    # Missing files and wrong sizes are the tables' to notice; everything else says what is wrong with what it reads.
+    cache = CacheConfig() if args.cache or args.verify or args.list else None
+    dataset = load_dataset(args.dataset, args.split or None, cache, tolerant=not tables_only)
+    names = tuple(dict.fromkeys(args.split)) or tuple(dataset.splits)
+    if not all(dataset.splits[name].clips for name in names):
+        raise UserError(f"{dataset.folder}: a split holds no clip; make it again with {MAKER}")
+    if args.verify:
+        verify(dataset, names)
+    elif args.key is not None:
+        print(clip_words(dataset, find_key(dataset, names, args.key), as_json=args.json))
+    elif args.export:
+        export(find_key(dataset, names, args.export[0]), Path(args.export[1]))
+    elif args.sheet:
+        draw_sheet(args.sheet, sample(dataset, names, args.find, args.num, args.seed), dataset)
+    elif args.list or args.find is not None:
+        list_clips(dataset, clips_with(dataset, names, args.find), args.columns.split(","))
+    else:
+        figures = summarize(dataset, names)
+        print(json.dumps(figures) if args.json else "\n".join(tables(figures, most_classes(args.classes))))
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what makes no sense before anything is read."""
+    most_classes(args.classes)
+    if unknown := [name for name in args.columns.split(",") if name not in COLUMNS]:
+        raise UserError(f"--columns {args.columns}: there is no column {unknown[0]!r}; choose from {','.join(COLUMNS)}")
+    if args.find is not None and (args.key is not None or args.export or args.verify):
+        raise UserError("--find chooses clips for --list and --sheet; it does not go with --key, --export or --verify")
+    if args.json and (args.list or args.find is not None or args.export or args.sheet or args.verify):
+        raise UserError("--json is of the tables and of --key; --list and --find print CSV")
+    if args.export and Path(args.export[1]).suffix.lower() != ".wav":
+        raise UserError(f"--export {args.export[1]} must end in .wav")
+    if not 1 <= args.num <= MOST_PANELS:
+        raise UserError(f"--num {args.num} must be from 1 to {MOST_PANELS}")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed} must not be negative")
+    if args.sheet and args.sheet.suffix.lower() != ".png":
+        raise UserError(f"--sheet {args.sheet} must end in .png")
+    if args.sheet:
+        from pictures import pyplot  # here and below, because it brings the log-mel, which takes seconds
+
+        pyplot("--sheet")
+
+
+def most_classes(text: str) -> float:
+    """Read --classes."""
+    if text != "all" and not (text.isascii() and text.isdecimal()):
+        raise UserError(f"--classes {text} must be a whole number, or all")
+    return math.inf if text == "all" else int(text)
+
+
+# Which clips
+
+
+def shard_files(dataset: DatasetIndex, names: Iterable[str]) -> list[tuple[str, ShardFile]]:
+    """Every shard of some splits, with its split's name."""
+    return [(name, ShardFile(dataset.folder, entry)) for name in names for entry in dataset.splits[name].shards]
+
+
+def every_clip(dataset: DatasetIndex, names: Iterable[str]) -> Iterator[Clip]:
+    """All clips in the dataset's order; a shard's index is read when the first of its clips is reached."""
+    for name, shard in shard_files(dataset, names):
+        yield from (Clip(name, shard, number) for number in range(shard.entry.clips))
+
+
+def clips_with(dataset: DatasetIndex, names: Iterable[str], label: str | None) -> Iterator[Clip]:
+    """The clips with a label, or all. Raises UserError where the vocabulary has no such label."""
+    clips = every_clip(dataset, names)
+    if label is None:
+        return clips
+    if label not in dataset.vocabulary:
+        near = difflib.get_close_matches(label.casefold(), dataset.vocabulary, n=3, cutoff=0.5)
+        near += [name for name in dataset.vocabulary if label.casefold() in name.casefold() and name not in near]
+        hint = f"did you mean {', '.join(map(repr, near[:3]))}?" if near else "--classes all shows its classes"
+        raise UserError(f"--find {label}: {dataset.folder} has no such class; {hint}")
+    wanted = dataset.vocabulary.index(label)
+    return (clip for clip in clips if wanted in clip.label_ids)
+
+
+def find_key(dataset: DatasetIndex, names: Iterable[str], key: str) -> Clip:
+    """The clip with this key. Raises UserError with keys that contain it where there is none."""
+    near: list[str] = []
+    for name, shard in shard_files(dataset, names):
+        if key in shard.index.keys:
+            return Clip(name, shard, shard.index.keys.index(key))
+        near += [other for other in shard.index.keys if key.casefold() in other.casefold()][: 3 - len(near)]
+    hint = f"keys that contain it: {', '.join(near)}" if near else "--list names all keys"
+    raise UserError(f"{dataset.folder} has no clip {key!r} in {', '.join(names)}; {hint}")
+
+
+def sample(dataset: DatasetIndex, names: Iterable[str], label: str | None, num: int, seed: int) -> list[Clip]:
+    """Up to `num` different clips drawn at random, sorted by label and key. Raises UserError where there are none."""
+    rng = np.random.default_rng(seed)
+    if label is None:  # by place: no index is read but those of the clips that are drawn
+        shards = shard_files(dataset, names)
+        firsts = [0, *itertools.accumulate(shard.entry.clips for _, shard in shards)]
+        places = rng.choice(firsts[-1], min(num, firsts[-1]), replace=False)
+        numbers = [bisect_right(firsts, place) - 1 for place in places]
+        chosen = [Clip(*shards[n], int(place) - firsts[n]) for n, place in zip(numbers, places, strict=True)]
+    else:
+        clips = list(clips_with(dataset, names, label))
+        if not clips:
+            raise UserError(f"{dataset.folder} has no clip with the label {label!r} in {', '.join(names)}")
+        chosen = [clips[place] for place in rng.choice(len(clips), min(num, len(clips)), replace=False)]
+    return sorted(chosen, key=lambda clip: (clip.label_ids, clip.key))
+
+
+# What is shown
+
+
+def summarize(dataset: DatasetIndex, names: Iterable[str]) -> dict[str, Any]:
+    """What --json prints, and the tables are made of. Reads dataset.json and the shards' indexes."""
+    lengths, num_unlabelled = [], 0
+    shards = shard_files(dataset, names)
+    for _, shard in tqdm(shards, unit="index", disable=not sys.stderr.isatty(), leave=False):
+        lengths.append(np.array(shard.index.num_samples))
+        num_unlabelled += sum(not labels for labels in shard.index.labels)
+    splits = {name: dataset.splits[name] for name in names}
+    return dataset_figures(dataset, splits, np.concatenate(lengths), num_unlabelled)
+
+
+def read_members(clip: Clip) -> tuple[bytes, dict[str, Any]]:
+    """The WAV of a clip and what its JSON says. Raises UserError where the frame is damaged or holds anything else."""
+    frame = clip.shard.read_frame(clip.number)
+    try:
+        with tarfile.open(fileobj=io.BytesIO(frame + TAR_END)) as tar:
+            members = {member.name: file.read() for member in tar if (file := tar.extractfile(member))}
+        wav, described = members[f"{clip.key}.wav"], json.loads(members[f"{clip.key}.json"])
+        decode_wav(wav)
+        if not isinstance(described, dict):
+            raise ValueError("its JSON is no object")
+    except (tarfile.TarError, AudioError, ValueError, LookupError) as error:
+        raise UserError(
+            f"shard {clip.shard.entry.name}, key {clip.key}: its members cannot be read ({error}); {REPAIR}"
+        ) from error
+    return wav, described
+
+
+def list_clips(dataset: DatasetIndex, clips: Iterable[Clip], columns: list[str]) -> None:
+    """Print a CSV. Labels are separated by ";", as tools/make_shards.py reads them."""
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(columns)
+    for clip in tqdm(clips, unit="clip", disable=sys.stdout.isatty() or not sys.stderr.isatty()):
+        row = {
+            "key": clip.key,
+            "split": clip.split,
+            "shard": clip.shard.entry.name,
+            "seconds": clip.num_samples / SAMPLE_RATE_HZ,
+            "labels": ";".join(label_names(dataset, clip)),
+        }
+        if "source" in columns:
+            row["source"] = read_members(clip)[1].get("source", "")
+        table.writerow(row[column] for column in columns)
+
+
+def label_names(dataset: DatasetIndex, clip: Clip) -> list[str]:
+    """The names of a clip's classes."""
+    if clip.label_ids and max(clip.label_ids) >= len(dataset.vocabulary):
+        raise UserError(
+            f"shard {clip.shard.entry.name}, key {clip.key}: the index gives it label {max(clip.label_ids)}, and there "
+            f"are {len(dataset.vocabulary)} classes, counted from 0; {REPAIR}"
+        )
+    return [dataset.vocabulary[label] for label in clip.label_ids]
+
+
+def clip_words(dataset: DatasetIndex, clip: Clip, *, as_json: bool) -> str:
+    """All that is known of one clip: its row of the index, and its JSON."""
+    index = clip.shard.index
+    wav, described = read_members(clip)
+    first, end = index.offsets[clip.number : clip.number + 2]
+    figures: dict[str, Any] = {
+        "key": clip.key,
+        "split": clip.split,
+        "shard": clip.shard.entry.name,
+        "number": clip.number,
+        "bytes": [first, end],
+        "hash": index.hashes[clip.number],
+        "samples": clip.num_samples,
+        "seconds": clip.num_samples / SAMPLE_RATE_HZ,
+        "label_ids": list(clip.label_ids),
+        "labels": label_names(dataset, clip),
+        "json": described,
+    }
+    if as_json:
+        return json.dumps(figures)
+    labels = zip(figures["labels"], clip.label_ids, strict=True)
+    rows = {
+        "key": clip.key,
+        "split": clip.split,
+        "labels": ", ".join(f"{name} ({label})" for name, label in labels) or "none",
+        "length": f"{figures['seconds']:.3f} s, {clip.num_samples:,} samples",
+        "shard": f"{clip.shard.entry.name}, clip {clip.number} of {len(index.keys)}, counted from 0",
+        "bytes": f"{first} to {end} of the shard, for a WAV of {len(wav)}",
+        "hash": f"{index.hashes[clip.number]} (xxh3_64 of these bytes)",
+        "json": json.dumps(described),
+    }
+    return "\n".join(f"{name:<8}{words}" for name, words in rows.items())
+
+
+def export(clip: Clip, out: Path) -> None:
+    """Write the WAV of one clip as it is."""
+    wav, _ = read_members(clip)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_file(out, wav)
+    print(f"written {out}: {clip.num_samples / SAMPLE_RATE_HZ:.2f} s, {len(wav):,} bytes")
+
+
+# Everything, read once
+
+
+def verify(dataset: DatasetIndex, names: Iterable[str]) -> None:
+    """Name everything that is damaged, a line each. Raises UserError with its amount where there is anything."""
+    entries = [shard.entry for _, shard in shard_files(dataset, names)]
+    num_clips, done = sum(entry.clips for entry in entries), 0
+    progress = Progress(num_clips, "clip")
+    found: list[Checked] = []
+    for entry in entries:
+        found.append(check_shard(dataset, entry))
+        for problem in found[-1].problems:
+            tqdm.write(problem, file=sys.stdout)
+        progress.show(done := done + entry.clips)
+    progress.close()
+    repeated = list(repeated_keys(found))
+    print(*repeated, sep="\n", end="\n" if repeated else "")
+    if num_damaged := sum(bool(checked.problems) for checked in found):
+        raise UserError(f"{dataset.folder}: {num_damaged} of {len(entries)} shards are damaged; {REPAIR}")
+    if repeated:
+        raise UserError(f"{dataset.folder}: {len(repeated)} keys are there twice; make it again with {MAKER}")
+    num_bytes = sum(entry.bytes for entry in entries)
+    print(f"{dataset.folder}: {num_clips:,} clips in {len(entries):,} shards, {num_bytes / MIB:,.1f} MiB, are intact")
+
+
+# The contact sheet
+
+
+def draw_sheet(out: Path, clips: list[Clip], dataset: DatasetIndex) -> None:
+    """Write a picture with the log-mel of every clip."""
+    from pictures import draw_panels
+
+    bar = tqdm(clips, unit="clip", disable=not sys.stderr.isatty(), leave=False)
+    panels = [clip_panel(dataset, clip) for clip in bar]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_file(out, draw_panels(f"{dataset.folder}: {len(clips)} clips on one colour scale", panels))
+    print(f"written {out}: {len(clips)} clips")
+
+
+def clip_panel(dataset: DatasetIndex, clip: Clip) -> "Panel":
+    """The picture of one clip: key, labels and length stand under it."""
+    from pictures import CAPTION_CHARACTERS, DB_PER_NEPER, make_panel
+
+    from asda.data.fbank import log_mel
+
+    length = f"{clip.num_samples / SAMPLE_RATE_HZ:.2f} s"
+    labels = shortened(", ".join(label_names(dataset, clip)) or "no label", CAPTION_CHARACTERS - len(length) - 2)
+    caption = f"{shortened(clip.key, CAPTION_CHARACTERS)}\n{labels}, {length}"
+    return make_panel(log_mel(decode_wav(read_members(clip)[0])) * DB_PER_NEPER, caption)
+
+
+def main() -> None:
+    """Run; end quietly when the reader of stdout has gone."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # sources need not be UTF-8
+    inspect_shards(parse_args())
+
+
+if __name__ == "__main__":
+    exit_with_sentence(main)
