@@ -14,19 +14,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from asda import checkpoint
-from asda.config import ClassifyConfig, Config, MaskConfig, ModelConfig, PretrainConfig
+from asda.config import ClassifyConfig, Config, ModelConfig, PretrainConfig
 from asda.data.batches import Batch
 from asda.data.stream import MaskMaker
 from asda.engine import full_weights, gathered
 from asda.errors import UserError
 from asda.models.attention import set_attention_path
 from asda.models.classifier import Classifier, classification_loss, lr_scales
-from asda.models.masks import inverse_block_masks, visible_indices
+from asda.models.masks import visible_patches
 from asda.models.pretrain import MaskedStudents, Teacher, ema_decay, ema_update
 
 Terms = dict[str, Tensor]
@@ -46,7 +45,7 @@ class Pretraining:
         """Draws the visible patches of all students of one clip: rng -> [M, K] int64."""
         patch = self._config.model.patch
         grid = (self._config.data.frames // patch, self._config.model.mel_bins // patch)
-        return partial(_visible_patches, num_masks=self._objective.students, grid=grid, config=self._objective.mask)
+        return partial(visible_patches, num_masks=self._objective.students, grid=grid, config=self._objective.mask)
 
     def loss(self, engine: Any, patches_BNP: Tensor, batch: Batch) -> tuple[Tensor, Terms]:
         """Teacher targets once a clip, then all students of all clips."""
@@ -79,12 +78,6 @@ class Pretraining:
     def restore(self, folder: Path) -> None:
         """Take the teacher from a checkpoint; the engine restores the rest."""
         self.teacher.encoder.load_state_dict(checkpoint.read_weights(folder, "teacher"))
-
-
-def _visible_patches(
-    rng: np.random.Generator, *, num_masks: int, grid: tuple[int, int], config: MaskConfig
-) -> np.ndarray:
-    return visible_indices(inverse_block_masks(rng, num_masks, grid, config))
 
 
 class Classification:

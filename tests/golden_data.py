@@ -10,12 +10,10 @@ import torch
 from golden import Table
 from golden_findings import EXACT_REL, UNIT_ROUNDING, Finding, Findings, figure, most
 from kaldi import MOST, PERCENTILE_99_9
-from nvidia.dali import fn
-from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from asda.config import MaskConfig
-from asda.data import audio, fbank, pipeline
+from asda.data import audio, cpu_patches, fbank
 from asda.models import masks
 
 # Ours is the official resampler; its sums of 34 products (44.1 kHz) may be added in another order: at most 34 x 2^-24
@@ -74,13 +72,9 @@ def per_clip(clip: str, wave_S: Tensor, rate: int, theirs_TF: Tensor, stats: dic
 
 
 def as_trained(mel_TF: Tensor, frames: int, mean: float, std: float) -> Tensor:
-    """Padded and normalised by the graph that training runs, [frames, F]; it makes patches, which are undone here."""
-    pipe = Pipeline(batch_size=1, num_threads=1, device_id=None)
-    with pipe:
-        source = fn.external_source(source=lambda: [mel_TF.numpy()], batch=True, ndim=2)
-        pipe.set_outputs(pipeline._patches(source, frames, golden.PATCH, mean, std, 0.0))
-    patches_NP = torch.from_numpy(np.array(pipe.run()[0].at(0)))
-    return from_patches(patches_NP)
+    """Padded and normalised by the function that training runs, [frames, F]; its patches are undone here."""
+    layout = cpu_patches.PatchLayout(frames, golden.PATCH, mean, std, pad_log_mel=0.0, mask_first=False)
+    return from_patches(torch.from_numpy(cpu_patches.CpuPatches(layout, 1, threads=0).from_log_mel(mel_TF.numpy())))
 
 
 def from_patches(patches_NP: Tensor) -> Tensor:

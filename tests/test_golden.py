@@ -19,7 +19,8 @@ from golden_findings import Finding
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from asda.data import fbank, pipeline
+from asda.data import fbank
+from asda.data.cpu_patches import CpuPatches
 from asda.errors import UserError
 from asda.models import attention, classifier, encoder, masks, pretrain
 from asda.presets import PRESETS
@@ -148,8 +149,12 @@ def per_positive_label(loss: Callable) -> Callable:
     return lambda logits, targets, config: loss(logits, targets, config) / targets.sum() * len(targets)
 
 
-def padded_after_normalisation(patches: Callable) -> Callable:
-    return lambda mel, frames, patch, mean, std, pad: patches(mel, frames, patch, mean, std, mean)
+def padded_after_normalisation(finish: Callable) -> Callable:
+    def other(self: CpuPatches, *args: object) -> None:
+        self._layout = self._layout._replace(pad_log_mel=self._layout.mean)
+        finish(self, *args)
+
+    return other
 
 
 def periodic(window: Tensor) -> Tensor:
@@ -218,7 +223,7 @@ MUTANTS: dict[str, tuple[str, str, Callable[[Patch], None]]] = {
     "lr scales a block lower": ("asda finetune", "lr scales", replaced(classifier, "lr_scales", scales_from_below)),
     "pre-emphasis 0.96": ("front-end", "fbank", replaced(fbank, "PRE_EMPHASIS", lambda _: 0.96)),
     "a periodic window": ("front-end", "fbank: 99.9 %", replaced(fbank, "WINDOW_W", periodic)),
-    "padding normalised to 0": ("front-end", "normalised", replaced(pipeline, "_patches", padded_after_normalisation)),
+    "padding normalised to 0": ("front-end", "normalised", replaced(CpuPatches, "_finish", padded_after_normalisation)),
     "blocks of 4": ("masks", "asda_64x8_len5: blocks", replaced(masks, "block_union", with_other_blocks(4))),
     "blocks of 4, masks": (
         "masks",

@@ -94,7 +94,6 @@ def test_every_zero_stage_in_bf16_trains_like_the_others(stage: int, shards: Pat
     # bf16 (relative 2**-9 a weight), of which a mean over hundreds of terms shows less.
     launch(0, "train.py", *pretraining(shards, tmp_path / "fp32", "optimizer.steps=3"))
     assert losses(run) == pytest.approx(losses(tmp_path / "fp32"), rel=2**-8)
-    assert losses(run)[3] < losses(run)[1]
 
 
 @pytest.mark.launch

@@ -56,7 +56,7 @@ from asda.data.index import (
     hash_bytes,
 )
 from asda.data.stream import patch_maker, training_batches, with_patches
-from asda.models.masks import inverse_block_masks, visible_indices
+from asda.models.masks import visible_patches
 from asda.sharding.writer import write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +66,7 @@ FRAMES, PATCH, MEL_BINS = 1024, 16, 128
 GRID = FRAMES // PATCH, MEL_BINS // PATCH
 STUDENTS, VISIBLE, CENTRES, BLOCK = 16, 102, 5, 5
 MEAN, STD = -4.268, 4.569
-MASK = MaskConfig()
+draw_masks = partial(visible_patches, num_masks=STUDENTS, grid=GRID, config=MaskConfig())
 
 NUM_CLIPS = 384  # 64 s of work for the slowest of them on one core
 BATCH, AHEAD = 16, 4
@@ -182,11 +182,6 @@ def config_for(shards: Path, workers: int = 0) -> Config:
             "data.device=cpu",
         ],
     )
-
-
-def draw_masks(rng: np.random.Generator) -> np.ndarray:
-    """The visible patches of a clip's students, as pre-training draws them."""
-    return visible_indices(inverse_block_masks(rng, STUDENTS, GRID, MASK))
 
 
 def our_batches(shards: Path, *, masks: bool = True, first_step: int = 0, workers: int = 0) -> Iterator[Batch]:

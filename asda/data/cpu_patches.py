@@ -79,6 +79,14 @@ class CpuPatches:
         self._share_out(pairs, make)
         return list(self._patches_BNP[: len(waves)])
 
+    def from_log_mel(self, mel_TM: np.ndarray) -> np.ndarray:
+        """The patches [N, P] of one clip whose log-mel is there already."""
+        x_TM, mel_TM = self._scratch.frames_2TM[0], mel_TM[: self._layout.frames]
+        x_TM[: len(mel_TM)] = mel_TM
+        self._finish(x_TM, len(mel_TM), NOTHING)
+        self._cut(x_TM, NOTHING, 0)
+        return self._patches_BNP[0]
+
     def _share_out(self, tasks: Sequence[Task], make: Callable[[Task], None]) -> None:
         """Each thread takes the next task until none is left; a future for each task would wake this thread for each,
         and it would take Python's lock from those that compute: 0.2 ms a clip.
@@ -122,6 +130,11 @@ class CpuPatches:
             fbank.log_mel_into(augmented_S, out_TM[:num_real])
         else:
             fbank.log_mel_into(wave_S, out_TM[:num_real], one.gain)
+        self._finish(out_TM, num_real, one)
+
+    def _finish(self, out_TM: np.ndarray, num_real: int, one: ClipAugmentation) -> None:
+        """From log-mel, of which the first frames are there, to normalised frames."""
+        layout = self._layout
         out_TM[num_real:] = layout.pad_log_mel
         if layout.mask_first:
             _mask(out_TM, one)

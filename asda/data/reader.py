@@ -5,6 +5,7 @@ threads wait for that lock between many short steps, and processes do about twic
 A stall is named on stderr while the caller waits, and ends the run after `timeout_s`.
 """
 
+import multiprocessing
 import queue
 import signal
 import threading
@@ -15,6 +16,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 from itertools import islice
+from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
 from torch.utils.data import Dataset
@@ -140,6 +142,7 @@ def read_ahead_in_processes(
             waiting.append(task)
             yield task
 
+    others = set(multiprocessing.active_children())
     loader = WebLoader(
         _Loads(load),
         sampler=noted(),
@@ -151,18 +154,30 @@ def read_ahead_in_processes(
         multiprocessing_context="spawn",  # a fork would copy the locks that other threads hold
         worker_init_fn=_leave_signals_to_the_parent,
     )
+    results = iter(loader)
     try:
-        for result in loader:
+        for result in results:
             waiting.popleft()
             if isinstance(result, UserError):
                 raise result
             yield result
     except RuntimeError as error:  # torch's word for workers that were killed, and for those that are late
+        _kill(set(multiprocessing.active_children()) - others, results)
         reason = str(error).split(". ")[0].removeprefix("DataLoader ")
         raise UserError(
             f"no data: {reason}, when it was to read {describe(waiting[0])}; check the memory, the disk and the "
             "network, or change data.workers or data.timeout_s"
         ) from None
+
+
+def _kill(workers: Iterable[BaseProcess], results: Iterator) -> None:
+    """End workers of which one may hang, for which torch would wait; nor need it complain that they are killed."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    results.close()  # type: ignore[attr-defined] # a generator, as all of webdataset's iterators are
+    signal.signal(signal.SIGCHLD, before)
 
 
 class _Loads(Dataset):

@@ -62,6 +62,13 @@ def visible_indices(masks_MN: NDArray[np.bool_]) -> NDArray[np.int64]:
     return places_MK
 
 
+def visible_patches(
+    rng: np.random.Generator, *, num_masks: int, grid: tuple[int, int], config: MaskConfig
+) -> NDArray[np.int64]:
+    """What the students of one clip see, [M, K]: the places of the visible patches of fresh masks."""
+    return visible_indices(inverse_block_masks(rng, num_masks, grid, config))
+
+
 # Compiled by numba, which takes the types from the callers: 16 masks in 20 us, and other threads go on meanwhile.
 
 

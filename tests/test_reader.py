@@ -1,0 +1,142 @@
+"""Loading ahead: results in order, whoever does the work, and a word about whoever does not."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fault_table import Count
+
+from asda.config import Config, MaskConfig, load_config
+from asda.data.batches import Batch
+from asda.data.clips import ClipDataset, DamageBudget
+from asda.data.reader import read_ahead, read_ahead_in_processes
+from asda.data.stream import patch_maker, training_batches, with_patches
+from asda.errors import UserError
+from asda.models.masks import visible_patches
+
+CONFIG = Path(__file__).parent.parent / "configs" / "demo_finetune.json"
+STATS = 'data.log_mel={"mean": -4.0, "std": 3.0}'
+AUGMENT = 'data.augment={"roll": true, "magnitude": 10.0, "frame_noise": 0.1, "mixup": {"alpha": 0.8}}'
+CPU = torch.device("cpu")
+
+
+def slow_square(task: int, note: Callable[[str], None]) -> int:
+    time.sleep(random.random() / 100)
+    return task * task
+
+
+def refuse_five(task: int, note: Callable[[str], None]) -> int:
+    if task == 5:
+        raise UserError("five is refused")
+    return task
+
+
+def sleep_long(task: int, note: Callable[[str], None]) -> int:
+    time.sleep(60 if task == 2 else 0)
+    return task
+
+
+in_two_processes = partial(
+    read_ahead_in_processes, processes=2, ahead_each=2, timeout_s=60.0, describe=lambda task: f"task {task}"
+)
+READERS = {
+    "here": partial(read_ahead, threads=0, ahead=4, timeout_s=60.0),
+    "threads": partial(read_ahead, threads=3, ahead=4, timeout_s=60.0),
+    "processes": in_two_processes,
+}
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS.keys())
+def test_results_come_in_the_order_of_the_tasks(reader: Callable[..., Iterator[int]]) -> None:
+    assert list(reader(range(40), slow_square)) == [n * n for n in range(40)]
+    assert list(islice(reader(iter(int, 1), slow_square), 3)) == [0, 0, 0]  # without end
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS.keys())
+def test_an_error_comes_in_its_place(reader: Callable[..., Iterator[int]]) -> None:
+    found = []
+    with pytest.raises(UserError, match="five is refused"):
+        found.extend(reader(range(9), refuse_five))
+    assert found == [0, 1, 2, 3, 4]
+
+
+def config_of(shards: Path, *overrides: str) -> Config:
+    return load_config(CONFIG, [f"data.train={shards}:train", STATS, "data.device=cpu", *overrides])
+
+
+def stream_of(config: Config, budget: DamageBudget | None = None) -> Iterator[tuple[torch.Tensor, Batch]]:
+    dataset = ClipDataset(*[p.data for p in config.data.datasets], labelled=True, tolerant=budget is not None)
+    masks = partial(visible_patches, num_masks=4, grid=(16, 8), config=MaskConfig())
+    maker = patch_maker(config, CPU, training=True)
+    shape = {"seed": 1, "first_step": 1, "batch": 12, "micro_batch": 4, "rank": 0, "world_size": 1}
+    batches = training_batches(dataset, config.data, **shape, masks=masks, budget=budget, patches=maker)  # type: ignore[arg-type]
+    with with_patches(batches, config, 4, CPU, training=True) as patches:
+        yield from patches
+
+
+def test_processes_give_the_batches_of_threads_to_the_last_bit(shards: Path) -> None:
+    by_threads = list(islice(stream_of(config_of(shards, AUGMENT)), 24))
+    by_processes = stream_of(config_of(shards, AUGMENT, "data.workers=2", "data.prefetch=2"))
+    for expected_BNP, expected in by_threads:  # compared at once: the memory is used again
+        patches_BNP, batch = next(by_processes)
+        assert torch.equal(patches_BNP, expected_BNP)
+        assert [(c.draw, c.key, c.labels) for c in batch.clips] == [(c.draw, c.key, c.labels) for c in expected.clips]
+        assert batch.lengths == expected.lengths
+        assert np.array_equal(batch.visible_BMK, expected.visible_BMK)  # type: ignore[arg-type]
+        assert np.array_equal(batch.targets(8), expected.targets(8))
+
+
+def test_processes_hand_over_samples_where_a_gpu_makes_the_patches(shards: Path) -> None:
+    config = config_of(shards)
+    dataset = ClipDataset(f"{shards}:train", labelled=True)
+    shape = {"seed": 1, "first_step": 0, "batch": 12, "micro_batch": 5, "rank": 0, "world_size": 1, "masks": None}
+    by_threads, by_processes = (
+        training_batches(dataset, config.data.model_copy(update={"workers": workers}), **shape)  # type: ignore[arg-type]
+        for workers in (0, 2)
+    )
+    for expected, batch in islice(zip(by_threads, by_processes, strict=True), 9):
+        for clip, other in zip(expected.clips, batch.clips, strict=True):
+            assert (clip.draw, clip.key) == (other.draw, other.key)
+            assert np.array_equal(clip.samples, other.samples)
+
+
+def test_damage_that_a_process_meets_is_counted_at_home(shards: Path, tmp_path: Path) -> None:
+    for path in shards.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shard = tmp_path / "train-000001.tar.zst"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    budget = DamageBudget(16)
+    for _ in islice(stream_of(config_of(tmp_path, "data.workers=2"), budget), 12):  # an epoch
+        pass
+    assert budget.met == set(range(16, 32))
+
+
+def test_a_killed_worker_is_named_within_seconds(shards: Path, count_fault: Count) -> None:
+    stream = stream_of(config_of(shards, "data.workers=2", "data.prefetch=2"))
+    next(stream)
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"worker \(pid.*when it was to read train-0000"):
+        list(islice(stream, 99))
+    assert time.monotonic() - started < 5
+    count_fault("12", "a worker process killed by SIGKILL", 1, 1)
+
+
+def test_a_worker_that_hangs_is_named_after_the_timeout(count_fault: Count) -> None:
+    results = in_two_processes(range(9), sleep_long, timeout_s=15.0)  # longer than a process takes to start
+    assert [next(results), next(results)] == [0, 1]
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"timed out after 15.* when it was to read task 2"):
+        next(results)
+    assert time.monotonic() - started < 20
+    count_fault("13", "a worker process that hangs", 1, 1)
