@@ -1,11 +1,11 @@
 # The two commands a fresh machine needs: make demo, make test. Everything sets itself up first.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test golden lint format bench clean
+.PHONY: help setup demo test golden lint format bench bench-data clean
 
 BIN := .venv/bin
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
 
 setup:  ## make .venv from the lock
 	@tools/setup.sh
@@ -30,6 +30,9 @@ format: setup  ## let ruff rewrite
 
 bench: setup  ## speed of the parts, side by side with baselines
 	@$(BIN)/python tools/bench.py
+
+bench-data: setup  ## from shards to patches and masks, beside three usual ways (three minutes)
+	@$(BIN)/python tools/bench.py data $(ARGS)
 
 clean:  ## remove what make demo and runs have written
 	rm -rf demo .pytest_cache .ruff_cache .hypothesis

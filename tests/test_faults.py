@@ -4,11 +4,14 @@ The rows are those of docs/reliability.md. Every trial reads through the same st
 """
 
 import contextlib
+import csv
 import itertools
 import json
 import random
 import resource
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import zstandard
 from fault_table import Count
 from xxhash import xxh3_64_hexdigest
@@ -31,6 +35,7 @@ from asda.data.stream import training_batches
 from asda.errors import UserError
 from asda.sharding.writer import write_dataset
 
+ROOT = Path(__file__).resolve().parent.parent
 NUM_CLIPS = 48  # of the split train of the fixture `shards`, in 3 shards
 BATCH, MICRO_BATCH = 12, 6
 
@@ -357,3 +362,44 @@ def test_bombs_are_refused_before_they_are_unpacked(target: Target, count_fault:
     grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown_kib < 64 << 10
     count_fault("8", "zstd bombs: 1 GiB of zeros, without a size, a window of 2 GiB", 3, detected)
+
+
+def hostile_files(folder: Path) -> list[str]:
+    """Files that break a rule each; their names."""
+    rng = np.random.default_rng(0)
+    noise_S = (0.1 * rng.standard_normal(16_000)).astype(np.float32)
+
+    def write(name: str, samples: np.ndarray = noise_S, rate: int = 16_000, **options: str) -> bytes:
+        soundfile.write(folder / name, samples, rate, **options)
+        return (folder / name).read_bytes()
+
+    flac = write("frames_2_36.flac")
+    (folder / "frames_2_36.flac").write_bytes(flac[:21] + bytes([flac[21] | 0x0F]) + b"\xff" * 4 + flac[26:])
+    write("rate_1_hz.wav", rate=1)
+    wav = write("channels_60000.wav", subtype="PCM_16")
+    (folder / "channels_60000.wav").write_bytes(wav[:22] + (60_000).to_bytes(2, "little") + wav[24:])
+    write("nan.wav", np.full(16_000, np.nan, np.float32), subtype="FLOAT")
+    write("infinite.wav", np.full(16_000, np.inf, np.float32), subtype="FLOAT")
+    (folder / "empty.wav").write_bytes(b"")
+    (folder / "page.wav").write_text("<html><body>404 Not Found</body></html>")
+    flac = write("cut.flac")
+    (folder / "cut.flac").write_bytes(flac[: len(flac) // 2])
+    wav = write("cut.wav", subtype="PCM_16")
+    (folder / "cut.wav").write_bytes(wav[:9_000])
+    write("too_short.wav", noise_S[:399])
+    write("too_long.wav", np.zeros(16_000 * 61, np.float32))
+    return [path.name for path in folder.iterdir()]
+
+
+def test_hostile_audio_is_rejected_with_its_reason(tmp_path: Path, count_fault: Count) -> None:
+    (tmp_path / "audio").mkdir()
+    names = hostile_files(tmp_path / "audio")
+    soundfile.write(tmp_path / "audio" / "good.wav", np.zeros(16_000, np.float32), 16_000)
+    tool = [sys.executable, ROOT / "tools" / "make_shards.py", "--source", "folder", "--input", tmp_path / "audio"]
+    options = ["--out", tmp_path / "shards", "--max-seconds", "60", "--workers", "1"]
+    subprocess.run([*tool, *options], check=True, capture_output=True, timeout=120)
+    with (tmp_path / "shards" / "rejected.csv").open(newline="") as file:
+        reasons = {row["path"]: row["reason"] for row in csv.DictReader(file)}
+    detected = sum(len(reasons.get(name, "")) > 8 for name in names)
+    lost = load_dataset(tmp_path / "shards").splits["train"].clips != 1
+    count_fault("9", "hostile audio files, in make_shards.py", len(names), detected, int(lost))

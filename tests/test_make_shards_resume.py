@@ -95,7 +95,7 @@ def kill_at_random(folder: Path, out: str, rng: random.Random) -> bool:
     return process.exitcode == -signal.SIGKILL
 
 
-def test_after_20_kills_at_random_moments_the_bytes_are_those_of_an_undisturbed_run(clips):
+def test_after_20_kills_at_random_moments_the_bytes_are_those_of_an_undisturbed_run(clips, count_fault):
     rng, num_kills, num_finished = random.Random(20), 0, 0
     out = clips / "killed"
     while num_kills < 20:
@@ -106,6 +106,7 @@ def test_after_20_kills_at_random_moments_the_bytes_are_those_of_an_undisturbed_
             num_finished += 1
     succeed(clips, out.name)
     assert files_of(out) == files_of(clips / "whole")
+    count_fault("33", "make_shards.py killed by SIGKILL, and run again: equal bytes", 20, num_kills)
 
 
 def test_parts_in_any_order_and_at_the_same_time_make_the_same_bytes(clips):

@@ -163,16 +163,20 @@ def test_what_cannot_succeed_is_asked_for_once(server, cache, status, words):
     assert server.requests[shard.entry.index_name] == 1
 
 
-def test_30_random_schedules_of_faults_lose_and_repeat_nothing(server, tmp_path, frames):
-    rng = random.Random(7)
+def test_30_random_schedules_of_faults_lose_and_repeat_nothing(server, tmp_path, frames, count_fault):
+    rng, num_faults = random.Random(7), 0
     for trial in range(30):
         config = CacheConfig(tmp_path / str(trial), timeout_s=0.3, attempts=4)
         shard = shards_of(load_dataset(server.url, None, config))[trial % NUM_SHARDS]
         for name in (shard.entry.name, shard.entry.index_name):
-            server.faults[name] = rng.choices([fault for fault in PASSING if fault != "stall"], k=rng.randrange(4))
+            faults = rng.choices([fault for fault in PASSING if fault != "stall"], k=rng.randrange(4))
+            server.faults[name] = faults.copy()
+            num_faults += len(faults)
         assert [shard.read_frame(n) for n in range(NUM_CLIPS)] == [
             frames[trial % NUM_SHARDS, n] for n in range(NUM_CLIPS)
         ]
+    met = num_faults - sum(map(len, server.faults.values()))  # each was followed by another request
+    count_fault("10", "a server's 5xx and 429, resets, short and wrong bodies", num_faults, met)
 
 
 def test_single_frames_are_fetched_alone_where_nothing_is_kept(server, frames):
