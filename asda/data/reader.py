@@ -25,6 +25,7 @@ from webdataset.compat import WebLoader
 from asda.errors import UserError, say
 
 STALL_S = 10.0  # between lines about a task that does not come
+PARTING_S = 1.0  # for a thread to finish what it does; one that hangs is left behind
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -64,9 +65,13 @@ def read_ahead(
         yield from (load(task, lambda doing: None) for task in tasks)
         return
     todo: queue.SimpleQueue[_Job[Task] | None] = queue.SimpleQueue()
-    for number in range(threads):
-        # Daemons, because a thread that hangs in a read must not keep the process from ending.
-        threading.Thread(target=_work, args=(todo, load), name=f"asda-reader-{number}", daemon=True).start()
+    # Daemons, because a thread that hangs in a read must not keep the process from ending.
+    crew = [
+        threading.Thread(target=_work, args=(todo, load), name=f"asda-reader-{number}", daemon=True)
+        for number in range(threads)
+    ]
+    for thread in crew:
+        thread.start()
     tasks = iter(tasks)
     waiting: deque[_Job[Task]] = deque()
     try:
@@ -80,8 +85,10 @@ def read_ahead(
     finally:
         for job in waiting:
             job.result.cancel()
-        for _ in range(threads):
+        for _ in crew:
             todo.put(None)
+        for thread in crew:
+            thread.join(PARTING_S)
 
 
 def _work(todo: queue.SimpleQueue[_Job | None], load: Load) -> None:
