@@ -89,6 +89,7 @@ PLAIN = [row("0.wav"), row("1.wav")]
         (NAMED, ["train", "dev"], {"dev": 1, "train": 1}),
         (NAMED, ["train=train,dev"], {"train": 2}),
         (NAMED, ["a=100%"], {"a": 3}),
+        (NAMED, ["a=train,dev", "test"], {"a": 2, "test": 1}),
     ],
 )
 def test_split_rules_choose_the_clips_they_name(rows, rules, expected):

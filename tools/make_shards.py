@@ -292,7 +292,7 @@ def report(dataset: DatasetIndex, seconds: float, num_workers: int, not_in: Mapp
         absent = [label for label, n in zip(dataset.vocabulary, split.class_counts, strict=True) if n == 0]
         if absent:
             more = f" and {len(absent) - NAMES_SHOWN} more" if len(absent) > NAMES_SHOWN else ""
-            print(f"absent from {name}: {', '.join(absent[:NAMES_SHOWN])}{more}")
+            print(f"absent from {name}: {'; '.join(absent[:NAMES_SHOWN])}{more}")
     num_clips = sum(split.clips for split in dataset.splits.values())
     num_bytes = sum(shard.bytes for split in dataset.splits.values() for shard in split.shards)
     raw_bytes = sum(split.seconds for split in dataset.splits.values()) * SAMPLE_RATE_HZ * 2

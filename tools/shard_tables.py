@@ -150,7 +150,7 @@ def absent_table(figures: dict[str, Any], most: float) -> list[str]:
         absent = split["absent_classes"]
         shown = absent if most == math.inf else absent[:MOST_NAMES]
         more = f" and {len(absent) - len(shown)} more (--classes all)" if len(absent) > len(shown) else ""
-        lines.append(f"  {name}: {len(absent)} of {figures['classes']}{': ' if absent else ''}{', '.join(shown)}{more}")
+        lines.append(f"  {name}: {len(absent)} of {figures['classes']}{': ' if absent else ''}{'; '.join(shown)}{more}")
     return lines
 
 

@@ -145,7 +145,7 @@ def assign_splits(keys: dict[str, Row], rules: list[SplitRule]) -> dict[str, dic
     """Choose the split of every clip: split name -> its part of `keys`. Clips that no rule names are left out."""
     kinds = {rule.kind for rule in rules}
     names = [rule.name for rule in rules]
-    if len(kinds) > 1:
+    if "percentages" in kinds and len(kinds) > 1:
         raise UserError(
             f"--split {' --split '.join(r.text for r in rules)} mixes {' and '.join(sorted(kinds))}; use one kind"
         )
