@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -95,6 +97,22 @@ def test_processes_give_the_batches_of_threads_to_the_last_bit(shards: Path) -> 
         assert np.array_equal(batch.targets(8), expected.targets(8))
 
 
+@pytest.mark.parametrize(("ranks", "workers"), [(2, 3), (3, 2)])
+def test_ranks_and_processes_do_not_change_what_a_step_sees(shards: Path, ranks: int, workers: int) -> None:
+    config = config_of(shards).data
+    dataset = ClipDataset(f"{shards}:train", labelled=True)
+
+    def steps(num_ranks: int, workers: int) -> list[list[str]]:
+        shape = {"seed": 1, "first_step": 0, "batch": 12, "micro_batch": 4, "world_size": num_ranks, "masks": None}
+        data = config.model_copy(update={"workers": workers})
+        streams = [training_batches(dataset, data, rank=rank, **shape) for rank in range(num_ranks)]  # type: ignore[arg-type]
+        keys = [[clip.key for b in islice(s, 8 * -(-3 // num_ranks)) for clip in b.clips] for s in streams]
+        share = 12 // num_ranks
+        return [[key for some in keys for key in some[step * share : (step + 1) * share]] for step in range(8)]
+
+    assert steps(ranks, workers) == steps(1, 0)  # two epochs
+
+
 def test_processes_hand_over_samples_where_a_gpu_makes_the_patches(shards: Path) -> None:
     config = config_of(shards)
     dataset = ClipDataset(f"{shards}:train", labelled=True)
@@ -130,6 +148,29 @@ def test_a_killed_worker_is_named_within_seconds(shards: Path, count_fault: Coun
         list(islice(stream, 99))
     assert time.monotonic() - started < 5
     count_fault("12", "a worker process killed by SIGKILL", 1, 1)
+
+
+LEFT_OPEN = """
+import sys
+from test_reader import config_of, stream_of
+from asda.errors import UserError, exit_with_sentence
+
+def main():
+    stream = stream_of(config_of(sys.argv[1], "data.workers=2"))
+    next(stream)
+    raise UserError("something else went wrong")
+
+if __name__ == "__main__":
+    exit_with_sentence(main)
+"""
+
+
+def test_a_program_that_fails_does_not_wait_for_its_workers(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "left_open.py").write_text(LEFT_OPEN)
+    command = [sys.executable, tmp_path / "left_open.py", shards]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90)
+    assert (ended.returncode, ended.stderr.splitlines()[-1]) == (2, "error: something else went wrong")
 
 
 def test_a_worker_that_hangs_is_named_after_the_timeout(count_fault: Count) -> None:

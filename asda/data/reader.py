@@ -5,6 +5,7 @@ threads wait for that lock between many short steps, and processes do about twic
 A stall is named on stderr while the caller waits, and ends the run after `timeout_s`.
 """
 
+import atexit
 import ctypes
 import multiprocessing
 import queue
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
@@ -173,29 +175,33 @@ def read_ahead_in_processes(
         worker_init_fn=_prepare_worker,
     )
     results = iter(loader)
+    at_exit = partial(_kill_all_but, others)  # they ignore SIGTERM, by which Python would end them
+    atexit.register(at_exit)
     try:
         for result in results:
             waiting.popleft()
             if isinstance(result, UserError):
                 raise result
             yield result
-    except RuntimeError as error:  # torch's word for workers that were killed, and for those that are late
-        _kill(set(multiprocessing.active_children()) - others, results)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader "):  # torch's word on workers that were killed, or are late
+            raise
+        _kill_all_but(others)
         reason = str(error).split(". ")[0].removeprefix("DataLoader ")
         raise UserError(
             f"no data: {reason}, when it was to read {describe(waiting[0])}; check the memory, the disk and the "
             "network, or change data.workers or data.timeout_s"
         ) from None
+    finally:
+        atexit.unregister(at_exit)
 
 
-def _kill(workers: Iterable[BaseProcess], results: Iterator) -> None:
-    """End workers of which one may hang, for which torch would wait; nor need it complain that they are killed."""
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for worker in workers:
+def _kill_all_but(others: set[BaseProcess]) -> None:
+    """End our workers, of which one may hang; torch would wait for that one, and complain that they are killed."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in set(multiprocessing.active_children()) - others:
         worker.kill()
         worker.join()
-    results.close()  # type: ignore[attr-defined] # a generator, as all of webdataset's iterators are
-    signal.signal(signal.SIGCHLD, before)
 
 
 class _Loads(Dataset):
