@@ -18,9 +18,9 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -179,7 +179,7 @@ def writer_rate(folder: Path, few_s: float) -> float:
     return (LINKS - 1) * NUM_CLIPS / (many_s - few_s)
 
 
-def config_for(shards: Path, workers: int = 0) -> Config:
+def config_for(shards: Path, workers: int = 0, overrides: Sequence[str] = ()) -> Config:
     """configs/as2m.json on these shards, with a thread a core or with worker processes."""
     stats = f'data.log_mel={{"mean": {MEAN}, "std": {STD}}}'
     return load_config(
@@ -265,6 +265,7 @@ def bench_data() -> Figures:
             "writer_clips_per_s": writer_rate(folder, few_s),
             "first_batch_after_resume_s": seconds_to_first_batch(shards),
             "memory_growth_mib": memory_growth_mib(shards),
+            **cold_reads(shards),
             **big_index(folder),
             **{f"{name}_ms": value for name, value in stages(shards).items()},
         }
@@ -304,6 +305,37 @@ def memory_growth_mib(shards: Path) -> float:
         deque(islice(stream, NUM_CLIPS // BATCH), maxlen=0)
         resident.append(psutil.Process().memory_info().rss)
     return (resident[-1] - resident[0]) / MIB
+
+
+def cold_reads(shards: Path) -> dict[str, float]:
+    """Clips per second of an epoch whose shards are not in the system's memory, by the order of the reads."""
+    orders = {
+        "in_order": (['data.order={"mode": "sequential"}'], True),
+        "in_groups": ([], True),  # as training reads: shuffled in groups of shards, each announced before
+        "in_groups_unannounced": ([], False),
+        "anywhere": (["data.group_shards=100000"], False),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in orders}
+    for _, (name, (overrides, announced)) in product(range(ROUNDS), orders.items()):
+        config = config_for(shards, overrides=["data.group_shards=2", *overrides])
+        dataset = ClipDataset(config.data.train, labelled=False)  # type: ignore[arg-type]
+        if not announced:
+            dataset.announce = lambda shards: None
+        for shard in dataset.shards:
+            forget(Path(shard.path))
+        batches = training_batches(dataset, config.data, first_step=0, masks=None, **ONE_RANK)
+        started = time.perf_counter()
+        deque(islice(batches, NUM_CLIPS // BATCH), maxlen=0)
+        seconds[name].append(time.perf_counter() - started)
+    return {f"cold_{name}_clips_per_s": NUM_CLIPS / taken for name, taken in medians(seconds).items()}
+
+
+def forget(path: Path) -> None:
+    """Drop a file from the system's memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
 
 
 def stages(shards: Path) -> dict[str, float]:
