@@ -150,7 +150,7 @@ def test_classes_are_ranked_and_absent_ones_named(mixed):
     assert [line[-1].count("#") for line in ranked] == [30, 10, 5]  # 6, 2 and 1 clips
     assert "1.00 labels a clip, 2 clips have none" in out
     assert "  train: 1 of 4: cat\n" in out
-    assert f"  test: 3 of 4: cat, {ODD}, bird\n" in out
+    assert f"  test: 3 of 4: cat; {ODD}; bird\n" in out
     few = shown(mixed, "--classes", 1)
     assert "... 1 classes between" in few
     assert "dog " in few
