@@ -226,10 +226,15 @@ def _restore(
 
 
 def _damaged_on_all_ranks(budget: DamageBudget, processes: Processes) -> tuple[int, ...]:
-    """The numbers of all damaged clips that any rank has met. All ranks call this together."""
-    met: list[set[int]] = [set()] * processes.world_size
-    dist.all_gather_object(met, budget.met)
-    return tuple(sorted(set().union(*met)))
+    """The numbers of all damaged clips that any rank has met. All ranks call this together.
+
+    Raises:
+        UserError: on all ranks alike, when there are too many for the budget, which each rank spends from by itself.
+    """
+    met: list[tuple[int, ...]] = [()] * processes.world_size
+    dist.all_gather_object(met, tuple(budget.met))  # a copy: threads add to it meanwhile
+    budget.add(clip for some in met for clip in some)
+    return tuple(sorted(budget.met))
 
 
 def _refuse_another_run(folder: Path, saved: Config, config: Config) -> None:

@@ -10,7 +10,8 @@ import os
 import sys
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from unittest.mock import patch
+
+import pytest
 
 from asda.sharding.workers import ONE_THREAD
 
@@ -30,7 +31,12 @@ _server.set_forkserver_preload(IMPORTED_ONCE)
 def start(folder: Path, log: Path, *args: str) -> BaseProcess:
     """Start the tool in `folder`; what it prints goes to `log`, with stderr in `log`.err."""
     process = _server.Process(target=_run, args=(folder, log, args))
-    with patch.dict(os.environ, ONE_THREAD):  # the server's, from the first start on: OpenMP's threads survive no fork
+    with pytest.MonkeyPatch.context() as environment:
+        for (
+            name,
+            value,
+        ) in ONE_THREAD.items():  # of the server, from the first start on: OpenMP's threads survive no fork
+            environment.setenv(name, value)
         process.start()
     return process
 
@@ -42,6 +48,7 @@ def _run(folder: Path, log: Path, args: tuple[str, ...]) -> None:
     fork = multiprocessing.get_context("fork")
     multiprocessing.get_context = lambda method=None: fork
     sys.argv = [str(TOOL), *args]
+    sys.path.insert(0, str(TOOL.parent))  # as Python does for a script
     spec = importlib.util.spec_from_file_location("make_shards", TOOL)
     assert spec is not None
     assert spec.loader is not None

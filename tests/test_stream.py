@@ -178,6 +178,8 @@ def test_a_flipped_byte_names_the_shard_and_the_key(shards: Path, tmp_path: Path
     ("spec", "sentence"),
     [
         ("no-colon", "write FOLDER:SPLIT"),
+        ("https://host/path", "write FOLDER:SPLIT"),
+        ("http://user:secret@host:8080/path", "the data 'http://host:8080/path'; write FOLDER:SPLIT"),
         (":train", "write FOLDER:SPLIT"),
         ("nowhere:train", "nowhere holds no dataset.json"),
         ("{shards}:validation", "has no split 'validation'; it has test, train"),

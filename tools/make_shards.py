@@ -12,8 +12,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from shard_tables import absent_table, split_figures, split_table
+
 from asda.data.audio import MAX_SECONDS, SAMPLE_RATE_HZ
-from asda.data.index import DATASET_FILE, FORMAT_VERSION, MAX_SAMPLE_BYTES, DatasetIndex, Duplicates, SplitIndex
+from asda.data.index import DATASET_FILE, FORMAT_VERSION, MAX_SAMPLE_BYTES, DatasetIndex, Duplicates
 from asda.data.shards import load_dataset
 from asda.errors import UserError, exit_with_sentence
 from asda.sharding.duplicates import Pair, find_pairs
@@ -37,8 +39,6 @@ from asda.sharding.workers import Workers, worker_pool
 from asda.sharding.writer import WrittenShard, summarize_split, write_dataset, write_file, writing
 
 LONGEST_CLIP_S = MAX_SAMPLE_BYTES // (2 * SAMPLE_RATE_HZ) - 1  # what a reader accepts as one sample
-MIB = 1 << 20
-NAMES_SHOWN = 10
 NOT_IN_COMMAND = {"--out", "--workers", "--part", "--merge", "--overwrite"}  # say how or where, not what is made
 
 EXAMPLES = """
@@ -284,36 +284,18 @@ def left_out(listing: Listing, plan: Plan) -> dict[str, int]:
 
 def report(dataset: DatasetIndex, seconds: float, num_workers: int, not_in: Mapping[str, int]) -> None:
     """Print what was written, with units."""
-    print(f"{'split':<20}{'clips':>9}{'hours':>9}{'shards':>8}{'MiB':>10}{'raw MiB':>10}", end="")
-    print(f"{'classes':>9}{'absent':>8}{'log-mel mean':>14}{'std':>8}")
-    for name, split in dataset.splits.items():
-        print(split_line(name, split))
-    for name, split in dataset.splits.items():
-        absent = [label for label, n in zip(dataset.vocabulary, split.class_counts, strict=True) if n == 0]
-        if absent:
-            more = f" and {len(absent) - NAMES_SHOWN} more" if len(absent) > NAMES_SHOWN else ""
-            print(f"absent from {name}: {'; '.join(absent[:NAMES_SHOWN])}{more}")
+    figures = {name: split_figures(dataset, split) for name, split in dataset.splits.items()}
+    print("\n".join(split_table(figures)))
+    if any(row["absent_classes"] for row in figures.values()):
+        print("\n".join(absent_table(figures, len(dataset.vocabulary))))
     num_clips = sum(split.clips for split in dataset.splits.values())
-    num_bytes = sum(shard.bytes for split in dataset.splits.values() for shard in split.shards)
-    raw_bytes = sum(split.seconds for split in dataset.splits.values()) * SAMPLE_RATE_HZ * 2
     print(f"{num_clips} clips in {seconds:.1f} s: {num_clips / seconds:.0f} clips/s with {num_workers} workers")
-    print(f"{num_bytes / MIB:.1f} MiB, {num_bytes / raw_bytes:.0%} of the samples' {raw_bytes / MIB:.1f} MiB")
     table = f", listed in {dataset.folder / REJECTED_FILE}" if dataset.rejected else ""
     print(f"rejected: {dataset.rejected} clips{table}")
     report_duplicates(dataset.duplicates, Path(f"{dataset.folder}") / DUPLICATES_FILE)
     for reason, count in not_in.items():
         if count:
             print(f"left out: {count} {reason}")
-
-
-def split_line(name: str, split: SplitIndex) -> str:
-    """One row of the report. Absent classes are those of the vocabulary without a clip in the split."""
-    mib = sum(shard.bytes for shard in split.shards) / MIB
-    raw_mib = split.seconds * SAMPLE_RATE_HZ * 2 / MIB
-    absent = split.class_counts.count(0)
-    sizes = f"{split.clips:>9}{split.seconds / 3600:>9.2f}{len(split.shards):>8}{mib:>10.1f}{raw_mib:>10.1f}"
-    stats = f"{split.log_mel.mean:>14.4f}{split.log_mel.std:>8.4f}"
-    return f"{name:<20}{sizes}{len(split.class_counts) - absent:>9}{absent:>8}{stats}"
 
 
 def report_duplicates(duplicates: Duplicates, table: Path) -> None:

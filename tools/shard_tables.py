@@ -92,7 +92,8 @@ def tables(figures: dict[str, Any], num_classes: float) -> list[str]:
     lines += duplicate_lines(figures["duplicates"])
     lines += ["", *split_table(figures["splits"])]
     if figures["classes"]:
-        lines += ["", *class_table(figures, num_classes), "", *absent_table(figures, num_classes)]
+        absent = absent_table(figures["splits"], figures["classes"], all_names=num_classes == math.inf)
+        lines += ["", *class_table(figures, num_classes), "", *absent]
     return [*lines, "", *length_table(figures["lengths"])]
 
 
@@ -143,14 +144,14 @@ def class_table(figures: dict[str, Any], most: float) -> list[str]:
     return [*lines, *drawn[:shown], f"  ... {len(drawn) - 2 * shown:,} classes between", *drawn[len(drawn) - shown :]]
 
 
-def absent_table(figures: dict[str, Any], most: float) -> list[str]:
+def absent_table(splits: dict[str, dict[str, Any]], num_classes: int, *, all_names: bool = False) -> list[str]:
     """The classes of the vocabulary that a split has no clip of."""
     lines = ["absent classes"]
-    for name, split in figures["splits"].items():
+    for name, split in splits.items():
         absent = split["absent_classes"]
-        shown = absent if most == math.inf else absent[:MOST_NAMES]
-        more = f" and {len(absent) - len(shown)} more (--classes all)" if len(absent) > len(shown) else ""
-        lines.append(f"  {name}: {len(absent)} of {figures['classes']}{': ' if absent else ''}{'; '.join(shown)}{more}")
+        shown = absent if all_names else absent[:MOST_NAMES]
+        more = f" and {len(absent) - len(shown)} more" if len(absent) > len(shown) else ""
+        lines.append(f"  {name}: {len(absent)} of {num_classes}{': ' if absent else ''}{'; '.join(shown)}{more}")
     return lines
 
 
