@@ -286,10 +286,13 @@ class OptimizerConfig(Section):
 class EngineConfig(Section):
     """How DeepSpeed runs it: what may change between machines without changing the recipe."""
 
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and activations; the master weights are fp32
     attention: Literal["auto", "explicit", "sdpa", "triton"] = "auto"  # how it is computed; auto takes the fastest
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1  # partitioned over ranks: 1 optimizer, 2 gradients, 3 weights
     micro_batch: PositiveInt = 12  # most clips a rank takes at once; gradients are accumulated up to optimizer.batch
+    activation_checkpointing: bool = False  # keep only the input of each block, and compute it again in the backward
+    offload_optimizer: bool = False  # the optimizer's state in the host's memory; stages 1 to 3
+    timeout_s: PositiveFloat = 600.0  # longest that a rank waits for the others in one exchange
 
 
 class RunConfig(Section):
@@ -301,6 +304,20 @@ class RunConfig(Section):
     save_every: PositiveInt = 1000
     eval_every: PositiveInt = 1000
     keep: PositiveInt = 2  # newest checkpoints kept
+    on_failed_save: Literal["stop", "continue"] = "stop"  # when a checkpoint cannot be written (disk full)
+    max_bad_steps: PositiveInt = 10  # in a row, without a finite loss and gradient; then the run ends
+    check_replicas_every: Count = 1000  # steps between comparisons of all ranks' weights; 0 compares never
+    min_target_spread: NonNegative = 0.1  # a smaller spread of the teacher's targets is said aloud: collapse
+    min_prediction_spread: NonNegative = 0.01  # the same of the students' predictions
+    wandb: str = ""  # project of Weights & Biases that is told as well; needs the extra wandb
+
+
+class ProbeConfig(Section):
+    """Labelled shards on which the teacher's features are judged while pre-training, every run.eval_every steps."""
+
+    train: DataSpecs  # neighbours and the linear layer come from these
+    test: DataSpecs  # held out
+    neighbours: PositiveInt = 10
 
 
 class Config(Section):
@@ -315,6 +332,7 @@ class Config(Section):
     optimizer: OptimizerConfig
     engine: EngineConfig = EngineConfig()
     run: RunConfig
+    probe: ProbeConfig | None = None  # in pre-training only
     resume: Literal["auto", "never"] = "auto"  # auto continues from run.folder's newest checkpoint, if any
 
     @model_validator(mode="after")
@@ -342,7 +360,11 @@ class Config(Section):
                 "use constant, and crop or choose clips that fill data.frames"
             )
         if isinstance(self.objective, PretrainConfig) and self.data.valid:
-            raise ValueError(f"data.valid {self.data.valid!r} must be empty in pre-training, which evaluates nothing")
+            raise ValueError(f"data.valid {self.data.valid!r} must be empty in pre-training; probe judges it by labels")
+        if isinstance(self.objective, ClassifyConfig) and self.probe:
+            raise ValueError("probe is for objective.kind pretrain; a classifier is judged on data.valid")
+        if self.engine.offload_optimizer and not self.engine.zero_stage:
+            raise ValueError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3; DeepSpeed has none for 0")
         if isinstance(self.objective, PretrainConfig) and self.objective.target_layers > self.model.depth:
             raise ValueError(
                 f"objective.target_layers {self.objective.target_layers} must not exceed model.depth {self.model.depth}"

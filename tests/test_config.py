@@ -79,7 +79,7 @@ def test_the_data_of_a_run_is_one_dataset_or_a_mixture_of_several(tmp_path: Path
         ("optimizer.steps=true", "valid integer"),
         ("optimizer.batch=null", "optimizer.batch is null"),
         ("engine.zero_stage=4", "less than or equal to 3"),
-        ("engine.precision=fp8", "'bf16' or 'fp32'"),
+        ("engine.precision=fp8", "'bf16', 'fp16' or 'fp32'"),
         ("objective.kind=cluster", "objective.kind is 'cluster'; it must be one of 'pretrain', 'classify'"),
         ("model.heads=7", "model.width 768 must be a multiple of model.heads 7"),
         ("data.frames=1000", "data.frames 1000 must be a multiple of model.patch 16"),
