@@ -1,11 +1,11 @@
 # The two commands a fresh machine needs: make demo, make test. Everything sets itself up first.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test golden lint format bench bench-data clean
+.PHONY: help setup demo test test-faults golden lint format bench bench-data bench-step clean
 
 BIN := .venv/bin
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-11s %s\n", $$1, $$2 }'
 
 setup:  ## make .venv from the lock
 	@tools/setup.sh
@@ -15,6 +15,9 @@ demo: setup  ## the whole road on synthetic sounds, offline; or on yours: make d
 
 test: setup  ## all tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+test-faults: setup  ## the long half of the fault matrix: 40 kills of real runs, dead ranks, lost machines (minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 golden: setup  ## every official number, on each attention path of a CPU (needs ../shared, see CONTRIBUTING.md)
 	@$(BIN)/python tests/golden_check.py $(or $(ASDA_SHARED),../shared)/golden
@@ -33,6 +36,9 @@ bench: setup  ## speed of the parts, side by side with baselines
 
 bench-data: setup  ## from shards to patches and masks, beside three usual ways (three minutes)
 	@$(BIN)/python tools/bench.py data $(ARGS)
+
+bench-step: setup  ## one training step of the base model beside plain fp32 PyTorch (some minutes)
+	@$(BIN)/python tools/bench.py step $(ARGS)
 
 clean:  ## remove what make demo and runs have written
 	rm -rf demo .pytest_cache .ruff_cache .hypothesis
