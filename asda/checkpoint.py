@@ -1,27 +1,29 @@
 """Checkpoints that are whole or not there.
 
     <run>/checkpoints/step-0001000/
-        config.json           the resolved run
-        state.json            format, step, order version, vocabulary
-        model.safetensors     all trained weights, fp32
-        teacher.safetensors   the EMA teacher, fp32 (pre-training only)
-        engine/               DeepSpeed's partitions: optimizer, master weights. Pickles: open only your own
-        manifest.json         bytes and xxh3_128 of every file above; written last
+        config.json                          the resolved run
+        state.json                           where it stands: step, counters, data (State)
+        model.safetensors                    all trained weights, whole, fp32
+        teacher.safetensors                  the EMA teacher, whole, fp32 (pre-training only)
+        optimizer-00000-of-00002.safetensors each rank's part of Adam's moments, fp32
+        manifest.json                        sizes and hashes of all of them; written last
+    <run>/checkpoints/latest                 the name of the newest, for people and scripts
 
 A checkpoint is written to a temporary folder, every file is synced to the disk, then the folder gets its name in one
-rename. So a name exists only for whole checkpoints, and the newest whose files match its manifest is the one to use.
+rename (asda/checkpoint_writer.py). So a name exists only for whole checkpoints, and the newest whose files match its
+manifest is the one to use. asda never reads `latest`: the folders themselves say which is the newest, and a pointer
+could be damaged. Nothing here is a pickle, and reading runs nothing that a file contains.
 """
 
-import json
-import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import xxhash
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,69 +31,41 @@ from torch import Tensor
 from asda.config import Config, Description, InputConfig, dump_config, load_config, load_description
 from asda.data.order import ORDER_VERSION
 from asda.errors import UserError
+from asda.manifest import (
+    FORMAT,
+    MANIFEST,
+    READABLE_FORMATS,
+    STRICT,
+    Manifest,
+    damage,
+    entry_of,
+    sync,
+    write_manifest,
+)
 
-FORMAT = 1
 TEMPORARY = ".tmp-"
-WEIGHTS_FILES = {
-    "config.json",
-    "model.safetensors",
-    "teacher.safetensors",
-    "manifest.json",
-}  # and no more
+WEIGHTS_FILES = {"config.json", "model.safetensors", "teacher.safetensors", MANIFEST}  # and no more
 MOST_KEYS_NAMED = 3  # in a complaint about weights that do not fit
+STEP_NAME = re.compile(r"step-(\d{7,})")
+MAX_STATE_BYTES = 64 << 20  # 2 million damaged clips need 16 MiB
 
 
 @dataclass(frozen=True)
 class State:
-    """What a run needs besides weights to go on: its place in the data and the schedules follow from the step."""
+    """What a run needs besides tensors to go on: its place in the data and the schedules follow from the counters."""
 
-    step: int  # updates done
+    __pydantic_config__ = STRICT
+
+    step: int  # attempted steps; the place in the data follows from it
     vocabulary: tuple[str, ...]  # empty in pre-training
     data_fingerprint: str  # of the training shards
-    world_size: int
+    world_size: int  # ranks that saved it
     damaged_clips: tuple[int, ...] = ()  # by number, those that others stood in for (data.max_damaged)
+    applied_steps: int = 0  # updates of the weights; the schedules follow from it
+    skipped_steps: int = 0  # attempted, but without a finite loss and gradient
+    bad_steps_in_a_row: int = 0  # the last of them without an update between
     order_version: int = ORDER_VERSION
     format: int = FORMAT
-
-
-def save(
-    run: Path,
-    config: Config,
-    state: State,
-    weights: dict[str, dict[str, Tensor]],
-    save_engine: Callable[[Path], None],
-    is_first: bool,
-) -> Path:
-    """Write a checkpoint. All ranks call this together.
-
-    Args:
-        run: the run folder.
-        config: the resolved configuration.
-        state: where the run stands.
-        weights: file stem -> tensors, written by the first rank ("model", "teacher").
-        save_engine: writes this rank's share of the engine's state into a folder.
-        is_first: whether this is the first rank.
-
-    Returns:
-        The checkpoint's folder. Older checkpoints beyond run.keep are gone when it returns.
-    """
-    folder = run / "checkpoints" / f"step-{state.step:07d}"
-    temporary = folder.with_name(TEMPORARY + folder.name)
-    if is_first:
-        _sweep(folder.parent)
-        (temporary / "engine").mkdir(parents=True)
-    dist.barrier()
-    save_engine(temporary / "engine")
-    if is_first:
-        (temporary / "config.json").write_text(dump_config(config))
-        (temporary / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
-        _save_tensors(temporary, weights)
-    dist.barrier()
-    if is_first:
-        _commit(temporary, folder)
-        _prune(folder.parent, config.run.keep)
-    dist.barrier()
-    return folder
 
 
 def newest(run: Path, warn: Callable[[str], None] = print) -> Path | None:
@@ -100,9 +74,24 @@ def newest(run: Path, warn: Callable[[str], None] = print) -> Path | None:
     Raises:
         UserError: there are checkpoints, but none is intact. A run never starts afresh over them in silence.
     """
-    folders = _checkpoints(run / "checkpoints")
+    return _newest_of(run, checkpoints(run), damage, warn)
+
+
+def newest_for_all(run: Path, warn: Callable[[str], None] = print) -> Path | None:
+    """As newest, by all ranks together: each hashes a share of the files, and what one of them misses, all refuse.
+
+    Only the first rank warns; the error is the same sentence on all of them.
+    """
+    found = [checkpoints(run)]
+    dist.broadcast_object_list(found)
+    return _newest_of(run, found[0], _damage_on_any_rank, warn if dist.get_rank() == 0 else lambda _: None)
+
+
+def _newest_of(
+    run: Path, folders: list[Path], complaint_about: Callable[[Path], str | None], warn: Callable[[str], None]
+) -> Path | None:
     for folder in reversed(folders):
-        complaint = damage(folder)
+        complaint = complaint_about(folder)
         if complaint is None:
             return folder
         warn(f"checkpoint {folder} is damaged ({complaint}); looking at the one before it")
@@ -114,21 +103,11 @@ def newest(run: Path, warn: Callable[[str], None] = print) -> Path | None:
     return None
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None when they match the manifest."""
-    try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-    except (OSError, ValueError, KeyError):
-        return "its manifest.json cannot be read"
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, the manifest says {expected['bytes']}"
-        if _hash(path) != expected["xxh3_128"]:
-            return f"the hash of {name} differs from the manifest's"
-    return None
+def _damage_on_any_rank(folder: Path) -> str | None:
+    complaints: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(complaints, damage(folder, dist.get_rank(), dist.get_world_size()))
+    found = ((rank, complaint) for rank, complaint in enumerate(complaints) if complaint)
+    return next((f"{complaint}, says rank {rank}" for rank, complaint in found), None)
 
 
 def resolve(path: Path) -> Path:
@@ -137,7 +116,7 @@ def resolve(path: Path) -> Path:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    if (path / "manifest.json").is_file():
+    if (path / MANIFEST).is_file() or (path / "state.json").is_file():
         complaint = damage(path)
         if complaint:
             raise UserError(f"checkpoint {path} is damaged: {complaint}; use another one of its run")
@@ -162,24 +141,39 @@ def read_state(folder: Path, *, to_continue: bool = False) -> tuple[Config, Stat
     Raises:
         UserError: it is no checkpoint of a run, or another version of asda wrote it.
     """
-    if not (folder / "state.json").is_file():
+    path = folder / "state.json"
+    if not path.is_file():
         raise UserError(
             f"{folder} holds weights and no run (it has no state.json): predict.py, extract_features.py and "
             "objective.init_from take it, evaluating and continuing need a checkpoint that train.py saved"
         )
-    fields = json.loads((folder / "state.json").read_text())
-    if fields["format"] != FORMAT:
-        raise UserError(f"checkpoint {folder} has format {fields['format']}; this version of asda reads {FORMAT}")
-    if to_continue and fields["order_version"] != ORDER_VERSION:
+    state = _parse_state(path)
+    if to_continue and state.format < FORMAT:
         raise UserError(
-            f"{folder} was trained in data order {fields['order_version']}, this version of asda draws in order "
+            f"{folder} has format {state.format}, whose optimizer state is in pickles that this version of asda does "
+            "not open; continue with the version that began the run, or start another run.folder from its weights"
+        )
+    if to_continue and state.order_version != ORDER_VERSION:
+        raise UserError(
+            f"{folder} was trained in data order {state.order_version}, this version of asda draws in order "
             f"{ORDER_VERSION}; continue with the version that began the run, or start another run.folder from it"
         )
-    return load_config(folder / "config.json"), State(**{name: _immutable(value) for name, value in fields.items()})
+    return load_config(folder / "config.json"), state
 
 
-def _immutable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _parse_state(path: Path) -> State:
+    if path.stat().st_size > MAX_STATE_BYTES:
+        raise UserError(f"{path} has {path.stat().st_size} bytes; a state has at most {MAX_STATE_BYTES}")
+    text = path.read_bytes()
+    try:
+        found = TypeAdapter(dict[str, Any]).validate_json(text).get("format")
+        if found not in READABLE_FORMATS:
+            raise UserError(f"checkpoint {path.parent} has format {found}; this version of asda reads {FORMAT}")
+        return TypeAdapter(State).validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "top"
+        raise UserError(f"{path} is malformed at {where}: {first['msg']}; use another checkpoint") from None
 
 
 def read_description(folder: Path) -> Description:
@@ -224,8 +218,12 @@ def write_weights(
     try:
         temporary.mkdir(parents=True)
         (temporary / "config.json").write_text(dump_config(description))
-        _save_tensors(temporary, weights)
-        _commit(temporary, folder)
+        for stem, tensors in weights.items():
+            save_tensors(temporary / f"{stem}.safetensors", tensors)
+        files = sorted(temporary.iterdir())
+        for path in files:
+            sync(path)
+        commit(temporary, folder, Manifest({path.name: entry_of(path) for path in files}))
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -267,54 +265,38 @@ def named(key: str, value: object) -> str:
     return f"{key} {list(value.shape)}" if isinstance(value, Tensor) else f"{key} ({type(value).__name__})"
 
 
-def _save_tensors(folder: Path, weights: dict[str, dict[str, Tensor]]) -> None:
-    for stem, tensors in weights.items():
-        save_file(tensors, folder / f"{stem}.safetensors")
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a .safetensors file that may be read by whom its folder lets in; the library keeps it to the owner."""
+    save_file(tensors, path)
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run by step, oldest first, damaged ones too."""
+    named = [(STEP_NAME.fullmatch(path.name), path) for path in (run / "checkpoints").glob("step-*")]
+    return [path for _, path in sorted((int(name[1]), path) for name, path in named if name)]
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what an interrupted save left."""
-    for leftover in folder.glob(TEMPORARY + "*"):
-        shutil.rmtree(leftover)
-
-
-def _commit(temporary: Path, folder: Path) -> None:
-    files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    entries = {
-        str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "xxh3_128": _hash(path)} for path in files
-    }
-    manifest = temporary / "manifest.json"
-    manifest.write_text(json.dumps({"format": FORMAT, "files": entries}, indent=2) + "\n")
-    folders = [path for path in temporary.rglob("*") if path.is_dir()]
-    for path in [*files, manifest, *folders, temporary]:
-        _sync(path)
-    if folder.exists():  # the same step, saved again after a resume from an older checkpoint
-        shutil.rmtree(folder)
+def commit(temporary: Path, folder: Path, manifest: Manifest) -> None:
+    """Give a temporary folder, whose files are on the disk, its manifest and its name; replaces what had the name."""
+    sync(write_manifest(temporary, manifest))
+    sync(temporary)
+    if folder.exists():
+        remove(folder)
     temporary.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
-def _prune(folder: Path, keep: int) -> None:
-    """Keep the newest `keep`. What _commit has just renamed is the newest and whole, so it always stays."""
-    for old in _checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+def remove(path: Path) -> None:
+    """Take a name away in one step, so that no half of a checkpoint is ever seen, then what it stood for.
 
-
-def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    A file that a reader holds open on a network disk outlives this, under a temporary name.
+    """
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+        return
+    if not path.name.startswith(TEMPORARY):
+        nameless = path.with_name(f"{TEMPORARY}removed-{path.name}")
+        shutil.rmtree(nameless, ignore_errors=True)
+        path = path.rename(nameless)
+    shutil.rmtree(path, ignore_errors=True)

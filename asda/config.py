@@ -18,11 +18,13 @@ from asda.errors import UserError
 from asda.presets import DEFAULT_PRESET, DEFAULT_SIZE, filled
 
 MAX_CONFIG_BYTES = 1 << 20  # a run is described in a few kilobytes; more is not a config
+MOST = 1 << 40  # of anything that is counted or measured here: more is a slip of the keyboard, or would overflow
 
-PositiveInt = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+PositiveInt = Annotated[int, Field(gt=0, le=MOST)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
+Number = Annotated[float, Field(ge=-MOST, le=MOST)]
+PositiveFloat = Annotated[float, Field(gt=0, le=MOST)]
+NonNegative = Annotated[float, Field(ge=0, le=MOST)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Preset = Literal["released", "paper", "learned", "eat"]  # asda/presets.py
@@ -47,7 +49,7 @@ class ModelConfig(Section):
     heads: PositiveInt = 12  # heads of each of the two attention maps
     mlp_ratio: PositiveFloat = 3.5  # hidden width of the MLP / width
     # A = softmax(q1 k1) - lambda softmax(q2 k2): a number, "learned" per block, or "absent", which leaves one softmax
-    attention_lambda: float | Literal["learned", "absent"] = 0.1
+    attention_lambda: Number | Literal["learned", "absent"] = 0.1
     attention_norm: Literal["joint", "per_head", "none"] = "joint"  # LayerNorm over all heads, RMSNorm of each, nothing
     attention_scale: PositiveFloat | Literal["by_depth"] = 0.95  # after the norm; by_depth is 0.2 + 0.6 exp(-0.3 block)
     patch: PositiveInt = 16  # frames and mel bins per patch
@@ -138,7 +140,7 @@ class ClassifyConfig(Section):
 class LogMelStats(Section):
     """Patches are (log-mel - mean) / (2 std)."""
 
-    mean: float
+    mean: Number
     std: PositiveFloat
 
 
@@ -163,8 +165,8 @@ class AugmentConfig(Section):
 
     roll: bool = False  # the wave, by any offset; what leaves at the end comes in at the start
     magnitude: NonNegative = 0.0  # a of the factor Beta(a, a) + 0.5 on the amplitude; 10 in the published recipes
-    gain_db: tuple[float, float] = (0.0, 0.0)  # least and most of a gain that is uniform in dB
-    noise_snr_db: tuple[float, float] | None = None  # least and most dB of the clip over white noise
+    gain_db: tuple[Number, Number] = (0.0, 0.0)  # least and most of a gain that is uniform in dB
+    noise_snr_db: tuple[Number, Number] | None = None  # least and most dB of the clip over white noise
     frame_noise: NonNegative = 0.0  # most that is added to a normalised value; 0.1 for Speech Commands
     frame_roll: Count = 0  # most frames by which the padded spectrogram is rolled, both ways; 10 for Speech Commands
     spec_augment: SpecAugmentConfig = SpecAugmentConfig()
@@ -234,7 +236,7 @@ class DataConfig(Section):
     frames: PositiveInt = 1024  # log-mel frames of 10 ms a clip is cut or padded to
     crop: Literal["start", "random"] = "start"  # where a longer clip is cut while training
     log_mel: LogMelStats | Literal["dataset"] = "dataset"  # "dataset" takes the figures of the training shards
-    pad_log_mel: float = 0.0  # raw log-mel of padding; 0 as released, which is far above silence (-15.9)
+    pad_log_mel: Number = 0.0  # raw log-mel of padding; 0 as released, which is far above silence (-15.9)
     padding: Padding = "constant"  # masked: no token takes anything from a patch of padding, nor does the classifier
     augment: AugmentConfig = AugmentConfig()  # while training
     device: Literal["auto", "cpu", "gpu"] = "auto"  # where DALI computes; auto follows the training device
@@ -298,7 +300,7 @@ class EngineConfig(Section):
 class RunConfig(Section):
     """The run's folder and its rhythm, in steps."""
 
-    folder: str
+    folder: Annotated[str, Field(min_length=1)]
     seed: Count = 1
     log_every: PositiveInt = 20
     save_every: PositiveInt = 1000
@@ -377,7 +379,7 @@ class InputConfig(Section):
 
     frames: PositiveInt  # log-mel frames of 10 ms a clip was cut or padded to
     log_mel: LogMelStats
-    pad_log_mel: float = 0.0  # raw log-mel of padding
+    pad_log_mel: Number = 0.0  # raw log-mel of padding
     padding: Padding = "constant"
 
 
@@ -443,6 +445,8 @@ def _checked(tree: dict[str, Any], kind: type[Kind], path: str | Path) -> Kind:
         return kind.model_validate_json(json.dumps(filled(tree)))
     except ValidationError as error:
         raise UserError(f"{path}: {_explain(error, kind)}") from None
+    except RecursionError:
+        raise UserError(f"{path}: values are nested deeper than a config ever is") from None
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:
@@ -475,7 +479,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"cannot read the override {override!r}; write it as section.key=value")
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = text
     *sections, key = dotted.split(".")
     for section in sections:

@@ -1,20 +1,33 @@
-"""DeepSpeed, as this project uses it: processes, device, the engine's dictionary, full weights out of partitions."""
+"""DeepSpeed, as this project uses it: processes, device, the engine's dictionary, steps that nothing can poison.
+
+A step is applied on all ranks or on none: guarded() makes a loss without a value into gradients without a value, and
+whoever finds those among the gradients of all ranks skips the update. DeepSpeed does that in all cases but fp32 without
+ZeRO; there CheckedAdamW does.
+
+With weights in bf16 or fp16 the gradient of a micro-batch has their precision. What several micro-batches and several
+ranks add up to is fp32 in stages 1 to 3; in stage 0 micro-batches add up in the precision of the weights, because
+DeepSpeed has nothing else there, and ranks in fp32.
+"""
 
 import math
 import os
 import socket
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+import xxhash
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
 from asda.config import Config, OptimizerConfig
 from asda.errors import UserError
+from asda.partitions import fragments, set_masters, start_moments, whole
 
 
 @dataclass(frozen=True)
@@ -31,8 +44,11 @@ class Processes:
         return self.rank == 0
 
 
-def join_processes() -> Processes:
-    """Join the processes that deepspeed, torchrun or SLURM's srun started; a single one when nobody did."""
+def join_processes(timeout_s: float = 600.0) -> Processes:
+    """Join the processes that deepspeed, torchrun or SLURM's srun started; a single one when nobody did.
+
+    An exchange that waits longer than timeout_s for a rank ends in an error.
+    """
     _complete_environment()
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if torch.cuda.is_available():
@@ -46,13 +62,20 @@ def join_processes() -> Processes:
     # spin without a timeout when a peer has died; gloo needs no compiler and ends with an error.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
     except dist.DistNetworkError as error:
         raise UserError(
             f"cannot open the port {os.environ['MASTER_PORT']} on {os.environ['MASTER_ADDR']} for the ranks to meet "
             f"({error}); is another run using it? give the launcher another --master_port"
         ) from None
     return Processes(dist.get_rank(), dist.get_world_size(), device)
+
+
+def leave_processes() -> None:
+    """Part from the others at a regular end, so that no thread of the group outlives what it uses."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _complete_environment() -> None:
@@ -96,33 +119,93 @@ def micro_batch_of(config: Config, world_size: int) -> int:
 def deepspeed_dict(config: Config, world_size: int) -> dict[str, Any]:
     """DeepSpeed's own configuration, generated: nobody writes it by hand."""
     micro_batch = micro_batch_of(config, world_size)
-    return {
+    engine, zero = config.engine, {"stage": config.engine.zero_stage}
+    if engine.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    checked_by_us = engine.precision == "fp32" and not engine.zero_stage
+    generated = {
         "train_batch_size": config.optimizer.batch,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": config.optimizer.batch // world_size // micro_batch,
-        "gradient_clipping": config.optimizer.clip,
-        "bf16": {"enabled": config.engine.precision == "bf16"},
-        "zero_optimization": {"stage": config.engine.zero_stage},
+        "gradient_clipping": 0.0 if checked_by_us else config.optimizer.clip,
+        "bf16": {
+            "enabled": engine.precision == "bf16",
+            "check_grad_overflow": True,
+            "immediate_grad_update": True,  # in stage 1 a bf16 gradient goes as soon as the fp32 sum has it
+        },
+        "fp16": {"enabled": engine.precision == "fp16"},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # that one needs a compiler
+        "communication_data_type": "fp32",  # DeepSpeed would round sums in fp32 to bf16 before ranks exchange them
         "steps_per_print": 1 << 62,  # the run log prints
     }
+    if engine.zero_stage:
+        generated["data_types"] = {"grad_accum_dtype": "fp32"}
+    return generated
+
+
+class CheckedAdamW(torch.optim.AdamW):
+    """AdamW that clips, and leaves everything as it is when the gradient's norm has no value.
+
+    For fp32 without ZeRO, where DeepSpeed checks nothing. It reads `overflow` and `_global_grad_norm` as of its own.
+    """
+
+    overflow = False
+
+    def __init__(self, *args: Any, clip: float, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._clip = clip
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One update, or none."""
+        assert closure is None
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self._global_grad_norm = norm
+        self.overflow = not math.isfinite(norm)
+        if not self.overflow:
+            if self._clip:
+                nn.utils.clip_grads_with_norm_(parameters, self._clip, norm)
+            super().step()
 
 
 def make_engine(config: Config, model: nn.Module, lr_scales: dict[str, float], world_size: int):
-    """Wrap a module for ZeRO training with AdamW; one parameter group for each lr scale."""
+    """Wrap a module for ZeRO training with AdamW; one parameter group for each lr scale.
+
+    The master weights are the module's weights bit for bit, whatever the training precision, and Adam stands at step 0.
+    """
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         groups.setdefault(lr_scales.get(name, 1.0), []).append(parameter)
-    settings = config.optimizer
-    optimizer = torch.optim.AdamW(
-        [{"params": parameters, "lr_scale": scale} for scale, parameters in groups.items()],
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-    )
+    settings, low_precision = config.optimizer, config.engine.precision != "fp32"
+    given = [{"params": parameters, "lr_scale": scale} for scale, parameters in groups.items()]
+    # lr 0, because one of DeepSpeed's optimizers takes a step in its constructor, and weight decay would move weights.
+    options = {"lr": 0.0, "betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay, "fused": True}
+    if low_precision or config.engine.zero_stage:
+        optimizer = torch.optim.AdamW(given, **options)
+    else:
+        optimizer = CheckedAdamW(given, clip=settings.clip, **options)
+    # DeepSpeed rounds the weights to the training precision first and makes the master weights of that.
+    initial = {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters() if low_precision}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_dict(config, world_size))
+    start_moments(engine)
+    if initial:
+        set_masters(engine, initial)
+    if world_size == 1 and isinstance(engine.optimizer, BF16_Optimizer | FP16_UnfusedOptimizer | CheckedAdamW):
+        engine.enable_backward_allreduce = False  # spares two copies of all gradients
     return engine
+
+
+def guarded(loss: Tensor) -> Tensor:
+    """The loss, bit for bit; where it is infinite or nan, one whose gradients are nan."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+
+
+def was_applied(engine: Any) -> bool:
+    """Whether the last engine.step() moved the weights; the same on all ranks."""
+    return engine.was_step_applied()
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:
@@ -137,23 +220,43 @@ def gradient_norm(engine: Any) -> float:
     return float("nan") if norm is None else float(norm)
 
 
-@contextmanager
-def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Whole parameters on every rank while inside; without stage 3 they are whole anyway."""
-    with deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")]):
-        yield
+def full_weights(engine: Any, everywhere: bool = False) -> dict[str, Tensor]:
+    """Every parameter whole, in fp32 from the master weights, on the first rank or on all; {} elsewhere.
 
-
-def full_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter whole, in fp32 from the optimizer's master copy where there is one, on the CPU.
-
-    All ranks must call this together.
+    On one rank they are views, which the next step changes; otherwise copies on the CPU. All ranks call this together.
     """
-    weights = {}
-    for name, parameter in model.named_parameters():
-        master = deepspeed.utils.safe_get_full_fp32_param(parameter)
-        weights[name] = (parameter if master is None else master).detach().float().cpu().clone()
-    return weights
+    held = fragments(engine)
+    return whole([fragment.stretch for fragment in held], [fragment.master for fragment in held], engine, everywhere)
+
+
+def replicas_differ(engine: Any, teacher: nn.Module | None, processes: Processes) -> str | None:
+    """What differs between weights that all ranks should have alike, in a sentence; None when nothing does.
+
+    Compared are hashes of the weights of the training precision, which stage 3 does not replicate, and the teacher's.
+    All ranks call this together.
+    """
+    modules = {"": engine.module} if engine.zero_optimization_stage() < 3 else {}
+    if teacher is not None:
+        modules["teacher "] = teacher
+    named = [(kind + name, p) for kind, module in modules.items() for name, p in module.named_parameters()]
+    mine = torch.tensor([_hash(p) for _, p in named], dtype=torch.int64, device=processes.device)
+    everyones = [torch.empty_like(mine) for _ in range(processes.world_size)]
+    dist.all_gather(everyones, mine)
+    hashes_RP = torch.stack(everyones).cpu()
+    usual_P = hashes_RP.mode(0).values  # what most ranks have
+    differs_RP = hashes_RP != usual_P
+    if not differs_RP.any():
+        return None
+    ranks = differs_RP.any(1).nonzero().flatten().tolist()
+    first = named[int(differs_RP.any(0).nonzero()[0])][0]
+    which = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+    others = "most others" if processes.world_size > 2 else "the other rank"
+    return f"the weights of {which} differ from those of {others}, first in {first}"
+
+
+def _hash(parameter: Tensor) -> int:
+    raw = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return xxhash.xxh3_64_intdigest(raw.data) - (1 << 63)  # as a signed number
 
 
 def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:

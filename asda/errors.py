@@ -1,19 +1,42 @@
-"""One kind of error for everything a user can mend, and the one place that prints it."""
+"""One kind of error for everything a user can mend, the one place that prints it, and what an exit code says.
+
+    0    done
+    1    a mistake of ours, with its traceback
+    2    a mistake of the user's, in one sentence
+    3    another rank has gone; what it said, or its last checkpoint, tells more
+    75   stopped as it was asked to, with a checkpoint; the same command goes on (EX_TEMPFAIL of sysexits.h)
+    130, 138, 143   left at once: interrupted before training, or by a second SIGINT, SIGUSR1, SIGTERM
+
+So ends a rank, and with it plain python and srun. `deepspeed` hands on the code of the first rank that fails, so all
+ranks of a stopped run leave with the same one; but it ends with 143 or 130 when it gets the signal itself: the ranks
+see that it has gone, save, and leave. With torchrun every code but 0 becomes 1.
+"""
 
 import os
 import sys
 from collections.abc import Callable
 
 USER_ERROR_EXIT = 2  # the exit code of every UserError, as argparse uses for bad arguments
-LOST_PEER_EXIT = 3  # another rank has ended; the reason stands in its message
+LOST_PEER_EXIT = 3
+STOPPED_EXIT = 75
 INTERRUPTED_EXIT = 130  # Ctrl-C, by the shells' convention
 
-# How gloo and NCCL say that the process at the other end has gone.
-LOST_PEER_WORDS = ("closed by peer", "reset by peer", "broken pipe", "remote process exited")
+# How gloo and NCCL say that the process at the other end has gone, or does not answer.
+LOST_PEER_WORDS = (
+    "closed by peer",
+    "reset by peer",
+    "broken pipe",
+    "remote process exited",
+    "timed out waiting",
+)
 
 
 class UserError(Exception):
     """Says in one sentence what is wrong, where (file, shard, key, byte), the rule, and the fix."""
+
+
+class Stopped(Exception):  # noqa: N818 (nothing went wrong)
+    """Says why a run ends before its last step, after all ranks have saved it."""
 
 
 def say(line: str) -> None:
@@ -23,14 +46,13 @@ def say(line: str) -> None:
 
 
 def exit_with_sentence(main: Callable[[], None]) -> None:
-    """Run `main`; turn a UserError, or a file that cannot be opened, into one line on stderr and exit code 2.
-
-    A rank that only notices that another one has gone says so in one line too, and exits with 3.
-    """
+    """Run `main`; turn what may be expected to end it into one line on stderr and an exit code of the list above."""
     try:
         main()
     except UserError as error:
         _leave(f"error: {error}", USER_ERROR_EXIT)
+    except Stopped as stop:
+        _leave(str(stop), STOPPED_EXIT)
     except OSError as error:
         if error.filename is None:
             raise
@@ -38,7 +60,7 @@ def exit_with_sentence(main: Callable[[], None]) -> None:
     except RuntimeError as error:
         if not any(words in str(error).lower() for words in LOST_PEER_WORDS):
             raise
-        _leave("stopped, because another rank has stopped; its message says why", LOST_PEER_EXIT)
+        _leave("stopped, because another rank has gone; its message says why, unless it was killed", LOST_PEER_EXIT)
     except KeyboardInterrupt:
         _leave("interrupted", INTERRUPTED_EXIT)
 

@@ -39,6 +39,11 @@ def evaluate_weights(
     assert isinstance(config.objective, ClassifyConfig)
     cache = CacheConfig(config.data.cache, config.data.cache_gib)
     dataset = ClipDataset(config.data.valid, labelled=True, cache=cache)
+    if not dataset.num_labels:
+        raise UserError(
+            f"{config.data.valid} has no labels on its {len(dataset)} clips, so there is nothing to measure; name a "
+            "split of labelled clips"
+        )
     if dataset.vocabulary != vocabulary:
         raise UserError(
             f"{config.data.valid} has {len(dataset.vocabulary)} classes that are not the {len(vocabulary)} the "

@@ -4,8 +4,10 @@
     lr_scales          parameter name -> factor of its learning rate
     masks()            draws what the students of a clip see, if there are students
     loss(...)          one micro-batch -> the loss to differentiate, and its terms for the log
+    follow(engine)     once DeepSpeed has taken the module over
     after_update(...)  once the weights have moved
-    weights()          file stem -> tensors, what a checkpoint publishes; restore(...) takes them back
+    weights()          file stem -> tensors, what a checkpoint publishes, on the first rank
+    restore(...)       takes back what the engine does not hold
 
 What both share lies in asda/train.py.
 """
@@ -21,14 +23,16 @@ from asda import checkpoint
 from asda.config import ClassifyConfig, Config, ModelConfig, PretrainConfig
 from asda.data.batches import Batch
 from asda.data.stream import MaskMaker
-from asda.engine import full_weights, gathered
+from asda.ema import Ema
+from asda.engine import full_weights
 from asda.errors import UserError
 from asda.models.attention import set_attention_path
 from asda.models.classifier import Classifier, classification_loss, lr_scales
 from asda.models.masks import visible_patches
-from asda.models.pretrain import MaskedStudents, Teacher, ema_decay, ema_update
+from asda.models.pretrain import MaskedStudents, Teacher, ema_decay
 
 Terms = dict[str, Tensor]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by engine.precision
 
 
 class Pretraining:
@@ -38,8 +42,15 @@ class Pretraining:
         self._config, self._objective = config, objective
         self.module = MaskedStudents(config.model, objective)
         set_attention_path(self.module, config.engine.attention)
+        self.module.encoder.recompute = config.engine.activation_checkpointing
         self.teacher = Teacher(self.module.encoder, objective.target_layers).to(device)
         self.lr_scales: dict[str, float] = {}
+        self._dtype = DTYPES[config.engine.precision]
+
+    def follow(self, engine: Any) -> None:
+        """From now on the teacher averages this engine's master weights."""
+        self._engine = engine
+        self._ema = Ema(engine, self.teacher.encoder, self._dtype)
 
     def masks(self) -> MaskMaker:
         """Draws the visible patches of all students of one clip: rng -> [M, K] int64."""
@@ -51,7 +62,7 @@ class Pretraining:
         """Teacher targets once a clip, then all students of all clips."""
         assert batch.visible_BMK is not None
         visible_BMK = torch.from_numpy(batch.visible_BMK).to(patches_BNP.device, non_blocking=True)
-        with torch.autocast(patches_BNP.device.type, torch.bfloat16, enabled=self._config.engine.precision == "bf16"):
+        with torch.autocast(patches_BNP.device.type, self._dtype, enabled=self._dtype != torch.float32):
             targets = self.teacher.targets(patches_BNP)
         losses = engine(patches_BNP, visible_BMK, targets.tokens, targets.cls)
         terms = {
@@ -64,20 +75,18 @@ class Pretraining:
         return losses.total, terms
 
     def after_update(self, num_updates: int) -> dict[str, float]:
-        """The teacher follows the student."""
+        """The teacher follows the student; num_updates counts applied steps."""
         decay = ema_decay(self._objective.ema, num_updates)
-        with gathered(self.module.encoder.parameters()):
-            ema_update(self.teacher, self.module.encoder, decay)
+        self._ema.update(decay)
         return {"ema_decay": decay}
 
-    def weights(self) -> dict[str, dict[str, Tensor]]:
-        """The students' module and the teacher."""
-        teacher = {name: tensor.cpu() for name, tensor in self.teacher.encoder.state_dict().items()}
-        return {"model": full_weights(self.module), "teacher": teacher}
+    def weights(self, everywhere: bool = False) -> dict[str, dict[str, Tensor]]:
+        """The students' module and the teacher, fp32; see engine.full_weights for who gets them and what they are."""
+        return {"model": full_weights(self._engine, everywhere), "teacher": self._ema.weights(everywhere)}
 
     def restore(self, folder: Path) -> None:
-        """Take the teacher from a checkpoint; the engine restores the rest."""
-        self.teacher.encoder.load_state_dict(checkpoint.read_weights(folder, "teacher"))
+        """Take the teacher from a checkpoint; asda/partitions.py restores the rest."""
+        self._ema.restore(folder / "teacher.safetensors")
 
 
 class Classification:
@@ -91,7 +100,12 @@ class Classification:
         if objective.init_from:
             _load_encoder(self.module, objective, config.model)
         set_attention_path(self.module, config.engine.attention)
+        self.module.encoder.recompute = config.engine.activation_checkpointing
         self.lr_scales = lr_scales(self.module, objective.layer_decay)
+
+    def follow(self, engine: Any) -> None:
+        """Nothing follows a classifier."""
+        self._engine = engine
 
     def masks(self) -> None:
         """A classifier sees everything."""
@@ -107,12 +121,12 @@ class Classification:
         """Nothing follows a classifier."""
         return {}
 
-    def weights(self) -> dict[str, dict[str, Tensor]]:
-        """The classifier."""
-        return {"model": full_weights(self.module)}
+    def weights(self, everywhere: bool = False) -> dict[str, dict[str, Tensor]]:
+        """The classifier; see engine.full_weights for who gets it and what it is."""
+        return {"model": full_weights(self._engine, everywhere)}
 
     def restore(self, folder: Path) -> None:
-        """The engine restores everything."""
+        """The engine holds everything."""
 
 
 Objective = Pretraining | Classification

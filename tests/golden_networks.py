@@ -267,7 +267,7 @@ def adam_step(case: Pretraining) -> Findings:
         yield rms("Adam step", name, ours, theirs, 5 * UNIT_ROUNDING)
     if case.official.under("adam_step_ema."):  # not every file has them
         teacher = case.teacher(case.students())
-        pretrain.ema_update(teacher, students.encoder, case.numbers["ema"]["decay_plain"])
+        pretrain.ema_update(teacher.encoder.parameters(), students.encoder.parameters(), case.numbers["ema"]["decay_plain"])
         yield from teacher_weights(case, teacher, "adam_step_ema.")
 
 
@@ -301,7 +301,7 @@ def ema(case: Pretraining) -> Findings:
         if prefix == "ema_first_update." and not case.official.under(prefix):
             continue  # not every file has them
         teacher = case.teacher(students)
-        pretrain.ema_update(teacher, students.encoder, decay)
+        pretrain.ema_update(teacher.encoder.parameters(), students.encoder.parameters(), decay)
         yield from teacher_weights(case, teacher, prefix)
 
 
@@ -344,7 +344,7 @@ def check_trajectory(case: Pretraining, official: Table, numbers: Table) -> Find
         optimizer.param_groups[0]["lr"] = update["lr"]
         optimizer.step()
         decay = pretrain.ema_decay(config, number + 1)
-        pretrain.ema_update(teacher, students.encoder, decay)
+        pretrain.ema_update(teacher.encoder.parameters(), students.encoder.parameters(), decay)
         masked_LD = targets.tokens.repeat_interleave(case.config.students, dim=0)[mask_SN.bool()]
         figures = {
             "loss": losses.total,

@@ -1,126 +1,363 @@
 """Checkpoints are whole or not there, and damage never passes for health."""
 
+import errno
 import json
 import os
-from collections.abc import Iterator
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from fault_table import Count
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_checkpoints import files_at, save, state_at, tiny_config, try_to_save
 
 from asda import checkpoint
-from asda.checkpoint import State
-from asda.config import Config, Description, load_config
+from asda.checkpoint_writer import POINTER, prune
+from asda.config import Config, Description
 from asda.errors import UserError
+from asda.manifest import MANIFEST, MAX_MANIFEST_BYTES, FileEntry, Manifest, damage, entry_of, write_manifest
 
-CONFIG = Path(__file__).parent.parent / "configs" / "demo_pretrain.json"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = tmp_path_factory.mktemp("store") / "file"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+Harm = Callable[[Path], object]
 
 
 @pytest.fixture
 def config() -> Config:
-    return load_config(CONFIG)
-
-
-def write(run: Path, config: Config, step: int) -> Path:
-    state = State(step, ("cat", "dog"), "fingerprint", 1)
-    weights = {"model": {"w": torch.full((4, 4), float(step))}}
-    return checkpoint.save(run, config, state, weights, lambda folder: _engine_file(folder, step), is_first=True)
-
-
-def _engine_file(folder: Path, step: int) -> None:
-    (folder / "partition.pt").write_bytes(step.to_bytes(4, "little") * 64)
+    return tiny_config()
 
 
 def test_a_checkpoint_gives_back_what_was_saved(tmp_path: Path, config: Config) -> None:
-    folder = write(tmp_path, config, 7)
+    folder = save(tmp_path, config, 7)
     assert checkpoint.newest(tmp_path) == folder == checkpoint.resolve(tmp_path) == checkpoint.resolve(folder)
-    saved_config, state = checkpoint.read_state(folder)
-    assert (saved_config, state) == (config, State(7, ("cat", "dog"), "fingerprint", 1))
-    assert torch.equal(checkpoint.read_weights(folder, "model")["w"], torch.full((4, 4), 7.0))
+    assert checkpoint.read_state(folder, to_continue=True) == (config, state_at(7))
+    for stem, tensors in files_at(7).items():
+        for name, tensor in tensors.items():
+            assert torch.equal(checkpoint.read_weights(folder, stem)[name], tensor)
 
 
 def test_only_the_newest_are_kept_and_steps_are_ordered_as_numbers(tmp_path: Path, config: Config) -> None:
     for step in (9, 10, 10_000_000, 99):
-        write(tmp_path, config, step)
-    names = [path.name for path in sorted((tmp_path / "checkpoints").iterdir())]
+        save(tmp_path, config, step)
+    names = [path.name for path in sorted((tmp_path / "checkpoints").glob("step-*"))]
     assert names == ["step-0000099", "step-10000000"]
 
 
-def test_200_flipped_bits_are_all_noticed_and_the_one_before_is_used(tmp_path: Path, config: Config) -> None:
-    older, newer = write(tmp_path, config, 1), write(tmp_path, config, 2)
+def test_200_flipped_bits_are_all_noticed_and_the_one_before_is_used(
+    tmp_path: Path, config: Config, count_fault: Count
+) -> None:
+    older, newer = save(tmp_path, config, 1), save(tmp_path, config, 2)
     rng = np.random.default_rng(0)
-    files = [path for path in newer.rglob("*") if path.is_file() and path.name != "manifest.json"]
-    for _ in range(200):
-        path = files[rng.integers(len(files))]
+    files = sorted(newer.iterdir())
+    assert len(files) == 6  # config, state, manifest, students, teacher, optimizer
+    detected = recovered = 0
+    for trial in range(200):
+        path = files[trial % len(files)]
         intact = path.read_bytes()
         broken = bytearray(intact)
         broken[rng.integers(len(broken))] ^= 1 << rng.integers(8)
         path.write_bytes(broken)
         warnings: list[str] = []
-        assert checkpoint.newest(tmp_path, warnings.append) == older
-        assert path.name in warnings[0]
+        recovered += checkpoint.newest(tmp_path, warnings.append) == older
+        detected += path.name in warnings[0]
         path.write_bytes(intact)
     assert checkpoint.newest(tmp_path) == newer
+    count_fault("17", "one bit flipped anywhere in a checkpoint", 200, detected, recovered=recovered)
 
 
-@pytest.mark.parametrize("harm", ["truncate", "remove", "manifest"])
+@pytest.mark.parametrize("harm", ["truncate", "remove", "manifest", "no manifest", "of another step"])
 def test_missing_and_cut_files_are_noticed(harm: str, tmp_path: Path, config: Config) -> None:
-    older, newer = write(tmp_path, config, 1), write(tmp_path, config, 2)
-    victim = newer / ("manifest.json" if harm == "manifest" else "engine/partition.pt")
-    if harm == "truncate":
-        os.truncate(victim, 10)
-    elif harm == "remove":
-        victim.unlink()
-    else:
-        victim.write_text("{")
+    older, newer = save(tmp_path, config, 1), save(tmp_path, config, 2)
+    optimizer = newer / "optimizer-00000-of-00001.safetensors"
+    harms: dict[str, Harm] = {
+        "truncate": lambda _: os.truncate(optimizer, 10),
+        "remove": lambda _: optimizer.unlink(),
+        "manifest": lambda folder: (folder / MANIFEST).write_text("{"),
+        "no manifest": lambda folder: (folder / MANIFEST).unlink(),
+        "of another step": lambda folder: (shutil.rmtree(folder), shutil.copytree(older, folder)),
+    }
+    harms[harm](newer)
     assert checkpoint.newest(tmp_path, lambda _: None) == older
     with pytest.raises(UserError, match=r"damaged|no checkpoint"):
         checkpoint.resolve(newer)
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_never_starts_afresh(tmp_path: Path, config: Config) -> None:
-    (write(tmp_path, config, 1) / "state.json").write_text("")
+    (save(tmp_path, config, 1) / "state.json").write_text("")
     with pytest.raises(UserError, match="none of the 1 checkpoints"):
         checkpoint.newest(tmp_path, lambda _: None)
 
 
-def test_an_interrupted_save_is_invisible_and_swept_by_the_next(tmp_path: Path, config: Config) -> None:
-    def interrupted(folder: Path) -> None:
-        raise KeyboardInterrupt
+def test_the_folders_say_which_is_the_newest_whatever_became_of_the_pointer(
+    tmp_path: Path, config: Config, count_fault: Count
+) -> None:
+    save(tmp_path, config, 1)
+    newest = save(tmp_path, config, 2)
+    pointer = tmp_path / "checkpoints" / POINTER
+    assert pointer.read_text() == "step-0000002\n"
+    harms: list[Harm] = [
+        lambda path: path.write_text(""),
+        lambda path: path.write_text("step-0000009\n"),
+        lambda path: path.write_text("step-0000001\n"),
+        lambda path: path.write_bytes(bytes(range(256))),
+        lambda path: path.unlink(),
+        lambda path: (path.unlink(), path.symlink_to("step-0000001")),
+    ]
+    found = recovered = 0
+    for harm in harms:
+        harm(pointer)
+        found += checkpoint.newest(tmp_path) == newest
+        newest = save(tmp_path, config, int(newest.name.removeprefix("step-")) + 1)
+        recovered += pointer.read_text() == f"{newest.name}\n" and not pointer.is_symlink()
+    count_fault("19", "pointer empty, dangling, old, garbage, gone, a link", len(harms), found, recovered=written_anew)
 
-    first = write(tmp_path, config, 1)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(tmp_path, config, State(2, (), "", 1), {}, interrupted, is_first=True)
-    assert checkpoint.newest(tmp_path) == first
-    write(tmp_path, config, 3)
-    assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
+
+def intact(run: Path) -> set[int]:
+    folders = [path for path in checkpoint.checkpoints(run) if damage(path) is None]
+    return {int(path.name.removeprefix("step-")) for path in folders}
+
+
+SAVES, FAILS, DAMAGES, PRUNES = "save", "failed save", "damage", "prune"
+
+
+def do(run: Path, kind: str, number: int, step: int, fail: pytest.MonkeyPatch) -> None:
+    """One thing that happens to a run's checkpoints; `number` says which or how many."""
+    if kind == SAVES:
+        save(run, tiny_config(f"run.keep={1 + number % 3}"), step)
+    elif kind == FAILS:
+        with fail.context() as patch:
+            refuse_nth_fsync(patch, number)
+            try_to_save(run, tiny_config(f"run.keep={1 + number % 3}"), step)
+    elif kind == PRUNES:
+        prune(run, keep=1 + number % 3)
+    elif found := checkpoint.checkpoints(run):
+        path = sorted(found[number % len(found)].iterdir())[number % 5]
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+
+def refuse_nth_fsync(patch: pytest.MonkeyPatch, n: int) -> None:
+    calls = iter(range(1000))
+
+    def refuse(descriptor: int) -> None:
+        if next(calls) == n:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    patch.setattr(os, "fsync", refuse)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.sampled_from([SAVES, SAVES, FAILS, DAMAGES, PRUNES]), st.integers(0, 11)), max_size=12))
+def test_retention_never_removes_an_intact_checkpoint_unless_as_many_newer_ones_are_intact(
+    happenings: list[tuple[str, int]],
+) -> None:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)  # durability is not what is tested here
+        run = Path(folder)
+        for step, (kind, number) in enumerate(happenings, start=1):
+            before = intact(run)
+            do(run, kind, number, step, patch)
+            after = intact(run)
+            lost = before - after
+            if kind == DAMAGES:
+                assert len(lost) <= 1
+            keep = 1 + number % 3
+            for gone in lost if kind != DAMAGES else ():
+                assert len([newer for newer in after if newer > gone]) >= keep
+            assert kind != SAVES or step in after
+            assert not list((run / "checkpoints").glob(".tmp-step*"))
+            if after:
+                warnings: list[str] = []
+                found = checkpoint.newest(run, warnings.append)
+                assert found is not None
+                assert found.name == f"step-{max(after):07d}"
+
+
+def test_row_21_of_the_fault_table(count_fault: Count) -> None:
+    """The property above in numbers: 200 saves, of which every third fails somewhere, between damage of older ones."""
+    rng, lost, faults = np.random.default_rng(1), 0, 0
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        run = Path(folder)
+        for step in range(1, 201):
+            before = intact(run)
+            kind = [SAVES, FAILS, DAMAGES][step % 3]
+            spared = kind == DAMAGES and len(before) < 2  # else the last one is damaged, and no software can keep it
+            do(run, SAVES if spared else kind, int(rng.integers(12)), step, patch)
+            faults += kind != SAVES
+            lost += bool(before) and not intact(run)
+    count_fault("21", "failed saves and damage between prunings", faults, faults, lost=lost)
 
 
 def test_states_of_another_format_are_refused(tmp_path: Path, config: Config) -> None:
-    folder = write(tmp_path, config, 1)
-    fields = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps({**fields, "format": 99}))
+    folder = save(tmp_path, config, 1)
+    edit_state(folder, format=99)
     with pytest.raises(UserError, match="format 99"):
         checkpoint.read_state(folder)
 
 
+def test_a_checkpoint_of_format_1_gives_its_weights_and_is_not_continued(tmp_path: Path, config: Config) -> None:
+    folder = save(tmp_path, config, 1)
+    edit_state(folder, format=1, applied_steps=None, skipped_steps=None, bad_steps_in_a_row=None)
+    (folder / "engine").mkdir()
+    (folder / "engine" / "mp_rank_00_model_states.pt").write_bytes(b"a pickle")
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    files.pop(MANIFEST)
+    entries = {name: vars(entry_of(path)) for name, path in files.items()}
+    (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": entries}))
+    assert checkpoint.resolve(tmp_path) == folder
+    assert checkpoint.read_state(folder)[1].step == 1
+    assert torch.equal(checkpoint.read_weights(folder, "model")["w"], files_at(1)["model"]["w"])
+    with pytest.raises(UserError, match="has format 1, whose optimizer state is in pickles"):
+        checkpoint.read_state(folder, to_continue=True)
+
+
+def edit_state(folder: Path, **fields: object) -> None:
+    """Change state.json; None takes a field away."""
+    state = json.loads((folder / "state.json").read_text()) | fields
+    (folder / "state.json").write_text(json.dumps({name: value for name, value in state.items() if value is not None}))
+
+
 def test_a_run_in_another_order_of_clips_gives_its_weights_and_is_not_continued(tmp_path: Path, config: Config) -> None:
-    folder = write(tmp_path, config, 1)
-    fields = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps({**fields, "order_version": 99}))
+    folder = save(tmp_path, config, 1)
+    edit_state(folder, order_version=99)
     assert checkpoint.read_state(folder)[1].step == 1
     with pytest.raises(UserError, match="data order 99"):
         checkpoint.read_state(folder, to_continue=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"step": "1"}, "malformed at step"),
+        ({"step": None}, "malformed at step"),
+        ({"damaged_clips": [1.5]}, "malformed at damaged_clips.0"),
+        ({"run": "rm"}, "malformed at run"),
+    ],
+)
+def test_a_state_with_a_wrong_value_is_one_sentence(
+    fields: dict[str, object], words: str, tmp_path: Path, config: Config
+) -> None:
+    folder = save(tmp_path, config, 1)
+    edit_state(folder, **fields)
+    with pytest.raises(UserError, match=words):
+        checkpoint.read_state(folder)
+
+
+class Canary:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return (open, (str(self._path), "w"))
+
+
+def vouch_for(folder: Path, **entries: FileEntry) -> None:
+    """Write the manifest that a forger would: right for every file, and for others as given."""
+    files = {path.name: entry_of(path) for path in folder.iterdir() if path.is_file() and path.name != MANIFEST}
+    write_manifest(folder, Manifest(files | entries, step=1, world_size=1))
+
+
+def pickle_as_weights(folder: Path, canary: Path) -> None:
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Canary(canary)))
+    vouch_for(folder)
+
+
+def absurd_header(folder: Path, _: Path) -> None:
+    (folder / "model.safetensors").write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
+    vouch_for(folder)
+
+
+def absurd_shape(folder: Path, _: Path) -> None:
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    vouch_for(folder)
+
+
+def linked_weights(folder: Path, canary: Path) -> None:
+    (folder / "model.safetensors").rename(canary.with_name("elsewhere"))
+    (folder / "model.safetensors").symlink_to(canary.with_name("elsewhere"))
+    vouch_for(folder)
+
+
+def linked_folder(folder: Path, canary: Path) -> None:
+    folder.rename(canary.with_name("step"))
+    folder.symlink_to(canary.with_name("step"))
+
+
+def name_that_leads_out(folder: Path, canary: Path) -> None:
+    canary.with_name("secret").write_text("secret")
+    vouch_for(folder, **{"../../../secret": entry_of(canary.with_name("secret"))})
+
+
+def absolute_name(folder: Path, canary: Path) -> None:
+    canary.with_name("secret").write_text("secret")
+    vouch_for(folder, **{str(canary.with_name("secret")): entry_of(canary.with_name("secret"))})
+
+
+def absurd_bytes(folder: Path, _: Path) -> None:
+    vouch_for(folder, **{"model.safetensors": FileEntry(1 << 80, "0" * 32)})
+
+
+def unlisted_weights(folder: Path, _: Path) -> None:
+    shutil.copy(folder / "model.safetensors", folder / "optimizer-00001-of-00002.safetensors")
+
+
+def nested_manifest(folder: Path, _: Path) -> None:
+    (folder / MANIFEST).write_text('{"files":' * 100_000)
+
+
+def huge_manifest(folder: Path, _: Path) -> None:
+    os.truncate(folder / MANIFEST, MAX_MANIFEST_BYTES + 1)  # a hole, of no bytes on the disk
+
+
+def nested_state(folder: Path, _: Path) -> None:
+    (folder / "state.json").write_text('{"format":2,"step":' + "[" * 100_000)
+    vouch_for(folder)
+
+
+def huge_state(folder: Path, _: Path) -> None:
+    os.truncate(folder / "state.json", checkpoint.MAX_STATE_BYTES + 1)
+    vouch_for(folder)
+
+
+def nested_config(folder: Path, _: Path) -> None:
+    (folder / "config.json").write_text('{"model":' * 100_000)
+    vouch_for(folder)
+
+
+def a_pipe(folder: Path, _: Path) -> None:
+    (folder / "state.json").unlink()
+    os.mkfifo(folder / "state.json")
+
+
+FORGERIES = [
+    pickle_as_weights, absurd_header, absurd_shape, linked_weights, linked_folder, name_that_leads_out, absolute_name,
+    absurd_bytes, unlisted_weights, nested_manifest, huge_manifest, nested_state, huge_state, nested_config, a_pipe,
+]  # fmt: skip
+
+
+def test_a_forged_checkpoint_is_refused_in_a_sentence_and_runs_nothing(
+    tmp_path: Path, config: Config, count_fault: Count
+) -> None:
+    refused = ran = 0
+    for forge in FORGERIES:
+        run = tmp_path / forge.__name__
+        canary = run / "canary"
+        forge(save(run, config, 1), canary)
+        try:
+            folder = checkpoint.resolve(run)
+            checkpoint.read_state(folder, to_continue=True)
+            checkpoint.read_weights(folder, "model")
+        except UserError as error:
+            refused += len(str(error)) < 500  # a sentence does not repeat the file
+        ran += canary.exists()
+    count_fault("30", "forged checkpoints: pickles, links, names, sizes, bombs", len(FORGERIES), refused, lost=ran)
 
 
 def test_a_folder_without_checkpoints_is_named(tmp_path: Path) -> None:

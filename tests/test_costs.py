@@ -1,13 +1,14 @@
-"""Parameters and arithmetic of the networks: published counts, a closed form, torch's own counter."""
+"""Parameters and arithmetic of the networks: published counts, a closed form, torch's own counter and timer."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from asda.config import Config, load_config
-from asda.costs import Network, in_flop, network_costs
+from asda.config import Config, EngineConfig, load_config
+from asda.costs import Network, gemm_rate, in_flop, network_costs, rank_memory
 
 AS2M = Path(__file__).parent.parent / "configs" / "as2m.json"
 
@@ -75,3 +76,37 @@ def test_a_classifier_costs_three_forwards_of_its_encoder_and_head():
 )
 def test_counts_are_written_with_the_prefix_that_suits_them(count: float, words: str):
     assert in_flop(count) == words
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rate_for_a_product_of_matrices_is_the_one_that_torchs_own_timer_sees(dtype: torch.dtype):
+    a, b = torch.randn(2, 2048, 2048).to(dtype)
+    timed_s = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads()).timeit(3).median
+    # Other programs may take half of the cores and more from either; a slip of a power of ten, or of 2 FLOP, shows
+    # in the count, which is exact: a rate is 2 n^3 over a time.
+    assert 0.2 < gemm_rate(torch.device("cpu"), dtype) * timed_s / (2 * 2048**3) < 5
+
+
+def test_measuring_the_rate_leaves_the_generator_of_the_run_alone():
+    state = torch.get_rng_state()
+    gemm_rate(torch.device("cpu"), torch.bfloat16)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("stage", "published_gb"), [(0, 120), (1, 31.4), (2, 16.6), (3, 1.9)])
+def test_the_memory_of_a_rank_is_that_of_the_zero_paper_but_for_gradients_in_fp32(stage: int, published_gb: float):
+    # Figure 1: 7.5 billion parameters, 64 ranks, gradients in 2 bytes; ours add up in 4 where ZeRO partitions.
+    memory = rank_memory(7_500_000_000, 0, EngineConfig(zero_stage=stage), 64)
+    memory["gradients"] //= 2 if stage else 1
+    assert sum(memory.values()) / 1e9 == pytest.approx(published_gb, abs=0.05)
+
+
+def test_a_teacher_costs_its_own_weights_and_each_ranks_share_of_the_averages():
+    memory = rank_memory(100, 80, EngineConfig(precision="fp16"), 3)
+    assert (memory["averages"], memory["teacher"]) == (107, 160)
+    alone = rank_memory(100, 80, EngineConfig(precision="fp32", zero_stage=0), 1)
+    assert alone == {"weights": 400, "gradients": 400, "master and moments": 800, "averages": 0, "teacher": 320}
+
+
+def test_an_offloaded_optimizer_is_not_on_the_device():
+    assert rank_memory(100, 0, EngineConfig(zero_stage=2, offload_optimizer=True), 2)["master and moments"] == 0

@@ -123,7 +123,7 @@ def one_step_late(decay: Callable) -> Callable:
 
 
 def half_as_far(update: Callable) -> Callable:
-    return lambda teacher, student, decay: update(teacher, student, (1 + decay) / 2)
+    return lambda averages, followed, decay: update(averages, followed, (1 + decay) / 2)
 
 
 def adam_of(**changes: object) -> Callable[[Patch], None]:

@@ -62,7 +62,7 @@ def test_a_bf16_student_moves_an_fp32_teacher_by_exactly_its_share():
     for p in students.parameters():
         torch.nn.init.normal_(p, std=0.02)
     decay = 0.9998
-    ema_update(teacher, students.bfloat16().encoder, decay)
+    ema_update(teacher.encoder.parameters(), students.bfloat16().encoder.parameters(), decay)
     for old, student, new in zip(before, students.encoder.parameters(), teacher.encoder.parameters(), strict=True):
         exact = decay * old + (1 - decay) * student.detach().double()
         # fp32 rounds the difference, its product with the share, and the sum: 3 roundings, the last one dominates.
@@ -212,7 +212,7 @@ def a_step(path: str, device: str = "cpu") -> tuple[MaskedStudents, Teacher, Ten
 def run_step(students: MaskedStudents, teacher: Teacher, patches_BNP: Tensor, visible_BMK: Tensor) -> None:
     targets = teacher.targets(patches_BNP)
     students(patches_BNP, visible_BMK, targets.tokens, targets.cls).total.backward()
-    ema_update(teacher, students.encoder, 0.9998)
+    ema_update(teacher.encoder.parameters(), students.encoder.parameters(), 0.9998)
 
 
 @pytest.mark.parametrize("path", ["explicit", "sdpa", "auto"])
@@ -296,6 +296,6 @@ def test_the_teacher_can_be_trained_on_after_its_inference():
     students, teacher, patches_BNP, _ = a_step("auto")
     before = teacher.targets(patches_BNP).tokens
     torch.nn.init.normal_(students.encoder.norm.weight)
-    ema_update(teacher, students.encoder, 0.5)
+    ema_update(teacher.encoder.parameters(), students.encoder.parameters(), 0.5)
     assert not torch.equal(teacher.targets(patches_BNP).tokens, before)
     teacher.encoder.load_state_dict(teacher.encoder.state_dict())

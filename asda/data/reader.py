@@ -16,9 +16,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
@@ -29,6 +31,7 @@ from asda.errors import UserError, say
 
 STALL_S = 10.0  # between lines about a task that does not come
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+REQUESTS_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PARTING_S = 1.0  # for a thread to finish what it does; one that hangs is left behind
 
 Task = TypeVar("Task")
@@ -174,7 +177,8 @@ def read_ahead_in_processes(
         multiprocessing_context="spawn",  # a fork would copy the locks that other threads hold
         worker_init_fn=_prepare_worker,
     )
-    results = iter(loader)
+    with _deaf_children():
+        results = iter(loader)
     at_exit = partial(_kill_all_but, others)  # they ignore SIGTERM, by which Python would end them
     atexit.register(at_exit)
     try:
@@ -223,8 +227,21 @@ def _as_it_is(result: Result) -> Result:
     return result
 
 
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Start processes that hear no request to stop, from their first instant: starting takes them seconds.
+
+    A signal to the whole group is the trainer's to handle, and it still needs data to finish its step. Blocked signals
+    stay blocked in a child, whatever program it runs; handlers would be lost with the trainer's program.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    resource_tracker.ensure_running()  # now, because it unblocks SIGTERM and SIGINT, which it ignores itself
+    signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS_TO_STOP)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _prepare_worker(worker: int) -> None:
-    """A signal to the whole group is the trainer's to handle; it still needs data to finish its step."""
     keep_freed_memory()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)

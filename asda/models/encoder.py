@@ -7,6 +7,7 @@ a patch, D width.
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from asda.config import ModelConfig
 from asda.models.attention import Attention
@@ -95,6 +96,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: ModelConfig, drop_path: float = 0.0):
         super().__init__()
+        self.recompute = False  # keep only the input of each block for the backward, and compute the block again there
         self.num_mel_patches = config.mel_bins // config.patch
         self.patch_embed = nn.Linear(config.patch**2, config.width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
@@ -124,7 +126,10 @@ class Encoder(nn.Module):
         tokens_BND = self.embed(patches_BNP, where_BN)
         present_BN = with_cls(present_BN)
         for block in self.blocks:
-            tokens_BND, _ = block(tokens_BND, present_BN)
+            if self.recompute and torch.is_grad_enabled():
+                tokens_BND, _ = checkpoint(block, tokens_BND, present_BN, use_reentrant=False)
+            else:
+                tokens_BND, _ = block(tokens_BND, present_BN)
         return tokens_BND
 
     def layers(self, patches_BNP: Tensor, present_BN: Tensor | None = None) -> list[Tensor]:

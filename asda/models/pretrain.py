@@ -9,6 +9,7 @@ K visible ones, P pixels of a patch, D width, C decoder width.
 """
 
 import copy
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -174,8 +175,7 @@ def ema_decay(config: EmaConfig, step: int) -> float:
 
 
 @torch.no_grad()
-def ema_update(teacher: Teacher, student_encoder: Encoder, decay: float) -> None:
-    """Teacher <- decay * teacher + (1 - decay) * student, in fp32 whatever the student's dtype."""
-    followed = [parameter.float() for parameter in student_encoder.parameters()]
+def ema_update(averages: Iterable[Tensor], followed: Iterable[Tensor], decay: float) -> None:
+    """averages <- decay * averages + (1 - decay) * followed, in place: fp32 averages of tensors of any dtype."""
     # One fused call; torch exports the _foreach functions to its own optimizers alone, and pyright knows it.
-    torch._foreach_lerp_(list(teacher.encoder.parameters()), followed, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_lerp_(list(averages), [tensor.float() for tensor in followed], 1 - decay)  # pyright: ignore[reportPrivateImportUsage]

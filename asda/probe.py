@@ -1,0 +1,178 @@
+"""How much the teacher's features tell about labels that it has never seen, while it is being pre-trained.
+
+Held-out clips are judged by their nearest neighbours among labelled clips, and by a linear layer that is fitted to
+those. Neither learns by gradient descent, so the figures follow from the weights alone and cost seconds.
+
+The feature of a clip is the mean over those tokens of the last block whose patches hold audio. The CLS token would not
+do: it learns to predict a clip's mean target, of which the norms of the targets leave next to nothing
+(asda/models/pretrain.py), and tells labels apart only after fine-tuning.
+
+Shapes: N labelled clips, T held-out clips, D width, C classes.
+"""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from asda.config import Config, DataSpecs
+from asda.data.augment import present_patches
+from asda.data.cache import CacheConfig
+from asda.data.clips import ClipDataset
+from asda.data.stream import evaluation_batches, patch_maker, with_patches
+from asda.engine import Processes
+from asda.errors import UserError
+from asda.metrics import summary
+from asda.models.classifier import mean
+from asda.objectives import DTYPES
+
+PENALTIES = tuple(10.0**power for power in range(-4, 3))  # of the linear layer's squared weights, per labelled clip
+ROWS = 1024  # held-out clips that are compared at once
+
+
+class Probe:
+    """The two sets of labelled clips of config.probe. Open it before the first step: mistakes show then."""
+
+    def __init__(self, config: Config):
+        """Open the shards.
+
+        Args:
+            config: with a section probe, and the log-mel statistics resolved: clips are seen as in training.
+
+        Raises:
+            UserError: shards are missing or have no labels, the two sets have other classes, or too few clips.
+        """
+        assert config.probe is not None
+        self._config, self._neighbours = config, config.probe.neighbours
+        self._train = _opened(config, "probe.train", config.probe.train)
+        self._test = _opened(config, "probe.test", config.probe.test)
+        if self._train.vocabulary != self._test.vocabulary:
+            raise UserError(
+                f"probe.test {config.probe.test} has {len(self._test.vocabulary)} classes that are not the "
+                f"{len(self._train.vocabulary)} of probe.train {config.probe.train}; make the shards with the same "
+                "--labels FILE"
+            )
+        if len(self._train) < self._neighbours:
+            raise UserError(
+                f"probe.neighbours {self._neighbours} exceeds the {len(self._train)} clips of probe.train "
+                f"{config.probe.train}; ask for fewer"
+            )
+
+    def figures(self, teacher: nn.Module, processes: Processes) -> dict[str, float | int]:
+        """Judge an encoder. All ranks call this together, and get the same figures.
+
+        Nothing is drawn from torch's generator, and the teacher stays as it is.
+
+        Args:
+            teacher: an Encoder that is whole on every rank and does not communicate, so that ranks may have different
+                numbers of batches; in eval mode.
+            processes: all ranks.
+
+        Returns:
+            "knn_accuracy" and "linear_accuracy" where every clip has one label, otherwise "knn_mAP" and "linear_mAP",
+            the mean of the average precisions of all classes; nan where the features are not finite.
+        """
+        assert not teacher.training
+        train_ND, train_targets_NC = _features(teacher, self._train, self._config, processes)
+        test_TD, test_targets_TC = _features(teacher, self._test, self._config, processes)
+        one_label = bool((train_targets_NC.sum(1) == 1).all() and (test_targets_TC.sum(1) == 1).all())
+        name = "accuracy" if one_label else "mAP"
+        if not (train_ND.isfinite().all() and test_TD.isfinite().all()):
+            return {f"knn_{name}": float("nan"), f"linear_{name}": float("nan")}
+        train_ND, test_TD = standardised(train_ND, test_TD)
+        scores = {
+            "knn": neighbour_scores(train_ND, train_targets_NC, test_TD, self._neighbours),
+            "linear": linear_scores(train_ND, train_targets_NC, test_TD),
+        }
+        targets = test_targets_TC.cpu().numpy()
+        return {
+            f"{judge}_{name}": summary(scores_TC.cpu().numpy(), targets, single_label=one_label)[name]
+            for judge, scores_TC in scores.items()
+        }
+
+
+def standardised(train_ND: Tensor, test_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sets in fp64, shifted and scaled so that each feature has mean 0 and variance 1 over the labelled clips.
+
+    A feature that is always the same becomes 0.
+    """
+    train_ND, test_TD = train_ND.double(), test_TD.double()
+    mean_D, std_D = train_ND.mean(0), train_ND.std(0, correction=0)
+    scale_D = torch.where(std_D > 0, std_D, torch.inf)
+    return (train_ND - mean_D) / scale_D, (test_TD - mean_D) / scale_D
+
+
+def neighbour_scores(train_ND: Tensor, train_targets_NC: Tensor, test_TD: Tensor, neighbours: int) -> Tensor:
+    """Share of the nearest labelled clips that have the label, [T, C]; nearest by the cosine."""
+    train_ND = nn.functional.normalize(train_ND)
+    nearest = [
+        (nn.functional.normalize(rows_RD) @ train_ND.T).topk(neighbours, dim=1).indices
+        for rows_RD in test_TD.split(ROWS)
+    ]
+    return torch.cat([train_targets_NC[nearest_RK].mean(1) for nearest_RK in nearest])
+
+
+def linear_scores(train_ND: Tensor, train_targets_NC: Tensor, test_TD: Tensor) -> Tensor:
+    """What a linear layer says of the held-out clips, [T, C], fitted to labels of 0 and 1 by ridge regression.
+
+    The weights minimise |X W + b - Y|^2 + penalty N |W|^2 in closed form. The penalty is the one of PENALTIES with the
+    least error when each labelled clip is predicted from all others, which follows from one decomposition too: the
+    error of a clip that was left out is its error within, over 1 minus its leverage.
+
+    Args:
+        train_ND: features of mean 0, in fp64.
+        train_targets_NC: 1 where the clip has the label.
+        test_TD: features of the held-out clips, shifted alike.
+    """
+    num_clips = len(train_ND)
+    bias_C = train_targets_NC.double().mean(0)
+    centred_NC = train_targets_NC.double() - bias_C
+    variance_D, directions_DD = torch.linalg.eigh(train_ND.T @ train_ND)
+    turned_ND = train_ND @ directions_DD
+    products_DC = turned_ND.T @ centred_NC
+
+    def fitted(penalty: float) -> Tensor:
+        return products_DC / (variance_D.clamp(min=0) + penalty * num_clips)[:, None]
+
+    def error_left_out(penalty: float) -> float:
+        within_NC = centred_NC - turned_ND @ fitted(penalty)
+        leverage_N = turned_ND.square() @ (1 / (variance_D.clamp(min=0) + penalty * num_clips)) + 1 / num_clips
+        return float((within_NC / (1 - leverage_N)[:, None]).square().mean())
+
+    weights_DC = directions_DD @ fitted(min(PENALTIES, key=error_left_out))
+    return test_TD @ weights_DC + bias_C
+
+
+def _opened(config: Config, key: str, specs: DataSpecs) -> ClipDataset:
+    dataset = ClipDataset(specs, labelled=True, cache=CacheConfig(config.data.cache, config.data.cache_gib))
+    if not dataset.num_labels:
+        raise UserError(f"{key} {specs} has no labels on its {len(dataset)} clips; name a split of labelled clips")
+    return dataset
+
+
+def _features(teacher: nn.Module, dataset: ClipDataset, config: Config, processes: Processes) -> tuple[Tensor, Tensor]:
+    """Features [N, D] and targets [N, C] of all clips, fp32 in the dataset's order, on the device of every rank."""
+    batch, device, dtype = config.engine.micro_batch, processes.device, DTYPES[config.engine.precision]
+    stream = evaluation_batches(
+        dataset,
+        config.data,
+        batch=batch,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        patches=patch_maker(config, device),
+    )
+    features, targets = [], []
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    with with_patches(stream, config, batch, device) as batches, torch.inference_mode(), autocast:
+        for patches_BNP, clips in batches:
+            audio_BN = torch.from_numpy(present_patches(clips.lengths, None, config.data.frames, config.model.patch))
+            tokens_BND = teacher(patches_BNP.to(device), present_BN=clips.present(config, device))
+            features.append(mean(tokens_BND[:, 1:].float(), audio_BN.to(device)).cpu().numpy())
+            targets.append(clips.targets(len(dataset.vocabulary)))
+    parts: list[tuple[list[np.ndarray], list[np.ndarray]]] = [([], [])] * processes.world_size
+    dist.all_gather_object(parts, (features, targets))
+    all_features, all_targets = (
+        np.concatenate([a for some in column for a in some]) for column in zip(*parts, strict=True)
+    )
+    assert len(all_features) == len(dataset), "every clip exactly once"
+    return torch.from_numpy(all_features).to(device), torch.from_numpy(all_targets).to(device)

@@ -1,0 +1,175 @@
+"""What follows from a configuration, for the reader to check before the first step: sizes, memory, time."""
+
+import textwrap
+from collections.abc import Callable
+
+from asda.config import Config, LogMelStats, PretrainConfig
+from asda.costs import Network, in_flop, rank_memory
+from asda.data.audio import SAMPLE_RATE_HZ
+from asda.data.clips import ClipDataset
+from asda.data.fbank import FRAME_SHIFT
+from asda.engine import Processes
+from asda.models.attention import describe_paths
+from asda.presets import departures
+
+COLUMN = 12  # characters of the first column
+GOOD_SHARES = (0.8, 0.5)  # of the rate of matrix products: what a step reaches, at best and at worst
+WIDTH = 120  # characters of a line
+TIMES = [(86_400, "d"), (3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms")]  # in seconds
+COUNTS = [(10**9, " G"), (10**6, " M"), (10**3, " k"), (1, "")]
+BYTES = [(2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes")]
+
+
+def derived_numbers(
+    config: Config,
+    dataset: ClipDataset,
+    processes: Processes,
+    micro_batch: int,
+    network: Network,
+    gemm_rate: float,
+    first_step: int = 0,
+) -> list[str]:
+    """Lines of a table for people.
+
+    Args:
+        config: with the log-mel statistics resolved.
+        dataset: the training clips.
+        processes: all ranks, and the device of this one.
+        micro_batch: clips that a rank takes at once.
+        network: from costs.network_costs.
+        gemm_rate: operations a second of this rank, from costs.gemm_rate.
+        first_step: steps that are done.
+    """
+    changed = departures(config.model_dump())
+    rows = {
+        "preset": f"{config.preset}, {config.size}" + (f"; but {'; '.join(changed)}" if changed else ""),
+        "data": _data_words(dataset, config),
+        "model": f"{sum(network.parameters.values()):,} trainable parameters: {_parts(network.parameters, in_short)}",
+        "clip": _clip_words(config),
+        "arithmetic": f"{in_flop(sum(network.flops.values()))} a clip: {_parts(network.flops, in_flop)}",
+        "attention": _attention_words(config, processes.device.type),
+        "step": _step_words(config, processes, micro_batch, sum(network.flops.values())),
+        "memory": _memory_words(config, network, processes.world_size),
+        "rate": _rate_words(config),
+        "run": _run_words(config, dataset, first_step),
+        "time": _time_words(config, network, processes.world_size, gemm_rate, first_step),
+    }
+    return [line for name, words in rows.items() for line in _wrapped(name, words)]
+
+
+def in_time(*seconds: float) -> str:
+    """1.2 s, or 8.3 to 11 d: two digits at least, and the unit that suits the longest."""
+    unit_s, unit = next((u for u in TIMES if max(seconds) >= u[0]), TIMES[-1])
+    return f"{' to '.join(_two_digits(value / unit_s) for value in seconds)} {unit}"
+
+
+def in_bytes(count: int) -> str:
+    """1.4 GiB: two digits at least, and the unit that suits them."""
+    size, unit = next((u for u in BYTES if count >= u[0]), BYTES[-1])
+    return f"{_two_digits(count / size)} {unit}"
+
+
+def in_short(count: int) -> str:
+    """94.95 M: four digits and the prefix that suits them."""
+    size, prefix = next((u for u in COUNTS if count >= u[0]), COUNTS[-1])
+    return f"{count / size:.4g}{prefix}"
+
+
+def _two_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def _wrapped(name: str, words: str) -> list[str]:
+    return textwrap.wrap(f"{name:{COLUMN}}{words}", WIDTH, subsequent_indent=COLUMN * " ", break_on_hyphens=False)
+
+
+def _parts(costs: dict[str, int], words: Callable[[int], str]) -> str:
+    return ", ".join(f"{name} {words(count)}" for name, count in costs.items())
+
+
+def _num_patches(config: Config) -> int:
+    return (config.data.frames // config.model.patch) * (config.model.mel_bins // config.model.patch)
+
+
+def _num_visible(config: Config, objective: PretrainConfig) -> int:
+    return int(_num_patches(config) * (1 - objective.mask.ratio))
+
+
+def _data_words(dataset: ClipDataset, config: Config) -> str:
+    stats = config.data.log_mel
+    assert isinstance(stats, LogMelStats), "train.py resolves them"
+    labels = f", {len(dataset.vocabulary)} classes" if dataset.vocabulary else ""
+    return (
+        f"{len(dataset):,} clips in {len(dataset.shards)} shards{labels}, "
+        f"log-mel mean {stats.mean:.3f} std {stats.std:.3f}"
+    )
+
+
+def _clip_words(config: Config) -> str:
+    seconds, patches = config.data.frames * FRAME_SHIFT / SAMPLE_RATE_HZ, _num_patches(config)
+    words = f"{seconds:g} s = {config.data.frames} frames = {patches} patches"
+    objective = config.objective
+    if not isinstance(objective, PretrainConfig):
+        return f"{words}, {patches + 1} tokens"
+    each = _num_visible(config, objective) + 1
+    return (
+        f"{words}: the teacher sees {patches + 1} tokens, {objective.students} students {each} each, "
+        f"{objective.students * each:,} together"
+    )
+
+
+def _attention_words(config: Config, device_type: str) -> str:
+    num_patches = _num_patches(config)
+    sequences = {"clips": (1 + num_patches, True)}  # tokens with CLS, whether gradients are needed
+    if isinstance(config.objective, PretrainConfig):
+        students = (1 + _num_visible(config, config.objective), True)
+        sequences = {"students": students, "the teacher": (1 + num_patches, False)}
+    return describe_paths(config.engine.attention, device_type, config.model.width // config.model.heads, sequences)
+
+
+def _step_words(config: Config, processes: Processes, micro_batch: int, flops_per_clip: int) -> str:
+    batch, world_size = config.optimizer.batch, processes.world_size
+    accumulation = batch // world_size // micro_batch
+    return (
+        f"{batch} clips = {world_size} ranks x {accumulation} accumulated x {micro_batch}, "
+        f"{in_flop(batch * flops_per_clip)}; {config.engine.precision}, ZeRO stage {config.engine.zero_stage}, "
+        f"{processes.device.type}"
+    )
+
+
+def _memory_words(config: Config, network: Network, world_size: int) -> str:
+    followed = network.parameters["encoder"] if isinstance(config.objective, PretrainConfig) else 0
+    memory = rank_memory(sum(network.parameters.values()), followed, config.engine, world_size)
+    parts = {name: size for name, size in memory.items() if size}
+    return f"{in_bytes(sum(memory.values()))} a rank besides activations: {_parts(parts, in_bytes)}"
+
+
+def _rate_words(config: Config) -> str:
+    settings = config.optimizer
+    warmup = f"from 0 to {settings.lr:g} in {settings.warmup_steps:,} steps, " if settings.warmup_steps else ""
+    return f"learning {warmup}then a cosine from {settings.lr:g} to {settings.min_lr:g} at step {settings.steps:,}"
+
+
+def _run_words(config: Config, dataset: ClipDataset, first_step: int) -> str:
+    steps, run = config.optimizer.steps, config.run
+    words = f"{steps:,} steps = {steps * config.optimizer.batch / len(dataset):.1f} epochs in {run.folder}"
+    if first_step >= steps:
+        return words
+    events = {"log line": run.log_every, "checkpoint": run.save_every}
+    if config.data.valid or config.probe:
+        events["probe" if config.probe else "evaluation"] = run.eval_every
+    coming = [f"{name} {min(steps, (first_step // every + 1) * every):,}" for name, every in events.items()]
+    return f"{words}; first {', '.join(coming)}"
+
+
+def _time_words(config: Config, network: Network, world_size: int, gemm_rate: float, first_step: int) -> str:
+    flops = sum(network.flops.values()) * config.optimizer.batch / world_size
+    steps_s = [flops / (share * gemm_rate) for share in GOOD_SHARES]
+    left = config.optimizer.steps - first_step
+    if left <= 0:
+        return "no step is left to do"
+    shares = " to ".join(f"{100 * share:.0f} %" for share in GOOD_SHARES)
+    return (
+        f"{in_time(*steps_s)} a step, {in_time(*(left * step_s for step_s in steps_s))} for {left:,} steps, at "
+        f"{shares} of the {in_flop(gemm_rate)}/s that a rank does in matrix products; the log says what is achieved"
+    )

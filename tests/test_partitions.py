@@ -1,0 +1,146 @@
+"""What a rank holds, and that checkpoints of it continue on any number of ranks in any stage."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import STAGES, make_run, run_ranks, tiny_config, train_step
+from safetensors.torch import save_file
+
+from asda.errors import UserError
+from asda.partitions import dealt_out
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+LAYOUTS = [(precision, stage) for precision in PRECISIONS for stage in STAGES]
+
+
+def config_of(precision: str, stage: int):
+    return tiny_config(f"engine.precision={precision}", f"engine.zero_stage={stage}", "engine.micro_batch=4")
+
+
+def save(objective: Any, engine: Any, processes: Any, folder: Path) -> None:
+    """What asda/train.py writes of tensors, without its protocol."""
+    import torch.distributed as dist
+
+    from asda.partitions import optimizer_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    stem, tensors = optimizer_file(engine)
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, folder / f"{stem}.safetensors")
+    for name, weights in objective.weights().items():
+        if processes.is_first:
+            save_file({key: tensor.clone() for key, tensor in weights.items()}, folder / f"{name}.safetensors")
+    dist.barrier()
+
+
+def everything(objective: Any, engine: Any) -> dict[str, torch.Tensor]:
+    """Masters, moments, Adam's counter and the teacher's averages, whole; and the student's weights where replicated."""
+    from asda.partitions import fragments, whole
+
+    held = fragments(engine)
+    found = {"step": next(iter(engine.basic_optimizer.state.values()))["step"].clone()}
+    for key in ("master", "exp_avg", "exp_avg_sq"):
+        parts = whole([f.stretch for f in held], [getattr(f, key) for f in held], engine, everywhere=True)
+        found |= {f"{key} {name}": tensor.clone() for name, tensor in parts.items()}
+    found |= {f"teacher {name}": tensor.clone() for name, tensor in objective.weights(everywhere=True)["teacher"].items()}
+    if engine.zero_optimization_stage() < 3:
+        found |= {f"student {name}": p.detach().clone() for name, p in engine.module.named_parameters()}
+    return found
+
+
+def differing(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> list[str]:
+    return [name for name in ours if name in theirs and not torch.equal(ours[name].cpu(), theirs[name].cpu())]
+
+
+def trained_and_saved(processes: Any, folder: Path) -> dict[str, Any]:
+    """Three steps in every layout, a checkpoint, a fourth step."""
+    report = {}
+    for precision, stage in LAYOUTS:
+        objective, engine = make_run(config_of(precision, stage), processes)
+        for step in range(3):
+            train_step(objective, engine, processes, step, step)
+        save(objective, engine, processes, folder / f"{precision}-{stage}")
+        saved = everything(objective, engine)
+        train_step(objective, engine, processes, 3, 3)
+        report[precision, stage] = (saved, everything(objective, engine))
+    return report
+
+
+def moved(processes: Any, sources: Path, targets: Path | None, expected: dict[str, Any]) -> list[str]:
+    """Load what was saved in each stage into every stage; returns what is not as it was, bit for bit."""
+    from asda.partitions import restore
+
+    complaints = []
+    for precision, stage in LAYOUTS:
+        for from_stage in STAGES:
+            objective, engine = make_run(config_of(precision, stage), processes)
+            folder = sources / f"{precision}-{from_stage}"
+            restore(engine, folder)
+            objective.restore(folder)
+            saved, after = expected[precision, from_stage]
+            where = f"{precision} {from_stage}->{stage} on {processes.world_size}"
+            complaints += [f"{where}: {name}" for name in differing(everything(objective, engine), saved)]
+            if targets and stage == from_stage:
+                save(objective, engine, processes, targets / f"{precision}-{stage}")
+            if not targets and stage == from_stage:
+                train_step(objective, engine, processes, 3, 3)
+                wrong = differing(everything(objective, engine), after)
+                complaints += [f"{where}, the next step: {name}" for name in wrong]
+    return complaints
+
+
+@pytest.mark.launch
+def test_a_checkpoint_continues_bit_for_bit_from_two_ranks_on_one_and_on_two_again_in_every_stage(
+    tmp_path: Path, count_fault: Any
+) -> None:
+    expected = run_ranks(2, trained_and_saved, tmp_path / "two")
+    on_one = run_ranks(1, moved, tmp_path / "two", tmp_path / "one", expected[0])
+    on_two = run_ranks(2, moved, tmp_path / "one", None, expected[0])
+    complaints = [line for some in [*on_one, *on_two] for line in some]
+    trials = 2 * len(LAYOUTS) * len(STAGES)
+    assert not complaints, complaints[:20]
+    count_fault("24", "2 -> 1 -> 2 ranks, every stage to every stage, 3 precisions", trials, trials, recovered=trials)
+
+
+def incomplete(processes: Any, folder: Path) -> list[str]:
+    """What restore says when a rank's file is missing, and when the model is another one."""
+    from asda.partitions import restore
+
+    objective, engine = make_run(config_of("fp32", 1), processes)
+    save(objective, engine, processes, folder)
+    said = []
+    moments = next(folder.glob("optimizer-*"))
+    whole = moments.read_bytes()
+    tensors = {"adam_step": torch.tensor(1.0)}
+    for damage in ("few", "none", "model"):
+        if damage == "few":
+            save_file(tensors, moments)
+        elif damage == "none":
+            moments.unlink()
+        else:
+            moments.write_bytes(whole)
+            save_file({"else": torch.zeros(1)}, folder / "model.safetensors")
+        try:
+            restore(engine, folder)
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.launch
+def test_a_checkpoint_that_lacks_something_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    ((few, none, model),) = run_ranks(1, incomplete, tmp_path / "checkpoint")
+    assert "holds the optimizer's state for 0 of" in few
+    assert "holds no optimizer-*.safetensors" in none
+    assert "model.safetensors lacks encoder.cls_token" in model
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])
+def test_parameters_are_dealt_out_about_evenly(num_ranks: int) -> None:
+    sizes = [100, 1, 50, 50, 3, 99, 7, 0, 64]
+    owners = dealt_out(sizes, num_ranks)
+    loads = [sum(size for size, owner in zip(sizes, owners, strict=True) if owner == rank) for rank in range(num_ranks)]
+    # The rank that ends highest took its last item when it was lowest, so no more than the mean lay on it before.
+    assert max(loads) <= sum(sizes) / num_ranks + max(sizes)
+    assert sum(loads) == sum(sizes)

@@ -1,0 +1,250 @@
+"""What a rank holds and sends in a step of ASDA-base, by ZeRO stage: computed beside measured.
+
+bench.py memory starts one and two ranks for every stage, lets them take two steps and looks at the second: which tensors
+are alive between the backward pass and the update, and what is given to torch.distributed. No activations: of those
+asda/costs.py and bench.py step know more.
+"""
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from asda.config import load_config
+from asda.engine import free_port, join_processes, leave_processes, make_engine
+from asda.objectives import Pretraining, make_objective
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "configs" / "as2m.json"
+MASTER_BYTES, MOMENTS_BYTES = 4, 8  # a parameter's master weight and its two moments, fp32
+LOW_BYTES, FULL_BYTES = 2, 4  # a value in bf16 or fp16, and in fp32
+MB = 1e6
+STAGES, WORLDS = (0, 1, 2, 3), (1, 2)
+Bytes = dict[str, float]
+
+
+def computed_memory(parameters: int, followed: int, stage: int, world: int) -> Bytes:
+    """Bytes a rank of a bf16 run holds between the backward pass and the update, without activations and buffers.
+
+    Args:
+        parameters: that are trained.
+        followed: of them, that the teacher averages.
+        stage: of ZeRO.
+        world: ranks.
+    """
+    share = 1 / world
+    return {
+        "weights": LOW_BYTES * parameters * (share if stage == 3 else 1),
+        # bf16 beside its fp32 copy for the update in stage 0; summed up in fp32 by the other stages, and kept by the
+        # owner alone in stages 2 and 3
+        "gradients": {0: LOW_BYTES, 1: FULL_BYTES, 2: FULL_BYTES * share, 3: FULL_BYTES * share}[stage] * parameters,
+        "master weights": MASTER_BYTES * parameters * (share if stage else 1),
+        "moments": MOMENTS_BYTES * parameters * (share if stage else 1),
+        "teacher": LOW_BYTES * followed + FULL_BYTES * followed * share,
+    }
+
+
+def computed_traffic(parameters: int, followed: int, stage: int, world: int, micro_batches: int = 1) -> Bytes:
+    """Bytes a rank of a bf16 run sends in a step, where exchanges go around a ring.
+
+    A ring sends (W - 1) / W of the whole to gather or to reduce and scatter it, and twice that to reduce it everywhere.
+    """
+    once = (world - 1) / world
+    gradients = {
+        0: 2 * LOW_BYTES * parameters,
+        1: 2 * FULL_BYTES * parameters,  # DeepSpeed reduces everywhere, in fp32
+        2: 2 * LOW_BYTES * parameters * micro_batches,
+        3: LOW_BYTES * parameters * micro_batches,
+    }[stage]
+    weights = {
+        0: 0,
+        1: LOW_BYTES * parameters,
+        2: LOW_BYTES * parameters,
+        3: 2 * LOW_BYTES * parameters * micro_batches,
+    }
+    return {"gradients": gradients * once, "weights": weights[stage] * once, "teacher": LOW_BYTES * followed * once}
+
+
+def bench_memory(config: Path = CONFIG, overrides: Iterable[str] = ()) -> dict[str, dict[str, float]]:
+    """A row for each number of ranks and stage: MB a rank holds and sends in a step, computed and measured."""
+    rows = {}
+    for world in WORLDS:
+        for stage in STAGES:
+            found = measured(world, [f"engine.zero_stage={stage}", *overrides], config)
+            computed = computed_memory(found["parameters"], found["followed"], stage, world)
+            held = found["held"]
+            row = {f"{name}": held[name] / MB for name in computed} | {"other": held["other"] / MB}
+            row |= {"computed": sum(computed.values()) / MB, "measured": sum(held.values()) / MB}
+            sends = computed_traffic(found["parameters"], found["followed"], stage, world)
+            row |= {"RSS": found["rss"] / MB, "to send": sum(sends.values()) / MB}
+            rows[f"{world} rank{'s' * (world > 1)}, stage {stage}"] = row | {"sent": found["sent"]["all"] / MB}
+    return rows
+
+
+def measured(world: int, overrides: list[str], config: Path = CONFIG) -> dict[str, Any]:
+    """What the first of `world` ranks found in its second step."""
+    port, script = free_port(), str(Path(__file__).resolve())
+    processes = []
+    for rank in range(world):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env = os.environ | {name: str(value) for name, value in place.items()}
+        argv = [sys.executable, script, "--config", str(config), *overrides]
+        processes.append(subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    outputs = [process.communicate() for process in processes]
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        if process.returncode:
+            raise RuntimeError(f"a rank ended with {process.returncode}:\n{errors[-2000:]}")
+    return json.loads(outputs[0][0].splitlines()[-1])
+
+
+def measure(config_file: Path, overrides: list[str]) -> dict[str, Any]:
+    """Two steps of a clip a rank on noise; what is held and sent in the second."""
+    world = int(os.environ["WORLD_SIZE"])
+    # The tensors in question do not depend on the number of students; the time does.
+    sizes = [f"optimizer.batch={world}", "engine.micro_batch=1", "objective.students=1", "engine.precision=bf16"]
+    config = load_config(config_file, [*sizes, 'data.log_mel={"mean": -4, "std": 4}', *overrides])
+    processes = join_processes()
+    objective = make_objective(config, (), processes.device)
+    assert isinstance(objective, Pretraining)
+    draw = objective.masks()
+    engine = make_engine(config, objective.module, objective.lr_scales, world)
+    objective.follow(engine)
+    rng, patch = np.random.default_rng(processes.rank), config.model.patch
+    num_patches = config.data.frames // patch * (config.model.mel_bins // patch)
+    patches_BNP = torch.from_numpy(rng.normal(size=(1, num_patches, patch**2)).astype(np.float32))
+    found: dict[str, Any] = {}
+    for step in (1, 2):
+        with counted() as sent_backward:
+            batch: Any = SimpleNamespace(visible_BMK=draw(rng)[None])
+            loss, _ = objective.loss(engine, patches_BNP.to(processes.device), batch)
+            engine.backward(loss)
+        del loss
+        found["held"] = held(engine, objective)
+        with counted() as sent_update:
+            engine.step()
+        with counted() as sent_teacher:
+            objective.after_update(step)
+        by_phase = {"backward": sent_backward, "update": sent_update, "teacher": sent_teacher}
+        found["sent"] = {f"{phase}, {kind}": n for phase, sent in by_phase.items() for kind, n in sent.items()}
+        found["sent"]["all"] = sum(found["sent"].values())
+    found["parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+    found["followed"] = sum(p.numel() for p in objective.teacher.encoder.parameters())
+    found["rss"] = resident_bytes()
+    leave_processes()
+    return found
+
+
+def held(engine: Any, objective: Pretraining) -> Bytes:
+    """Bytes of all living tensors, each piece of memory once, by the first of the kinds that it belongs to."""
+    seen: set[int] = set()
+
+    def take(tensors: Iterable[Tensor | None]) -> float:
+        taken = 0
+        for tensor in tensors:
+            if tensor is None or tensor.device.type == "meta":
+                continue
+            memory = tensor.untyped_storage()
+            if memory.data_ptr() not in seen:
+                seen.add(memory.data_ptr())
+                taken += memory.nbytes()
+        return float(taken)
+
+    parameters = list(engine.module.parameters())
+    masters = [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
+    kinds = {
+        "weights": take([*(p.data for p in parameters), *(getattr(p, "ds_tensor", None) for p in parameters)]),
+        "master weights": take(masters),
+        "moments": take(x for state in engine.basic_optimizer.state.values() for x in state.values() if _is_tensor(x)),
+        "teacher": take([*objective.teacher.parameters(), *objective.teacher.buffers(), *objective._ema.averages]),
+        "gradients": take(p.grad for p in [*parameters, *masters]),
+    }
+    # What is left: gradients that DeepSpeed keeps in places of its own, and buffers of its exchanges.
+    wide = [x for x in gc.get_objects() if _is_tensor(x) and x.numel() > 1 << 16]
+    return kinds | {"other": take(wide)}
+
+
+def _is_tensor(x: object) -> bool:
+    return isinstance(x, Tensor) and not isinstance(x, torch._subclasses.FakeTensor)
+
+
+# Methods of a process group: share of the whole that a ring of W ranks sends, in units of (W - 1) / W, and which of the
+# arguments is the whole.
+EXCHANGES = {
+    "allreduce": (2, 0),
+    "allreduce_coalesced": (2, 0),
+    "broadcast": (1, 0),
+    "reduce": (1, 0),
+    "allgather": (1, 0),
+    "_allgather_base": (1, 0),
+    "allgather_into_tensor_coalesced": (1, 0),
+    "reduce_scatter": (1, 1),
+    "_reduce_scatter_base": (1, 1),
+    "reduce_scatter_tensor_coalesced": (1, 1),
+}
+
+
+@contextmanager
+def counted() -> Iterator[Bytes]:
+    """Counts what this rank would send around a ring, by kind of exchange, while inside."""
+    group_class, sent = dist.ProcessGroup, defaultdict(float)
+    original = {name: getattr(group_class, name) for name in EXCHANGES if hasattr(group_class, name)}
+
+    def counting(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        times, place = EXCHANGES[name]
+
+        @wraps(method)
+        def call(group: Any, *args: Any, **kwargs: Any) -> Any:
+            world = group.size()
+            sent[name.strip("_")] += times * (world - 1) / world * _bytes(args[place])
+            return method(group, *args, **kwargs)
+
+        return call
+
+    for name, method in original.items():
+        setattr(group_class, name, counting(name, method))
+    try:
+        yield sent
+    finally:
+        for name, method in original.items():
+            setattr(group_class, name, method)
+
+
+def _bytes(tensors: Any) -> int:
+    if isinstance(tensors, Tensor):
+        return tensors.numel() * tensors.element_size()
+    return sum(_bytes(item) for item in tensors)
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def main() -> None:
+    """Be one rank: measure, and print what was found as the last line."""
+    parser = argparse.ArgumentParser(prog="tools/bench_memory.py", description="one rank of `bench.py memory`")
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse_args()
+    found = measure(args.config, args.overrides)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

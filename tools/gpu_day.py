@@ -1,0 +1,313 @@
+"""A day with a CUDA machine: first whether everything is right there, then how fast it is. One JSON file.
+
+    tools/gpu_day.sh                            everything
+    tools/gpu_day.sh --minutes 20 --out x.json  what fits; what did not is named in the file
+    tools/gpu_day.sh --only machine gemm step   some parts
+    tools/gpu_day.sh --cpu                      a rehearsal: every part at a tiny size on the CPU
+
+Needs no network and no data: sounds are synthesised. The file is written anew after every part, so that nothing is lost
+when the machine is taken away. docs/gpu.md says what the parts do and how to read the file.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from asda.errors import UserError, exit_with_sentence
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA_TESTS = ("tests/test_triton_attention.py", "tests/test_pipeline.py", "tests/test_attention.py")
+STEPS, SAVED_AT = 12, 6  # of the short runs, and where the continued one begins
+# Losses of the same run computed in another order: roundings of 2^-24 (fp32) and 2^-9 (bf16, fp16 master weights aside)
+# a value, of which a mean over many terms shows less; Adam's first steps enlarge them.
+MOST_DIFFERENCE = {"fp32": 1e-3, "bf16": 2**-7}
+MICRO_BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96)
+LAUNCH_S = 600  # longest a single program may take
+TAIL_CHARS = 2000  # of a program's messages that are kept when it fails
+Found = dict[str, Any]
+
+
+class OutOfTimeError(Exception):
+    """No time is left for what was to come."""
+
+
+class PartFailedError(Exception):
+    """A program of a part ended badly; its messages."""
+
+
+@dataclass
+class Day:
+    """What all parts share."""
+
+    cpu: bool
+    deadline: float  # time.monotonic()
+    work: Path  # a temporary folder
+    gpus: int = 0
+    found: Found = field(default_factory=dict)  # by part
+
+    def run(self, *argv: object, env: dict[str, str] | None = None) -> str:
+        """Run a program; gives its output. Raises PartFailedError, OutOfTimeError."""
+        left_s = min(self.deadline - time.monotonic(), LAUNCH_S)
+        if left_s <= 0:
+            raise OutOfTimeError
+        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | (env or {})
+        command = [str(argument) for argument in argv]
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=left_s, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise OutOfTimeError from None
+        if done.returncode:
+            raise PartFailedError(f"exit code {done.returncode}: {(done.stdout + done.stderr)[-TAIL_CHARS:]}")
+        return done.stdout
+
+    def python(self, *argv: object, env: dict[str, str] | None = None) -> str:
+        """Run one of our scripts on this interpreter."""
+        return self.run(sys.executable, *argv, env=env)
+
+    def part(self, name: str, *argv: object) -> Found:
+        """A part of gpu_parts.py."""
+        return json.loads(
+            self.python("tools/gpu_parts.py", name, *(["--cpu"] if self.cpu else []), *argv).splitlines()[-1]
+        )
+
+    def train(self, run: Path, ranks: int, *overrides: str) -> dict[int, float]:
+        """A short run of the trainer on synthetic sounds: its losses by step. TF32 is off, so that fp32 is fp32."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        common = ["objective.decoder.noise_std=0", "optimizer.warmup_steps=2", "run.log_every=1", f"run.folder={run}"]
+        common += [f"optimizer.steps={STEPS}", f"run.save_every={SAVED_AT}", "run.keep=9"]
+        config = ["--config", "configs/demo_pretrain.json", f"data.train={self.sounds()}:train"]
+        self.python(*launcher, "asda/train.py", *config, *common, *overrides, env={"NVIDIA_TF32_OVERRIDE": "0"})
+        return {entry["step"]: entry["loss"] for entry in self.metrics(run)}
+
+    def metrics(self, run: Path) -> list[Found]:
+        """The lines of a run's log that tell of training."""
+        entries = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        return [entry for entry in entries if entry.get("kind", "train") == "train" and "loss" in entry]
+
+    def sounds(self) -> Path:
+        """Shards of synthetic sounds, made when first asked for."""
+        shards = self.work / "shards"
+        if not shards.exists():
+            clips = 8 if self.cpu else 64  # of each of eight classes
+            code = f"from pathlib import Path; from sounds import write_dataset; write_dataset(Path({str(self.work / 'audio')!r}), {clips}, seed=5)"
+            self.python("-c", code, env={"PYTHONPATH": str(ROOT / "tools")})
+            source = ("--source", "folder", "--input", self.work / "audio", "--split", "train=100%")
+            self.python("tools/make_shards.py", *source, "--out", shards)
+        return shards
+
+
+def machine(day: Day) -> Found:
+    """What is here."""
+    return day.part("machine")
+
+
+def tests(day: Day) -> Found:
+    """The tests that need a GPU: Triton's kernels against their definition, DALI's graph against the CPU's."""
+    if day.cpu:
+        return {"status": "skipped", "reason": "they skip themselves without CUDA"}
+    report = day.work / "tests.json"
+    code = day.python("-m", "pytest", "-q", "-rA", "-k", "gpu or cuda or cpu", *CUDA_TESTS).splitlines()
+    report.write_text("\n".join(code))
+    ran = [line.split(" ", 1)[1] for line in code if line.startswith("PASSED") and "gpu" in line]
+    return {"passed": bool(ran), "gpu_tests": ran, "summary": code[-1]}
+
+
+def parity(day: Day) -> Found:
+    """Loss and gradients in fp32 and bf16 against fp64 on the CPU."""
+    return day.part("parity")
+
+
+def stages(day: Day) -> Found:
+    """Short runs of the trainer in every ZeRO stage, on one GPU and on all, beside fp32 without ZeRO on one."""
+    reference = day.train(day.work / "reference", 1, "engine.precision=fp32", "engine.zero_stage=0")
+    found: Found = {"passed": True, "reference_losses": list(reference.values()), "runs": {}}
+    for ranks in sorted({1, max(day.gpus, 1)}):
+        for precision in ("fp32",) if day.cpu else ("fp32", "bf16"):
+            for stage in (1,) if day.cpu else (0, 1, 2, 3):
+                label = f"{ranks} x stage {stage}, {precision}"
+                losses = day.train(
+                    day.work / label, ranks, f"engine.precision={precision}", f"engine.zero_stage={stage}"
+                )
+                difference = largest_difference(losses, reference)
+                right = difference <= MOST_DIFFERENCE[precision]
+                found["runs"][label] = {"largest_relative_difference": difference, "passed": right}
+                found["passed"] &= right
+                day.found["stages"] = found
+    return found
+
+
+def resume(day: Day) -> Found:
+    """A run continued from its middle beside the uninterrupted one, and that one beside itself."""
+    whole, again, continued = (day.work / name for name in ("whole", "again", "continued"))
+    losses = day.train(whole, 1)
+    repeated = day.train(again, 1)
+    checkpoint = f"checkpoints/step-{SAVED_AT:07d}"
+    shutil.copytree(whole / checkpoint, continued / checkpoint)
+    resumed = day.train(continued, 1)
+    return {
+        "passed": sorted(resumed) == list(range(SAVED_AT + 1, STEPS + 1))
+        and largest_difference(resumed, losses) <= MOST_DIFFERENCE["bf16"],
+        "same_run_twice_is_bit_identical": repeated == losses,
+        "resumed_is_bit_identical": all(resumed[step] == losses[step] for step in resumed),
+        "resumed_largest_relative_difference": largest_difference(resumed, losses),
+    }
+
+
+def gemm(day: Day) -> Found:
+    """The rate of a large product in bf16."""
+    return day.part("gemm")
+
+
+def step(day: Day) -> Found:
+    """One step of configs/as2m.json on one GPU, by micro-batch, up to what fits."""
+    rows: list[Found] = []
+    day.found["step"] = found = {"rows": rows}
+    rate = day.found.get("gemm", {}).get("bf16_flops_per_s")
+    for micro_batch in MICRO_BATCHES[: 2 if day.cpu else None]:
+        try:
+            row = day.part("step", "--micro-batch", micro_batch)
+        except PartFailedError as failure:
+            if "out of memory" not in str(failure).lower() or not rows:
+                raise
+            return found | {"stopped": f"micro-batch {micro_batch} is out of memory"}
+        rows.append(row | {"share_of_gemm": row["flops_per_s"] / rate if rate else None})
+    return found
+
+
+def training(day: Day) -> Found:
+    """The trainer with the network of configs/as2m.json, on all GPUs, from shards: what the whole delivers."""
+    if day.cpu:
+        day.train(day.work / "training", 1, "optimizer.steps=3")
+    else:
+        # Twelve clips a GPU as published; the sounds are repeated to fill 10 s.
+        large = ["preset=released", "size=base", "data.frames=1024", f"optimizer.batch={12 * day.gpus}"]
+        large += ["objective.students=16", "objective.target_layers=12", "objective.utterance_weight=96.0"]
+        large += ["objective.decoder.layers=6", "objective.decoder.width=768", "objective.decoder.groups=16"]
+        large += ["model.width=768", "model.depth=12", "model.heads=12", "model.max_time_patches=768"]
+        large += ["engine.micro_batch=12", "engine.precision=bf16", "run.log_every=10", "optimizer.steps=60"]
+        day.train(day.work / "training", day.gpus, *large)
+    last = day.metrics(day.work / "training")[-1]
+    keys = ("step", "clips_per_s", "data_wait_share", "flops_per_s", "memory_gib", "loss")
+    return {key: last[key] for key in keys if key in last}
+
+
+def data(day: Day) -> Found:
+    """Host time per clip: tools/bench.py data."""
+    return _benchmark(day, "data")
+
+
+def attention(day: Day) -> Found:
+    """The ways to compute attention: tools/bench.py attention."""
+    return _benchmark(day, "attention")
+
+
+def _benchmark(day: Day, name: str) -> Found:
+    if day.cpu:
+        return {"status": "skipped", "reason": "minutes on a CPU, and tested by itself"}
+    return json.loads(day.python("tools/bench.py", name, "--json").splitlines()[-1])
+
+
+def largest_difference(losses: dict[int, float], others: dict[int, float]) -> float:
+    """Relative, over the steps of the first."""
+    return max(abs(losses[number] / others[number] - 1) for number in losses)
+
+
+# In this order: what tells whether it is right, then what measures, the short ones first.
+PARTS: dict[str, tuple[Callable[[Day], Found], tuple[str, ...]]] = {
+    "machine": (machine, ("torch",)),
+    "parity": (parity, ("torch",)),
+    "tests": (tests, ("torch", "pytest", "triton", "nvidia.dali")),
+    "gemm": (gemm, ("torch",)),
+    "step": (step, ("torch", "deepspeed")),
+    "stages": (stages, ("deepspeed", "nvidia.dali", "soundfile")),
+    "resume": (resume, ("deepspeed", "nvidia.dali", "soundfile")),
+    "training": (training, ("deepspeed", "nvidia.dali", "soundfile")),
+    "attention": (attention, ("torch",)),
+    "data": (data, ("nvidia.dali", "soundfile", "torchaudio", "webdataset")),
+}
+
+
+def run_parts(day: Day, names: list[str], out: Path) -> bool:
+    """Run parts one after another, and write the file after each; whether nothing failed."""
+    for name in names:
+        function, packages = PARTS[name]
+        started = time.monotonic()
+        found = attempt(day, name, function, packages)
+        seconds = time.monotonic() - started
+        day.found[name] = {"status": "done", **found, "seconds": round(seconds, 1)}
+        if name == "machine":
+            day.gpus = len(found.get("gpus", []))
+        write(out, day.found)
+        status = "WRONG" if found.get("passed") is False else day.found[name]["status"]
+        print(f"{name:10} {status:8} {seconds:6.0f} s  {found.get('reason', '')}", flush=True)
+    return not any(part["status"] == "failed" or part.get("passed") is False for part in day.found.values())
+
+
+def attempt(day: Day, name: str, function: Callable[[Day], Found], packages: tuple[str, ...]) -> Found:
+    """What a part found; what it lacked, how it failed, or that time ran out, with what it had found until then."""
+    missing = [package for package in packages if not installed(package)]
+    if missing:
+        return {"status": "skipped", "reason": f"{', '.join(missing)} not installed"}
+    try:
+        return function(day)
+    except OutOfTimeError:
+        return day.found.get(name, {}) | {"status": "cut", "reason": "the time was up"}
+    except PartFailedError as failure:
+        return day.found.get(name, {}) | {"status": "failed", "reason": str(failure)}
+
+
+def installed(package: str) -> bool:
+    """Whether it can be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
+
+
+def write(out: Path, found: Found) -> None:
+    """The file, whole or as it was."""
+    temporary = out.with_name(f".{out.name}.tmp")
+    temporary.write_text(json.dumps(found, indent=2) + "\n")
+    temporary.replace(out)
+
+
+def has_cuda() -> bool:
+    """Whether torch finds a CUDA device; asked in another process, so that this one holds none."""
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def main() -> None:
+    """Parse the command line and run the day."""
+    parser = argparse.ArgumentParser(
+        prog="tools/gpu_day.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("gpu_day.json"), help="the file (default: gpu_day.json)")
+    parser.add_argument("--minutes", type=float, default=240, help="most time in all (default: 240)")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--cpu", "--dry-run", action="store_true", help="a rehearsal on the CPU, at a tiny size")
+    args = parser.parse_args()
+    if not args.cpu and not has_cuda():
+        raise UserError("this machine has no CUDA device that torch can use; --cpu rehearses everything without one")
+    with tempfile.TemporaryDirectory(prefix="gpu_day-") as work:
+        day = Day(args.cpu, time.monotonic() + 60 * args.minutes, Path(work))
+        right = run_parts(day, args.only or list(PARTS), args.out.resolve())
+    print(f"written to {args.out}")
+    if not right:
+        raise UserError(f"not everything is right on this machine; {args.out} says what")
+
+
+if __name__ == "__main__":
+    exit_with_sentence(main)
