@@ -367,6 +367,12 @@ class Config(Section):
             raise ValueError("probe is for objective.kind pretrain; a classifier is judged on data.valid")
         if self.engine.offload_optimizer and not self.engine.zero_stage:
             raise ValueError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3; DeepSpeed has none for 0")
+        if self.engine.precision == "fp16" and not self.engine.zero_stage:
+            # Measured with DeepSpeed 0.19.8: the first moments after a step are smaller by the loss scale.
+            raise ValueError(
+                "engine.precision fp16 needs engine.zero_stage 1, 2 or 3; in stage 0 DeepSpeed divides gradients by a "
+                "loss scale that it has not multiplied the loss with"
+            )
         if isinstance(self.objective, PretrainConfig) and self.objective.target_layers > self.model.depth:
             raise ValueError(
                 f"objective.target_layers {self.objective.target_layers} must not exceed model.depth {self.model.depth}"

@@ -29,6 +29,9 @@ from asda.config import Config, OptimizerConfig
 from asda.errors import UserError
 from asda.partitions import fragments, set_masters, start_moments, whole
 
+# Elements of gradients that travel at once. Stages 1 to 3 keep a buffer of so many; of DeepSpeed's 5e8 it has 2 GB.
+BUCKET = 1 << 25
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -119,7 +122,7 @@ def micro_batch_of(config: Config, world_size: int) -> int:
 def deepspeed_dict(config: Config, world_size: int) -> dict[str, Any]:
     """DeepSpeed's own configuration, generated: nobody writes it by hand."""
     micro_batch = micro_batch_of(config, world_size)
-    engine, zero = config.engine, {"stage": config.engine.zero_stage}
+    engine, zero = config.engine, {"stage": config.engine.zero_stage, "reduce_bucket_size": BUCKET}
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     checked_by_us = engine.precision == "fp32" and not engine.zero_stage

@@ -10,6 +10,8 @@ do: it learns to predict a clip's mean target, of which the norms of the targets
 Shapes: N labelled clips, T held-out clips, D width, C classes.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -84,7 +86,7 @@ class Probe:
             "knn": neighbour_scores(train_ND, train_targets_NC, test_TD, self._neighbours),
             "linear": linear_scores(train_ND, train_targets_NC, test_TD),
         }
-        targets = test_targets_TC.cpu().numpy()
+        targets = test_targets_TC.double().cpu().numpy()
         return {
             f"{judge}_{name}": summary(scores_TC.cpu().numpy(), targets, single_label=one_label)[name]
             for judge, scores_TC in scores.items()
@@ -169,10 +171,10 @@ def _features(teacher: nn.Module, dataset: ClipDataset, config: Config, processe
             tokens_BND = teacher(patches_BNP.to(device), present_BN=clips.present(config, device))
             features.append(mean(tokens_BND[:, 1:].float(), audio_BN.to(device)).cpu().numpy())
             targets.append(clips.targets(len(dataset.vocabulary)))
-    parts: list[tuple[list[np.ndarray], list[np.ndarray]]] = [([], [])] * processes.world_size
+    parts: list[Any] = [None] * processes.world_size
     dist.all_gather_object(parts, (features, targets))
     all_features, all_targets = (
-        np.concatenate([a for some in column for a in some]) for column in zip(*parts, strict=True)
+        np.concatenate([a for some in lists for a in some]) for lists in zip(*parts, strict=True)
     )
     assert len(all_features) == len(dataset), "every clip exactly once"
     return torch.from_numpy(all_features).to(device), torch.from_numpy(all_targets).to(device)

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import secrets
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ from asda.errors import UserError
 Figures = dict[str, float | int]
 NOT_FINITE = "not_finite"  # names in a line of metrics.jsonl whose values are null there: JSON has no nan or infinity
 WANDB_FILE = "wandb_run.txt"  # in the run folder: the id that a continued run goes on with
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}
 ALARM_EVERY = 10  # log lines from one alarm to the next at least
 
 
@@ -248,6 +250,9 @@ class WeightsAndBiases:
         import wandb  # an optional extra, of seconds to import
 
         self._error = wandb.Error
+        # Its helper process inherits what is blocked: who asks the process group to stop must not take it away before
+        # the last figures.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             self._run = wandb.init(
                 project=project,
@@ -263,6 +268,8 @@ class WeightsAndBiases:
                 f"run.wandb {project!r}: Weights & Biases refuses: {error}; log in with `wandb login`, set "
                 "WANDB_MODE=offline, or leave run.wandb empty"
             ) from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         self.where = folder / "wandb" if self._run.offline else self._run.url
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")

@@ -47,6 +47,7 @@ from asda.evaluate import evaluate_weights
 from asda.meter import Meter
 from asda.objectives import DTYPES, Pretraining, make_objective
 from asda.partitions import optimizer_file, restore
+from asda.probe import Probe
 from asda.runlog import RunLog, check_wandb, collapse_alarm
 from asda.stopping import Heartbeat, StopSignals, agree
 from asda.summary import derived_numbers
@@ -90,6 +91,7 @@ class Trainer:
         self.micro_batch = micro_batch_of(config, processes.world_size)
         self.accumulation = config.optimizer.batch // processes.world_size // self.micro_batch
         self.budget = DamageBudget(int(config.data.max_damaged * len(dataset)))
+        self.probe = Probe(config) if config.probe else None
         self.progress = Progress()
         self.clips: list[Clip] = []  # this rank's part of the last step
 
@@ -106,7 +108,7 @@ class Trainer:
         costs = network_costs(config.model, config.objective, config.data.frames, len(dataset.vocabulary))
         rate = gemm_rate(processes.device, DTYPES[config.engine.precision])
         self.meter = Meter(processes, sum(costs.flops.values()), rate, self.progress.skipped_steps)
-        about = derived_numbers(config, dataset, processes, self.micro_batch, rate, self.progress.step)
+        about = derived_numbers(config, dataset, processes, self.micro_batch, costs, rate, self.progress.step)
         self.log = RunLog(
             self.folder,
             self.progress.step,
@@ -227,11 +229,9 @@ class Trainer:
                 weights = self.objective.weights(everywhere=True)["model"]
                 figures = evaluate_weights(self.config, weights, self.dataset.vocabulary, self.processes)
             self.log.record("valid", self.progress.step, figures)
-        if self.config.probe and isinstance(self.objective, Pretraining):
-            from asda.probe import probe
-
+        if self.probe and isinstance(self.objective, Pretraining):
             with self.meter.paused():
-                figures = probe(self.config, self.objective.teacher, self.processes)
+                figures = self.probe.figures(self.objective.teacher.encoder, self.processes)
             self.log.record("probe", self.progress.step, figures)
 
     def _save_or_stop(self) -> None:
@@ -275,13 +275,14 @@ class Trainer:
             self.writer.save(state, files | {stem: moments})
 
     def _tell(self, outcome: Outcome | None) -> None:
-        if outcome is None:
-            return
-        if outcome.failure:
-            self.log.warn(f"step {outcome.step} could not be saved: {outcome.failure}")
-        else:
-            gib, seconds = outcome.bytes / 2**30, outcome.seconds
-            self.log.say(f"saved {outcome.folder} ({gib:.2f} GiB in {seconds:.1f} s, beside the training)")
+        """Say how a save ended, and others that have ended since."""
+        while outcome is not None:
+            if outcome.failure:
+                self.log.warn(f"step {outcome.step} could not be saved: {outcome.failure}")
+            else:
+                gib, seconds = outcome.bytes / 2**30, outcome.seconds
+                self.log.say(f"saved {outcome.folder} ({gib:.2f} GiB in {seconds:.1f} s, beside the training)")
+            outcome = self.writer.poll()
 
     def _continue_from(self, folder: Path) -> list[str]:
         """Take the counters from a checkpoint; returns lines that say where the run goes on, and what is changed.

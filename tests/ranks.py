@@ -1,5 +1,6 @@
 """Runs a function on several ranks, and makes the tiny pre-training runs on which tests of the engine are made."""
 
+import math
 import os
 import pickle
 import tempfile
@@ -13,6 +14,7 @@ import torch
 from launching import ROOT, TINY_PRETRAIN
 
 STAGES = (0, 1, 2, 3)
+PRECISIONS = ("fp32", "bf16", "fp16")
 BATCH, FRAMES, PATCH = 8, 64, 16  # clips per step, frames, side of a patch
 NUM_PATCHES = (FRAMES // PATCH) * (128 // PATCH)
 NUM_VISIBLE = 6  # patches that a student sees
@@ -49,6 +51,11 @@ def tiny_config(*overrides: str):
     return load_config(ROOT / "configs" / "demo_pretrain.json", [*TINY_PRETRAIN, *run, *quiet, *overrides])
 
 
+def stages_of(precision: str) -> tuple[int, ...]:
+    """The stages in which a precision is allowed: fp16 not in 0."""
+    return STAGES[1:] if precision == "fp16" else STAGES
+
+
 def make_run(config: Any, processes: Any):
     """An objective and its engine, freshly initialised."""
     from asda.engine import make_engine
@@ -77,16 +84,57 @@ def micro_batches(step: int, rank: int, world_size: int, accumulation: int = 1):
         yield patches[begin : begin + size], SimpleNamespace(visible_BMK=visible[begin : begin + size])
 
 
-def train_step(objective: Any, engine: Any, processes: Any, step: int, applied: int, poison: bool = False) -> bool:
-    """One step as asda/train.py takes it; returns whether it was applied. `poison` makes this rank's clips nan."""
+def train_step(objective: Any, engine: Any, processes: Any, step: int, applied: int, bad: str = "") -> bool:
+    """One step as asda/train.py takes it; returns whether it was applied.
+
+    `bad` spoils the last micro-batch of this rank: "input" makes its clips nan, "loss" its loss infinite, "gradient"
+    gives a finite loss one parameter with a gradient of nan, "norm" gives finite gradients whose squares overflow.
+    """
     from asda.engine import guarded, learning_rate, set_learning_rate, was_applied
 
     set_learning_rate(engine, learning_rate(objective._config.optimizer, applied + 1))
     accumulation = engine.gradient_accumulation_steps()
-    for patches, batch in micro_batches(step, processes.rank, processes.world_size, accumulation):
-        loss, _ = objective.loss(engine, patches * (float("nan") if poison else 1.0), batch)
+    for part, (patches, batch) in enumerate(micro_batches(step, processes.rank, processes.world_size, accumulation), 1):
+        kind = bad if part == accumulation else ""
+        loss, _ = objective.loss(engine, patches * math.nan if kind == "input" else patches, batch)
+        loss = loss + math.inf if kind == "loss" else loss
+        hook = None
+        if kind == "gradient":
+            hook = engine.module.decoder.proj.bias.register_hook(lambda gradient: gradient * math.nan)
+        if kind == "norm":
+            loss.register_hook(lambda gradient: gradient * 1e30)
         engine.backward(guarded(loss))
+        if hook:
+            hook.remove()
         engine.step()
     if was_applied(engine):
         objective.after_update(applied + 1)
     return was_applied(engine)
+
+
+def lower_the_loss_scale(engine: Any) -> None:
+    """fp16 begins with a search for its loss scale, in which no step is applied; this is the scale it would find."""
+    if engine.fp16_enabled():
+        engine.optimizer.loss_scaler.cur_scale = 256.0
+
+
+def everything(objective: Any, engine: Any) -> dict[str, torch.Tensor]:
+    """Masters, moments, Adam's counters and the teacher, whole, and what each rank computes with; copies."""
+    from asda.partitions import fragments, whole
+
+    held = fragments(engine)
+    found = {"adam step": torch.stack([state["step"].cpu() for state in engine.basic_optimizer.state.values()])}
+    for key in ("master", "exp_avg", "exp_avg_sq"):
+        parts = whole([f.stretch for f in held], [getattr(f, key) for f in held], engine, everywhere=True)
+        found |= {f"{key} {name}": tensor.cpu().clone() for name, tensor in parts.items()}
+    averages = objective.weights(everywhere=True)["teacher"]
+    found |= {f"average {name}": tensor.cpu().clone() for name, tensor in averages.items()}
+    found |= {f"teacher {name}": p.detach().cpu().clone() for name, p in objective.teacher.named_parameters()}
+    if engine.zero_optimization_stage() < 3:
+        found |= {f"student {name}": p.detach().cpu().clone() for name, p in engine.module.named_parameters()}
+    return found
+
+
+def differing(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> list[str]:
+    """The names of tensors that are not equal bit for bit, of those that both have."""
+    return [name for name in ours if name in theirs and not torch.equal(ours[name], theirs[name])]

@@ -113,7 +113,7 @@ def test_the_folders_say_which_is_the_newest_whatever_became_of_the_pointer(
         found += checkpoint.newest(tmp_path) == newest
         newest = save(tmp_path, config, int(newest.name.removeprefix("step-")) + 1)
         recovered += pointer.read_text() == f"{newest.name}\n" and not pointer.is_symlink()
-    count_fault("19", "pointer empty, dangling, old, garbage, gone, a link", len(harms), found, recovered=written_anew)
+    count_fault("19", "pointer empty, dangling, old, garbage, gone, a link", len(harms), found, recovered=recovered)
 
 
 def intact(run: Path) -> set[int]:

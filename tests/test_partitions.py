@@ -5,14 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import STAGES, make_run, run_ranks, tiny_config, train_step
+from ranks import PRECISIONS, differing, everything, make_run, run_ranks, stages_of, tiny_config, train_step
 from safetensors.torch import save_file
 
 from asda.errors import UserError
 from asda.partitions import dealt_out
 
-PRECISIONS = ("fp32", "bf16", "fp16")
-LAYOUTS = [(precision, stage) for precision in PRECISIONS for stage in STAGES]
 
 
 def config_of(precision: str, stage: int):
@@ -32,25 +30,6 @@ def save(objective: Any, engine: Any, processes: Any, folder: Path) -> None:
         if processes.is_first:
             save_file({key: tensor.clone() for key, tensor in weights.items()}, folder / f"{name}.safetensors")
     dist.barrier()
-
-
-def everything(objective: Any, engine: Any) -> dict[str, torch.Tensor]:
-    """Masters, moments, Adam's counter and the teacher's averages, whole; and the student's weights where replicated."""
-    from asda.partitions import fragments, whole
-
-    held = fragments(engine)
-    found = {"step": next(iter(engine.basic_optimizer.state.values()))["step"].clone()}
-    for key in ("master", "exp_avg", "exp_avg_sq"):
-        parts = whole([f.stretch for f in held], [getattr(f, key) for f in held], engine, everywhere=True)
-        found |= {f"{key} {name}": tensor.clone() for name, tensor in parts.items()}
-    found |= {f"teacher {name}": tensor.clone() for name, tensor in objective.weights(everywhere=True)["teacher"].items()}
-    if engine.zero_optimization_stage() < 3:
-        found |= {f"student {name}": p.detach().clone() for name, p in engine.module.named_parameters()}
-    return found
-
-
-def differing(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> list[str]:
-    return [name for name in ours if name in theirs and not torch.equal(ours[name].cpu(), theirs[name].cpu())]
 
 
 def trained_and_saved(processes: Any, folder: Path) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
     python tools/bench.py                 every benchmark
     python tools/bench.py data --json     one, as a JSON object on one line
+    python tools/bench.py memory          bytes a rank holds and sends, by ZeRO stage (minutes)
     python tools/bench.py attention       the ways to compute attention, by shape and dtype (minutes)
+    python tools/bench.py step            a training step of ASDA-base, beside a plain one (minutes)
 
 Machines are shared and noisy: quote the ratios, not the rates.
 """
@@ -19,6 +21,8 @@ from itertools import product
 import numpy as np
 import torch
 from bench_data import CLIP_SECONDS, ROUNDS, Figures, bench_data, kaldi_log_mel
+from bench_memory import bench_memory
+from bench_step import bench_step
 
 from asda.data.audio import SAMPLE_RATE_HZ
 from asda.data.fbank import log_mel
@@ -122,7 +126,13 @@ def products_work(sequences: int, tokens: int, backward: bool, dtype: torch.dtyp
     return work
 
 
-BENCHMARKS = {"features": bench_features, "data": bench_data, "attention": bench_attention}
+BENCHMARKS = {
+    "features": bench_features,
+    "data": bench_data,
+    "attention": bench_attention,
+    "step": bench_step,
+    "memory": bench_memory,
+}
 
 
 def print_figures(figures: Figures) -> None:

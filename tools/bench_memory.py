@@ -1,8 +1,8 @@
 """What a rank holds and sends in a step of ASDA-base, by ZeRO stage: computed beside measured.
 
-bench.py memory starts one and two ranks for every stage, lets them take two steps and looks at the second: which tensors
-are alive between the backward pass and the update, and what is given to torch.distributed. No activations: of those
-asda/costs.py and bench.py step know more.
+bench.py memory starts one and two ranks for every stage, lets them take two steps and looks at the second: which
+tensors are alive between the backward pass and the update, and what is given to torch.distributed. Activations are not
+among them: they are gone by then.
 """
 
 import argparse
@@ -22,40 +22,20 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from asda.config import load_config
+from asda.config import EngineConfig, load_config
+from asda.costs import rank_memory
 from asda.engine import free_port, join_processes, leave_processes, make_engine
 from asda.objectives import Pretraining, make_objective
+from asda.partitions import fragments
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "as2m.json"
-MASTER_BYTES, MOMENTS_BYTES = 4, 8  # a parameter's master weight and its two moments, fp32
 LOW_BYTES, FULL_BYTES = 2, 4  # a value in bf16 or fp16, and in fp32
 MB = 1e6
 STAGES, WORLDS = (0, 1, 2, 3), (1, 2)
 Bytes = dict[str, float]
-
-
-def computed_memory(parameters: int, followed: int, stage: int, world: int) -> Bytes:
-    """Bytes a rank of a bf16 run holds between the backward pass and the update, without activations and buffers.
-
-    Args:
-        parameters: that are trained.
-        followed: of them, that the teacher averages.
-        stage: of ZeRO.
-        world: ranks.
-    """
-    share = 1 / world
-    return {
-        "weights": LOW_BYTES * parameters * (share if stage == 3 else 1),
-        # bf16 beside its fp32 copy for the update in stage 0; summed up in fp32 by the other stages, and kept by the
-        # owner alone in stages 2 and 3
-        "gradients": {0: LOW_BYTES, 1: FULL_BYTES, 2: FULL_BYTES * share, 3: FULL_BYTES * share}[stage] * parameters,
-        "master weights": MASTER_BYTES * parameters * (share if stage else 1),
-        "moments": MOMENTS_BYTES * parameters * (share if stage else 1),
-        "teacher": LOW_BYTES * followed + FULL_BYTES * followed * share,
-    }
 
 
 def computed_traffic(parameters: int, followed: int, stage: int, world: int, micro_batches: int = 1) -> Bytes:
@@ -66,32 +46,29 @@ def computed_traffic(parameters: int, followed: int, stage: int, world: int, mic
     once = (world - 1) / world
     gradients = {
         0: 2 * LOW_BYTES * parameters,
-        1: 2 * FULL_BYTES * parameters,  # DeepSpeed reduces everywhere, in fp32
-        2: 2 * LOW_BYTES * parameters * micro_batches,
-        3: LOW_BYTES * parameters * micro_batches,
+        1: 2 * LOW_BYTES * parameters,
+        2: 2 * LOW_BYTES * parameters * micro_batches,  # reduced everywhere, then all but a rank's share thrown away
+        3: FULL_BYTES * parameters * micro_batches,  # reduced and scattered, in fp32
     }[stage]
-    weights = {
-        0: 0,
-        1: LOW_BYTES * parameters,
-        2: LOW_BYTES * parameters,
-        3: 2 * LOW_BYTES * parameters * micro_batches,
-    }
-    return {"gradients": gradients * once, "weights": weights[stage] * once, "teacher": LOW_BYTES * followed * once}
+    # Stage 3 gathers before the forward pass and keeps what it gathered: DeepSpeed lets 1e9 parameters live.
+    gathers = {0: 0, 1: 1, 2: 1, 3: micro_batches}[stage]
+    weights = LOW_BYTES * parameters * gathers
+    return {"gradients": gradients * once, "weights": weights * once, "teacher": LOW_BYTES * followed * once}
 
 
 def bench_memory(config: Path = CONFIG, overrides: Iterable[str] = ()) -> dict[str, dict[str, float]]:
-    """A row for each number of ranks and stage: MB a rank holds and sends in a step, computed and measured."""
+    """What the first of one or two ranks holds and sends in a step, in MB, by ZeRO stage: computed beside measured."""
     rows = {}
     for world in WORLDS:
         for stage in STAGES:
             found = measured(world, [f"engine.zero_stage={stage}", *overrides], config)
-            computed = computed_memory(found["parameters"], found["followed"], stage, world)
-            held = found["held"]
-            row = {f"{name}": held[name] / MB for name in computed} | {"other": held["other"] / MB}
-            row |= {"computed": sum(computed.values()) / MB, "measured": sum(held.values()) / MB}
-            sends = computed_traffic(found["parameters"], found["followed"], stage, world)
-            row |= {"RSS": found["rss"] / MB, "to send": sum(sends.values()) / MB}
-            rows[f"{world} rank{'s' * (world > 1)}, stage {stage}"] = row | {"sent": found["sent"]["all"] / MB}
+            parameters, followed, held = found["parameters"], found["followed"], found["held"]
+            computed = rank_memory(parameters, followed, EngineConfig(zero_stage=stage), world)
+            sends = computed_traffic(parameters, followed, stage, world)
+            row = {name: held[name] / MB for name in (*computed, "other")}
+            row |= {"all": sum(held.values()) / MB, "computed": sum(computed.values()) / MB, "RSS": found["rss"] / MB}
+            row |= {"sent": sum(found["sent"].values()) / MB, "to send": sum(sends.values()) / MB}
+            rows[f"{world} rank{'s' * (world > 1)}, stage {stage}"] = row
     return rows
 
 
@@ -141,9 +118,8 @@ def measure(config_file: Path, overrides: list[str]) -> dict[str, Any]:
             objective.after_update(step)
         by_phase = {"backward": sent_backward, "update": sent_update, "teacher": sent_teacher}
         found["sent"] = {f"{phase}, {kind}": n for phase, sent in by_phase.items() for kind, n in sent.items()}
-        found["sent"]["all"] = sum(found["sent"].values())
     found["parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-    found["followed"] = sum(p.numel() for p in objective.teacher.encoder.parameters())
+    found["followed"] = sum(p.numel() for p in objective.teacher.parameters())
     found["rss"] = resident_bytes()
     leave_processes()
     return found
@@ -166,16 +142,25 @@ def held(engine: Any, objective: Pretraining) -> Bytes:
 
     parameters = list(engine.module.parameters())
     masters = [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
+    masters += [fragment.master for fragment in fragments(engine)]
+    moments = [x for state in engine.basic_optimizer.state.values() for x in state.values() if _is_tensor(x)]
     kinds = {
         "weights": take([*(p.data for p in parameters), *(getattr(p, "ds_tensor", None) for p in parameters)]),
-        "master weights": take(masters),
-        "moments": take(x for state in engine.basic_optimizer.state.values() for x in state.values() if _is_tensor(x)),
-        "teacher": take([*objective.teacher.parameters(), *objective.teacher.buffers(), *objective._ema.averages]),
-        "gradients": take(p.grad for p in [*parameters, *masters]),
+        "gradients": take([*(p.grad for p in [*parameters, *masters]), *_kept_gradients(engine.optimizer)]),
+        "master and moments": take([*masters, *moments]),
+        "teacher": take(objective.teacher.parameters()),
+        "averages": take(objective._ema.averages),
     }
-    # What is left: gradients that DeepSpeed keeps in places of its own, and buffers of its exchanges.
+    # What is left: tables of positions, buffers of DeepSpeed's exchanges.
     wide = [x for x in gc.get_objects() if _is_tensor(x) and x.numel() > 1 << 16]
     return kinds | {"other": take(wide)}
+
+
+def _kept_gradients(optimizer: Any) -> list[Tensor]:
+    """Gradients that DeepSpeed's stages 2 and 3 keep in places of their own until the update."""
+    by_group = getattr(optimizer, "averaged_gradients", {})
+    kept = [tensor for tensors in by_group.values() for tensor in tensors]
+    return [x for x in [*kept, getattr(optimizer, "grad_partitions_flat_buffer", None)] if x is not None]
 
 
 def _is_tensor(x: object) -> bool:

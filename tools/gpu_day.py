@@ -101,8 +101,10 @@ class Day:
         shards = self.work / "shards"
         if not shards.exists():
             clips = 8 if self.cpu else 64  # of each of eight classes
-            code = f"from pathlib import Path; from sounds import write_dataset; write_dataset(Path({str(self.work / 'audio')!r}), {clips}, seed=5)"
-            self.python("-c", code, env={"PYTHONPATH": str(ROOT / "tools")})
+            code = (
+                "import sys, pathlib, sounds; sounds.write_dataset(pathlib.Path(sys.argv[1]), int(sys.argv[2]), seed=5)"
+            )
+            self.python("-c", code, self.work / "audio", clips, env={"PYTHONPATH": str(ROOT / "tools")})
             source = ("--source", "folder", "--input", self.work / "audio", "--split", "train=100%")
             self.python("tools/make_shards.py", *source, "--out", shards)
         return shards

@@ -21,9 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.cuda import nccl
 
 from asda.config import Config, PretrainConfig, load_config
-from asda.costs import network_costs
+from asda.costs import gemm_rate, network_costs
+from asda.models.attention import Path as AttentionPath
 from asda.models.attention import set_attention_path
 from asda.models.masks import visible_patches
 from asda.models.pretrain import MaskedStudents
@@ -34,8 +36,7 @@ PACKAGES = ("torch", "deepspeed", "triton", "nvidia-dali-cuda130", "numpy")
 # Another order of the same sums has another rounding, of about the same size: an error more than so many times that of
 # the definition on the CPU is no rounding.
 MOST_TIMES_THE_CPUS_ERROR = 4
-GEMM_SIZE, GEMM_SIZE_CPU = 8192, 256
-WARM_UP, TIMED = 3, 10  # calls
+WARM_UP, TIMED = {"cuda": 3, "cpu": 1}, {"cuda": 10, "cpu": 2}  # calls
 Found = dict[str, Any]
 
 
@@ -54,7 +55,7 @@ def machine(device: str) -> Found:
             {"name": p.name, "memory_gib": p.total_memory / 2**30, "capability": f"{p.major}.{p.minor}"}
             for p in properties
         ]
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        found["nccl"] = ".".join(map(str, nccl.version()))
     return found
 
 
@@ -62,7 +63,7 @@ def parity(device: str) -> Found:
     """Loss and gradients of the students, by precision and attention path, against fp64 on the CPU."""
     torch.backends.cudnn.allow_tf32 = False
     config = _config("demo_pretrain.json", ["objective.decoder.noise_std=0", "data.frames=512"])
-    paths = ("sdpa", "triton") if device == "cuda" else ("sdpa",)
+    paths: tuple[AttentionPath, ...] = ("sdpa", "triton") if device == "cuda" else ("sdpa",)
     exact, found = _loss_and_gradients(config, torch.float64, "cpu", "explicit"), {}
     for dtype in (torch.float32, torch.bfloat16):
         allowed = _error(_loss_and_gradients(config, dtype, "cpu", "explicit"), exact) * MOST_TIMES_THE_CPUS_ERROR
@@ -75,11 +76,7 @@ def parity(device: str) -> Found:
 
 def gemm(device: str) -> Found:
     """FLOP/s of a large product in bf16: the rate that all others are measured against."""
-    size = GEMM_SIZE if device == "cuda" else GEMM_SIZE_CPU
-    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    out = torch.empty_like(left)
-    seconds = _seconds(lambda: torch.mm(left, right, out=out), device)
-    return {"size": size, "bf16_flops_per_s": 2 * size**3 / seconds}
+    return {"bf16_flops_per_s": gemm_rate(torch.device(device), torch.bfloat16)}
 
 
 def step(device: str, micro_batch: int, tiny: bool, overrides: list[str]) -> Found:
@@ -129,7 +126,7 @@ def _inputs(config: Config, clips: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(patches_BNP), torch.from_numpy(np.stack(draws))
 
 
-def _loss_and_gradients(config: Config, dtype: torch.dtype, device: str, path: str) -> Tensor:
+def _loss_and_gradients(config: Config, dtype: torch.dtype, device: str, path: AttentionPath) -> Tensor:
     """The loss and all gradients, in fp64 on the CPU, as one vector."""
     assert isinstance(config.objective, PretrainConfig)
     torch.manual_seed(0)
@@ -150,12 +147,12 @@ def _error(found: Tensor, exact: Tensor) -> float:
 def _seconds(work: Callable[[], object], device: str) -> float:
     """Median seconds of a call, after some that do not count."""
     taken = []
-    for number in range(WARM_UP + TIMED):
+    for number in range(WARM_UP[device] + TIMED[device]):
         started = time.perf_counter()
         work()
         if device == "cuda":
             torch.cuda.synchronize()
-        if number >= WARM_UP:
+        if number >= WARM_UP[device]:
             taken.append(time.perf_counter() - started)
     return median(taken)
 

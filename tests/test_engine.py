@@ -1,0 +1,380 @@
+"""The engine: ZeRO against plain PyTorch and DDP, steps that nothing can poison, replicas that do not drift.
+
+What rounding may do is measured, not guessed. An exact trajectory is computed in fp64; the same trajectory in the
+precision under test, in plain PyTorch, with the batch summed in one, two and four parts, lies some distance from it.
+Those distances come from summing the same numbers in another order, which is all that ZeRO does too, so its distance is
+drawn from the same distribution; four times the largest of the three leaves room for the tail of a small sample.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from ranks import (
+    BATCH,
+    PRECISIONS,
+    clips,
+    differing,
+    everything,
+    lower_the_loss_scale,
+    make_run,
+    run_ranks,
+    stages_of,
+    tiny_config,
+    train_step,
+)
+from torch import Tensor, nn
+
+NUM_STEPS = 10
+SPLITS = (1, 2, 4)  # parts of the batch in the plain runs
+BAD = ("input", "loss", "gradient", "norm")
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Weights = dict[str, Tensor]
+
+
+@contextlib.contextmanager
+def really_double() -> Iterator[None]:
+    """Make Tensor.float() leave doubles as they are; the losses and the targets call it."""
+    single = torch.Tensor.float
+    torch.Tensor.float = lambda self: self if self.dtype == torch.float64 else single(self)  # pyright: ignore
+    try:
+        yield
+    finally:
+        torch.Tensor.float = single
+
+
+class Plain:
+    """Pre-training in plain PyTorch: weights of one precision, fp32 (or fp64) sums of gradients, AdamW and average."""
+
+    def __init__(self, config: Any, precision: str, num_parts: int, ddp: Any = None):
+        from asda.objectives import make_objective
+
+        self.config, self.num_parts, self.processes = config, num_parts, ddp
+        self.exact = torch.float64 if precision == "fp64" else torch.float32
+        self.dtype = DTYPES[precision]
+        objective = make_objective(config, (), torch.device("cpu"))
+        self.masters = {name: p.detach().to(self.exact) for name, p in objective.module.named_parameters()}
+        self.average = {name: p.detach().to(self.exact) for name, p in objective.teacher.encoder.named_parameters()}
+        self.module, self.teacher = objective.module, objective.teacher
+        for parameter in [*self.module.parameters(), *self.teacher.parameters()]:
+            parameter.data = parameter.data.to(self.dtype)
+        self.wrapped = nn.parallel.DistributedDataParallel(self.module) if ddp else self.module
+        self.leaves = {name: nn.Parameter(master) for name, master in self.masters.items()}
+        settings = config.optimizer
+        self.adam = torch.optim.AdamW(
+            self.leaves.values(), betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+        )
+
+    def gradients(self, step: int) -> Weights:
+        """Of the whole batch, before clipping."""
+        sums = {name: torch.zeros_like(leaf) for name, leaf in self.leaves.items()}
+        mixed = self.dtype in (torch.bfloat16, torch.float16)
+        scale = 256.0 if self.dtype == torch.float16 else 1.0
+        patches, visible = clips(step)
+        ranks = self.processes.world_size if self.processes else 1
+        size = BATCH // ranks // self.num_parts
+        for part in range(self.num_parts):
+            begin = ((self.processes.rank if self.processes else 0) * self.num_parts + part) * size
+            some, seen = patches[begin : begin + size].to(self.exact), torch.from_numpy(visible[begin : begin + size])
+            with torch.autocast("cpu", self.dtype if mixed else torch.bfloat16, enabled=mixed):
+                targets = self.teacher.targets(some)
+            losses = self.wrapped(some, seen, targets.tokens, targets.cls)
+            self.module.zero_grad()
+            (losses.total / self.num_parts * scale).backward()
+            for name, parameter in self.module.named_parameters():
+                assert parameter.grad is not None
+                sums[name] += parameter.grad.to(self.exact) / scale
+        return sums
+
+    def step(self, step: int) -> None:
+        from asda.engine import learning_rate
+        from asda.models.pretrain import ema_decay
+
+        for name, gradient in self.gradients(step).items():
+            self.leaves[name].grad = gradient
+        nn.utils.clip_grad_norm_(self.leaves.values(), self.config.optimizer.clip)
+        self.adam.param_groups[0]["lr"] = learning_rate(self.config.optimizer, step + 1)
+        self.adam.step()
+        decay = ema_decay(self.config.objective.ema, step + 1)
+        with torch.no_grad():
+            for name, parameter in self.module.named_parameters():
+                parameter.copy_(self.leaves[name])
+            for name, parameter in self.teacher.encoder.named_parameters():
+                self.average[name].lerp_(self.leaves[f"encoder.{name}"].detach(), 1 - decay)
+                parameter.copy_(self.average[name])
+
+    def weights(self) -> Weights:
+        """Masters and averages, by name."""
+        return {**{n: p.detach() for n, p in self.leaves.items()}, **{f"teacher.{n}": a for n, a in self.average.items()}}
+
+
+def plain_run(config: Any, precision: str, num_parts: int, processes: Any = None) -> tuple[Weights, Weights]:
+    """Gradients of the first step, and weights after the last."""
+    with really_double() if precision == "fp64" else contextlib.nullcontext():
+        run = Plain(config, precision, num_parts, processes)
+        gradients = {name: g.clone() for name, g in run.gradients(0).items()}
+        for step in range(NUM_STEPS):
+            run.step(step)
+    return gradients, run.weights()
+
+
+def engine_run(config: Any, processes: Any) -> tuple[Weights, Weights]:
+    """The same of DeepSpeed. The gradient is what Adam's first moment holds after a step that clips nothing."""
+    from asda.partitions import fragments, whole
+
+    objective, engine = make_run(config, processes)
+    lower_the_loss_scale(engine)
+    assert train_step(objective, engine, processes, 0, 0)
+    held = fragments(engine)
+    first = 1 - config.optimizer.betas[0]
+    moments = whole([f.stretch for f in held], [f.exp_avg / first for f in held], engine, everywhere=True)
+    for step in range(1, NUM_STEPS):
+        assert train_step(objective, engine, processes, step, step)
+    found = objective.weights(everywhere=True)
+    weights = found["model"] | {f"teacher.{name}": w for name, w in found["teacher"].items()}
+    return moments, {name: w.clone() for name, w in weights.items()}
+
+
+def too_far(where: str, found: Weights, exact: Weights, plain: list[Weights]) -> list[str]:
+    """Tensors that lie farther from the exact ones than four times the worst plain run; and their whole."""
+    complaints = []
+    ours, theirs = 0.0, [0.0] * len(plain)
+    for name, target in exact.items():
+        distance = (found[name].double() - target).norm().item()
+        distances = [(run[name].double() - target).norm().item() for run in plain]
+        ours += distance**2
+        theirs = [total + d**2 for total, d in zip(theirs, distances, strict=True)]
+        # Half of the last place is below what any order of summing may differ by, should all three be lucky.
+        unit = torch.finfo(plain[0][name].dtype).eps / 2 * target.norm().item()
+        if distance > 4 * max(*distances, unit):
+            complaints.append(f"{where}, {name}: {distance:.3g} from exact, plain {max(distances):.3g}")
+    if ours > 16 * max(theirs):
+        complaints.append(f"{where}: {ours**0.5:.3g} from exact, plain {max(theirs) ** 0.5:.3g}")
+    return complaints
+
+
+def against_plain(processes: Any, precision: str) -> list[str]:
+    """Every stage, with and without accumulation, and in fp32 also DDP."""
+    complaints = []
+    # Without clipping the first moment is the gradient; with it, the weights of ten steps show that clipping agrees.
+    for clip in ("0", "1.0"):
+        options = (f"engine.precision={precision}", f"optimizer.clip={clip}", "optimizer.warmup_steps=0")
+        config = tiny_config(*options, "engine.zero_stage=1")
+        exact_gradients, exact_weights = plain_run(config, "fp64", 1)
+        plain = [plain_run(config, precision, num_parts) for num_parts in SPLITS]
+        gradients, weights = [g for g, _ in plain], [w for _, w in plain]
+        runs = {
+            f"{precision} {stage} clip {clip} x{4 // micro}": lambda s=stage, m=micro: engine_run(
+                tiny_config(*options, f"engine.zero_stage={s}", f"engine.micro_batch={m}"), processes
+            )
+            for stage in stages_of(precision)
+            for micro in (4, 2)
+        }
+        if precision == "fp32" and clip == "0":
+            runs["DDP"] = lambda: plain_run(config, "fp32", 1, processes)
+        for where, run in runs.items():
+            found_gradients, found_weights = run()
+            if clip == "0":
+                complaints += too_far(f"{where}, gradient", found_gradients, exact_gradients, gradients)
+            complaints += too_far(f"{where}, weights", found_weights, exact_weights, weights)
+    return complaints
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_stage_is_as_near_to_the_exact_trajectory_as_plain_pytorch(precision: str) -> None:
+    for complaints in run_ranks(2, against_plain, precision):
+        assert not complaints, complaints
+
+
+def poisoned(processes: Any) -> dict[str, tuple[int, int, list[str]]]:
+    """Bad steps on the last rank only: what they changed, and what the step after them makes of it."""
+    counts = {}
+    for precision in PRECISIONS:
+        for stage in stages_of(precision):
+            for clip in ("1.0", "0"):
+                for bad in BAD if clip == "1.0" else BAD[:1]:
+                    name = f"{precision}, stage {stage}, clip {clip}, {bad}"
+                    options = (f"engine.precision={precision}", f"engine.zero_stage={stage}", f"optimizer.clip={clip}")
+                    counts[name] = _poisoned_run(processes, tiny_config(*options, "engine.micro_batch=2"), bad)
+    return counts
+
+
+def _poisoned_run(processes: Any, config: Any, bad: str) -> tuple[bool, list[str], list[str]]:
+    """Whether the step was skipped, what it changed, and what differs after the next step from an unharmed run."""
+    ends = []
+    skipped, changed = True, []
+    for harmed in (True, False):
+        objective, engine = make_run(config, processes)
+        lower_the_loss_scale(engine)
+        train_step(objective, engine, processes, 0, 0)
+        if harmed:
+            before = everything(objective, engine)
+            here = bad if processes.rank == processes.world_size - 1 else ""
+            skipped = not train_step(objective, engine, processes, 99, 1, bad=here)
+            changed = differing(before, everything(objective, engine))
+            if engine.skipped_steps != 1:
+                changed.append(f"skipped_steps is {engine.skipped_steps}")
+        lower_the_loss_scale(engine)  # fp16 answers a bad step with a lower one
+        assert train_step(objective, engine, processes, 1, 1)
+        ends.append(everything(objective, engine))
+    return skipped, changed, differing(*ends)
+
+
+@pytest.mark.launch
+def test_a_bad_step_on_one_rank_changes_nothing_anywhere_in_any_stage(count_fault: Any) -> None:
+    for found in run_ranks(2, poisoned):
+        for name, (skipped, changed, after) in found.items():
+            assert skipped, name
+            assert not changed, (name, changed[:5])
+            assert not after, (name, after[:5])
+    count_fault("27", "nan or inf of one rank in input, loss, gradient or norm", len(found), len(found), 0, len(found))
+
+
+def untouched(processes: Any) -> list[str]:
+    """What differs between the weights that a module had and the master weights that its engine begins with."""
+    from asda.engine import full_weights, make_engine
+    from asda.objectives import make_objective
+
+    complaints = []
+    for precision in PRECISIONS:
+        for stage in stages_of(precision):
+            for offload in (False, True) if stage else (False,):
+                config = tiny_config(
+                    f"engine.precision={precision}", f"engine.zero_stage={stage}",
+                    f"engine.offload_optimizer={str(offload).lower()}",
+                )  # fmt: skip
+                objective = make_objective(config, (), processes.device)
+                before = {name: p.detach().clone() for name, p in objective.module.named_parameters()}
+                engine = make_engine(config, objective.module, {}, processes.world_size)
+                objective.follow(engine)
+                where = f"{precision} {stage} {offload}"
+                complaints += [f"{where}: {n}" for n in differing(before, full_weights(engine, everywhere=True))]
+                found = everything(objective, engine)
+                if found["adam step"].any():
+                    complaints.append(f"{where}: Adam is at step {found['adam step']}")
+                assert train_step(objective, engine, processes, 0, 0) or precision == "fp16"
+    return complaints
+
+
+@pytest.mark.launch
+def test_deepspeed_begins_with_the_very_weights_and_with_adam_at_its_start() -> None:
+    for complaints in run_ranks(2, untouched):
+        assert not complaints, complaints
+
+
+def accumulated(processes: Any) -> dict[str, float]:
+    """How far the sum of four micro-batches' gradients in bf16 is from the exact one, in units of its terms."""
+    from asda.partitions import fragments
+
+    errors = {}
+    options = ("engine.precision=bf16", "optimizer.clip=0", "optimizer.warmup_steps=0")
+    for stage in stages_of("bf16"):
+        config = tiny_config(*options, f"engine.zero_stage={stage}", "engine.micro_batch=2")
+        plain = Plain(config, "bf16", 4).gradients(0)  # of the same micro-batches, summed in fp32
+        objective, engine = make_run(config, processes)
+        train_step(objective, engine, processes, 0, 0)
+        first = 1 - config.optimizer.betas[0]
+        errors[stage] = max(
+            ((f.exp_avg.double() / first - plain[f.name].double().flatten()).norm() / plain[f.name].norm()).item()
+            for f in fragments(engine)
+            if plain[f.name].norm() > 1e-6  # some gradients are 0 but for rounding
+        )
+    return errors
+
+
+@pytest.mark.launch
+def test_micro_batches_in_bf16_add_up_in_fp32_in_stages_1_to_3() -> None:
+    ((errors),) = run_ranks(1, accumulated)
+    # Three additions and the moment's product round to 2**-24 each, of at most the sum of the terms' norms, which for
+    # gradients that agree is little more than the norm of the sum; in bf16 it would be 2**-9.
+    assert all(errors[stage] < 2**-20 for stage in (1, 2, 3)), errors
+
+
+def recomputed(processes: Any) -> list[str]:
+    """What differs between runs that keep activations and runs that compute them again."""
+    complaints = []
+    for stage in (0, 3):
+        ends = []
+        for again in ("false", "true"):
+            options = (f"engine.zero_stage={stage}", f"engine.activation_checkpointing={again}")
+            objective, engine = make_run(tiny_config(*options, "engine.micro_batch=2"), processes)
+            for step in range(2):
+                train_step(objective, engine, processes, step, step)
+            ends.append(everything(objective, engine))
+        complaints += [f"stage {stage}: {name}" for name in differing(*ends)]
+    return complaints
+
+
+def offloaded(processes: Any) -> list[str]:
+    """What differs between runs with the optimizer in the host's memory and without, beyond rounding."""
+    complaints = []
+    for stage in (1, 2, 3):
+        ends = []
+        for offload in ("false", "true"):
+            options = (f"engine.zero_stage={stage}", f"engine.offload_optimizer={offload}", "optimizer.clip=0")
+            objective, engine = make_run(tiny_config(*options, "engine.micro_batch=2"), processes)
+            for step in range(2):
+                train_step(objective, engine, processes, step, step)
+            ends.append(everything(objective, engine))
+        complaints += [f"offload, stage {stage}: {name}" for name in differing(*ends)]
+    return complaints
+
+
+def drifted(processes: Any) -> list[str]:
+    """What replicas_differ says of sound replicas, and of one weight that differs on rank 1, in each stage."""
+    from asda.engine import replicas_differ
+
+    said = []
+    for stage in stages_of("bf16"):
+        objective, engine = make_run(tiny_config("engine.precision=bf16", f"engine.zero_stage={stage}"), processes)
+        assert replicas_differ(engine, objective.teacher, processes) is None
+        trained = engine.module.decoder.proj.bias if stage < 3 else objective.teacher.encoder.norm.bias
+        for parameter in (trained, objective.teacher.encoder.norm.bias):
+            if processes.rank == 1:
+                with torch.no_grad():
+                    parameter[0] += 1.0
+            said.append(replicas_differ(engine, objective.teacher, processes) or "nothing")
+    return said
+
+
+def smaller_matters(processes: Any) -> tuple[list[str], list[str], list[str]]:
+    """Three questions in one launch."""
+    return recomputed(processes), offloaded(processes), drifted(processes)
+
+
+@pytest.mark.launch
+def test_recomputation_and_offload_change_nothing_and_drift_is_named(count_fault: Any) -> None:
+    for from_recomputing, from_offloading, said in run_ranks(2, smaller_matters):
+        assert not from_recomputing
+        assert not from_offloading
+        assert len(said) == 8
+        for stage in range(4):
+            first = "decoder.proj.bias" if stage < 3 else "teacher encoder.norm.bias"
+            for sentence in said[2 * stage : 2 * stage + 2]:
+                assert sentence.startswith("the weights of rank")
+                assert sentence.endswith(f"first in {first}")
+    count_fault("29", "one weight of rank 1 changed, trained or of the teacher", len(said), len(said))
+
+
+@pytest.mark.parametrize("value", [1.5, -3e-39, 0.0, 6e4])
+def test_a_guarded_loss_is_the_loss_bit_for_bit_and_has_its_gradient(value: float) -> None:
+    from asda.engine import guarded
+
+    weight = torch.tensor(value, requires_grad=True)
+    loss = guarded(weight * 3)
+    loss.backward()
+    assert loss.detach().view(torch.int32) == (weight * 3).detach().view(torch.int32)
+    assert weight.grad == 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_loss_without_a_value_has_gradients_without_one(value: float) -> None:
+    from asda.engine import guarded
+
+    weight = torch.tensor(2.0, requires_grad=True)
+    guarded(weight * 0 + value).backward()
+    assert weight.grad is not None
+    assert weight.grad.isnan()
