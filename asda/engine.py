@@ -23,6 +23,7 @@ import torch.distributed as dist
 import xxhash
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
 from asda.config import Config, OptimizerConfig
@@ -122,7 +123,8 @@ def micro_batch_of(config: Config, world_size: int) -> int:
 def deepspeed_dict(config: Config, world_size: int) -> dict[str, Any]:
     """DeepSpeed's own configuration, generated: nobody writes it by hand."""
     micro_batch = micro_batch_of(config, world_size)
-    engine, zero = config.engine, {"stage": config.engine.zero_stage, "reduce_bucket_size": BUCKET}
+    engine = config.engine
+    zero: dict[str, Any] = {"stage": engine.zero_stage, "reduce_bucket_size": BUCKET}
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     checked_by_us = engine.precision == "fp32" and not engine.zero_stage
@@ -185,7 +187,13 @@ def make_engine(config: Config, model: nn.Module, lr_scales: dict[str, float], w
     settings, low_precision = config.optimizer, config.engine.precision != "fp32"
     given = [{"params": parameters, "lr_scale": scale} for scale, parameters in groups.items()]
     # lr 0, because one of DeepSpeed's optimizers takes a step in its constructor, and weight decay would move weights.
-    options = {"lr": 0.0, "betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay, "fused": True}
+    options = {
+        "lr": 0.0,
+        "betas": settings.betas,
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+        "fused": True,
+    }
     if low_precision or config.engine.zero_stage:
         optimizer = torch.optim.AdamW(given, **options)
     else:
@@ -194,11 +202,24 @@ def make_engine(config: Config, model: nn.Module, lr_scales: dict[str, float], w
     initial = {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters() if low_precision}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_dict(config, world_size))
     start_moments(engine)
+    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+        _refuse_squares_beyond_fp32(engine.optimizer)
     if initial:
         set_masters(engine, initial)
     if world_size == 1 and isinstance(engine.optimizer, BF16_Optimizer | FP16_UnfusedOptimizer | CheckedAdamW):
         engine.enable_backward_allreduce = False  # spares two copies of all gradients
     return engine
+
+
+def _refuse_squares_beyond_fp32(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
+    """Have stage 3 refuse what the other stages refuse: finite gradients whose squares Adam cannot hold in fp32.
+
+    It takes their norm in fp64, finds it finite, and without clipping leaves infinite second moments for good.
+    """
+    norms, largest = optimizer._get_norm_groups, torch.finfo(torch.float32).max
+    optimizer._get_norm_groups = lambda: [
+        torch.where(norm.double().square() > largest, math.inf, norm) for norm in map(torch.as_tensor, norms())
+    ]
 
 
 def guarded(loss: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ class Meter:
         """
         self._processes, self._flops_per_clip, self._gemm_rate = processes, flops_per_clip, gemm_rate
         self.skipped_steps = skipped_steps  # of the run
+        if processes.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(processes.device)  # the matrices of gemm_rate are not the run's
         self._begin()
 
     def _begin(self) -> None:

@@ -131,7 +131,7 @@ def restore(engine: Any, folder: Path) -> None:
         for state in _adam_states(engine):
             state["step"].copy_(states[0].get_tensor(STEP))
         for field in _loss_scaler(engine):
-            if field in states[0].keys():
+            if field in set(states[0].keys()):
                 value = states[0].get_tensor(field).item()
                 setattr(_scaler(engine), field, value if field == "cur_scale" else int(value))
     _publish(engine)
@@ -151,7 +151,9 @@ def whole(stretches: list[Stretch], pieces: list[Tensor], engine: Any, everywher
     """
     shapes = shapes_of(engine)
     if dist.get_world_size() == 1:
-        found = {stretch.name: piece.view(shapes[stretch.name]) for stretch, piece in zip(stretches, pieces, strict=True)}
+        found = {
+            stretch.name: piece.view(shapes[stretch.name]) for stretch, piece in zip(stretches, pieces, strict=True)
+        }
         return {name: found[name] for name in shapes if name in found}
     takes = everywhere or dist.get_rank() == 0
     layout = gathered_layout(stretches)
@@ -188,15 +190,14 @@ def dealt_out(sizes: list[int], num_ranks: int) -> list[int]:
     return owners
 
 
-def read_stretch(file: Any, path: Path, stretch: Stretch, key: str | None = None) -> Tensor:
+def read_stretch(file: Any, path: Path, stretch: Stretch) -> Tensor:
     """A stretch of a tensor in an open safetensors file, flat; reads only the rows that it touches."""
-    key = key or stretch.name
-    if key not in file.keys():
-        raise UserError(f"{path} lacks {key}; it is not of this model, continue from another checkpoint")
-    rows = file.get_slice(key)
+    if stretch.name not in set(file.keys()):
+        raise UserError(f"{path} lacks {stretch.name}; it is not of this model, continue from another checkpoint")
+    rows = file.get_slice(stretch.name)
     shape = rows.get_shape()
     if not shape:
-        return file.get_tensor(key).view(-1)
+        return file.get_tensor(stretch.name).view(-1)
     per_row = torch.Size(shape[1:]).numel()
     first, last = stretch.start // per_row, -(-(stretch.start + stretch.size) // per_row)
     values = rows[first:last].reshape(-1)
@@ -236,7 +237,9 @@ def _held(engine: Any) -> Iterator[_Held]:
 
 def _fragment(engine: Any, held: _Held) -> Fragment:
     state = engine.basic_optimizer.state[held.tensor]
-    views = [t.detach().view(-1).narrow(0, held.offset, held.stretch.size) for t in (held.tensor, *map(state.get, MOMENTS))]
+    views = [
+        t.detach().view(-1).narrow(0, held.offset, held.stretch.size) for t in (held.tensor, *map(state.get, MOMENTS))
+    ]
     return Fragment(held.stretch.name, held.stretch.start, *views)
 
 
@@ -285,7 +288,7 @@ def _saved_moments(files: list[Any]) -> dict[tuple[str, str], list[tuple[int, in
     """(moment, parameter) -> (start, size, key, file) of all pieces that were saved."""
     found: dict[tuple[str, str], list[tuple[int, int, str, Any]]] = {}
     for file in files:
-        for text in file.keys():
+        for text in list(file.keys()):
             if ":" in text:
                 key, start, name = text.split(":", 2)
                 (size,) = file.get_slice(text).get_shape()

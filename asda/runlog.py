@@ -9,7 +9,6 @@ import json
 import math
 import os
 import secrets
-import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +23,7 @@ from asda.errors import UserError
 Figures = dict[str, float | int]
 NOT_FINITE = "not_finite"  # names in a line of metrics.jsonl whose values are null there: JSON has no nan or infinity
 WANDB_FILE = "wandb_run.txt"  # in the run folder: the id that a continued run goes on with
-STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}
+UNKNOWN_ROWS, UNKNOWN_COLUMNS = 24, 100  # of a terminal that does not tell
 ALARM_EVERY = 10  # log lines from one alarm to the next at least
 
 
@@ -81,9 +80,7 @@ class RunLog:
             raise UserError(f"cannot make the run folder {folder}: {error.strerror}; give another run.folder") from None
         self._step = first_step
         self._num_alarms, self._lines_since_alarm = 0, ALARM_EVERY
-        self._bar = tqdm(
-            total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
-        )
+        self._bar = _bar(first_step, num_steps)
         self._metrics = JsonLines(folder / "metrics.jsonl")
         if num_damaged := self._metrics.drop_after(first_step):
             self._warn_aloud(f"{folder / 'metrics.jsonl'} had {num_damaged} damaged lines; they are dropped")
@@ -250,9 +247,6 @@ class WeightsAndBiases:
         import wandb  # an optional extra, of seconds to import
 
         self._error = wandb.Error
-        # Its helper process inherits what is blocked: who asks the process group to stop must not take it away before
-        # the last figures.
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             self._run = wandb.init(
                 project=project,
@@ -264,12 +258,11 @@ class WeightsAndBiases:
                 settings=wandb.Settings(console="off", silent=True),  # stdout stays ours
             )
         except wandb.Error as error:
+            reason = " ".join(str(error).split()).rstrip(".")
             raise UserError(
-                f"run.wandb {project!r}: Weights & Biases refuses: {error}; log in with `wandb login`, set "
-                "WANDB_MODE=offline, or leave run.wandb empty"
+                f"run.wandb {project!r}: Weights & Biases refuses: {reason}; set WANDB_MODE=offline to keep its "
+                "files in the run folder, or leave run.wandb empty"
             ) from None
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         self.where = folder / "wandb" if self._run.offline else self._run.url
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -324,6 +317,15 @@ def collapse_alarm(figures: Figures, config: RunConfig) -> str | None:
                 "objective.ema.decay may help"
             )
     return None
+
+
+def _bar(first_step: int, num_steps: int) -> tqdm:
+    """A bar on a terminal, else one that shows nothing."""
+    if not sys.stderr.isatty():
+        return tqdm(disable=True)
+    sized = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # a container's terminal may be 0 by 0
+    rows, columns = (None, None) if sized else (UNKNOWN_ROWS, UNKNOWN_COLUMNS)
+    return tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=sized, ncols=columns, nrows=rows)
 
 
 def _valid(figures: Figures) -> dict[str, Any]:

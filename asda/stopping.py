@@ -119,8 +119,9 @@ def launchers_above(process: psutil.Process) -> list[psutil.Process]:
 
 
 def program_of(command_line: list[str]) -> str:
-    """What Python was told to run: a module's dotted name, or the last part of a script's path."""
-    words = iter(command_line[1:])
+    """What Python was told to run: a module's dotted name, or the last part of a script's path; "" of others."""
+    python, *others = command_line or [""]
+    words = iter(others if "python" in os.path.basename(python) else [])
     for word in words:
         if word == "-m":
             return next(words, "")

@@ -49,7 +49,7 @@ from asda.objectives import DTYPES, Pretraining, make_objective
 from asda.partitions import optimizer_file, restore
 from asda.probe import Probe
 from asda.runlog import RunLog, check_wandb, collapse_alarm
-from asda.stopping import Heartbeat, StopSignals, agree
+from asda.stopping import HEARTBEAT_TIMEOUT_S, Heartbeat, StopSignals, agree
 from asda.summary import derived_numbers
 
 BAD_STEPS = "bad_steps.jsonl"  # in the run folder: the clips of steps that changed nothing
@@ -62,7 +62,7 @@ def train(config: Config) -> None:
     if config.data.log_mel == "dataset":
         config = config.model_copy(update={"data": config.data.model_copy(update={"log_mel": dataset.log_mel})})
     processes = join_processes(config.engine.timeout_s)
-    with StopSignals() as stop, Heartbeat(processes):
+    with StopSignals() as stop, Heartbeat(processes, min(HEARTBEAT_TIMEOUT_S, config.engine.timeout_s)):
         Trainer(config, dataset, processes, stop).run()
     leave_processes()
 

@@ -21,7 +21,7 @@ from typing import Self
 
 from launching import ROOT, environment
 
-IMPORTED_ONCE = ["asda.train", "asda.stopping", "torch.utils.data", "webdataset.compat"]
+IMPORTED_ONCE = ["asda.trainer", "torch.utils.data", "webdataset.compat"]
 
 
 @dataclass(frozen=True)

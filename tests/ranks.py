@@ -76,7 +76,7 @@ def clips(step: int) -> tuple[torch.Tensor, np.ndarray]:
 
 
 def micro_batches(step: int, rank: int, world_size: int, accumulation: int = 1):
-    """This rank's share of the batch of a step, in as many parts as gradients are accumulated."""
+    """A rank's share of the batch of a step, in as many parts as gradients are accumulated."""
     patches, visible = clips(step)
     size = BATCH // world_size // accumulation
     for part in range(accumulation):

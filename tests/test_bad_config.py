@@ -126,7 +126,6 @@ def test_reading_a_configuration_needs_neither_torch_nor_deepspeed() -> None:
 
 
 @pytest.mark.launch
-@pytest.mark.xfail(strict=True, reason="asda/train.py imports torch and DeepSpeed at its top")
 def test_the_trainer_says_it_before_it_imports_torch(tmp_path: Path, count_fault: Count) -> None:
     # Wall-clock time depends on who else computes here; what takes the time are the imports, and these can be seen.
     argv = [sys.executable, "-X", "importtime", ROOT / "asda" / "train.py", "--config", PATHS[0], "optimizer.lrr=1"]

@@ -4,25 +4,27 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import STAGES, make_run, run_ranks, tiny_config, train_step
+from ranks import PRECISIONS, lower_the_loss_scale, make_run, run_ranks, stages_of, tiny_config, train_step
 
 NUM_STEPS = 5
-PRECISIONS = ("fp32", "bf16", "fp16")
 
 
-def followed(processes: Any, precision: str) -> list[str]:
-    """Train in every stage; returns what differs from the average of the recorded master weights."""
+LAYOUTS = [(precision, stage) for precision in PRECISIONS for stage in stages_of(precision)]
+
+
+def followed(processes: Any) -> list[str]:
+    """Train in every precision and stage; returns what differs from the average of the recorded master weights."""
     from asda.engine import full_weights
     from asda.models.pretrain import ema_decay
 
     complaints = []
-    for stage in STAGES:
+    for precision, stage in LAYOUTS:
         config = tiny_config(
             f"engine.precision={precision}", f"engine.zero_stage={stage}",
             "objective.ema.decay=0.99", "objective.ema.end_decay=0.999", "objective.ema.anneal_steps=4",
         )  # fmt: skip
         objective, engine = make_run(config, processes)
-        _only_lower_the_scale(engine)
+        lower_the_loss_scale(engine)
         began = {name: w.double().clone() for name, w in objective.weights(everywhere=True)["teacher"].items()}
         exact = {name: w.clone() for name, w in began.items()}
         path = dict.fromkeys(began, 0.0)
@@ -36,9 +38,8 @@ def followed(processes: Any, precision: str) -> list[str]:
                 path[name] = path[name] + moved.abs()
         found = objective.weights(everywhere=True)["teacher"]
         for name, ours in found.items():
-            # Every update rounds three times in fp32: the difference and its product, each to 2**-24 of the movement,
-            # and the sum to 2**-24 of the weight. Beside the path that the average took, the rounding of the weight
-            # is what a movement of 1e-6 of it would drown in; so the bound has both terms.
+            # Each update rounds the difference and its product to 2**-24 of themselves, which 1e-6 of the path covers,
+            # and the sum to 2**-24 of the weight.
             bound = NUM_STEPS * 2**-24 * exact[name].abs() + 1e-6 * path[name]
             if not (ours.dtype == torch.float32 and ((ours.double() - exact[name]).abs() <= bound).all()):
                 complaints.append(f"{precision} {stage}: {name} is not the average")
@@ -53,14 +54,6 @@ def followed(processes: Any, precision: str) -> list[str]:
     return complaints
 
 
-def _only_lower_the_scale(engine: Any) -> None:
-    """fp16 would begin with a search for its loss scale, in which no step is applied."""
-    from asda.partitions import _scaler
-
-    if engine.fp16_enabled():
-        _scaler(engine).cur_scale = 256.0
-
-
 def _unequal_on_ranks(objective: Any) -> list[str]:
     import torch.distributed as dist
 
@@ -70,11 +63,10 @@ def _unequal_on_ranks(objective: Any) -> list[str]:
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_teacher_is_the_average_of_the_master_weights_in_every_stage(
-    precision: str, ranks: int, count_fault: Any
+def test_the_teacher_is_the_average_of_the_master_weights_in_every_precision_and_stage(
+    ranks: int, count_fault: Any
 ) -> None:
-    for complaints in run_ranks(ranks, followed, precision):
+    for complaints in run_ranks(ranks, followed):
         assert not complaints, complaints
-    count_fault("28", f"teacher after {NUM_STEPS} updates, {precision}, {ranks} ranks", len(STAGES), len(STAGES))
+    count_fault("28", f"teacher after {NUM_STEPS} updates, on {ranks} ranks", len(LAYOUTS), len(LAYOUTS))

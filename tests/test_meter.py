@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 
 from asda.engine import Processes
 from asda.meter import Meter
@@ -129,3 +130,23 @@ def test_the_peak_of_memory_rises_with_what_the_process_has_touched() -> None:
     assert 0.5 < meter.figures()["rss_gib"] < 64
     del touched
     assert "cuda_gib" not in meter.figures(), "there is no such device"
+
+
+def measured(processes: Processes) -> dict[str, float]:
+    """One step of a rank: losses and clips differ, the pace does not."""
+    meter = Meter(processes, flops_per_clip=10**12, gemm_rate=1e12)
+    meter.add(terms(loss=1.0 + 2 * processes.rank), 4)
+    meter.end_step(applied=True)
+    meter._started -= 1000  # so that milliseconds do not count
+    return meter.figures()
+
+
+@pytest.mark.launch
+def test_figures_are_over_all_ranks_and_the_same_on_each() -> None:
+    figures, others = run_ranks(2, measured)
+    assert figures == others
+    assert figures["loss"] == 2
+    # 8 clips of all ranks in 1000 s, 4 of each; the launch may sleep for a few seconds in between.
+    assert figures["clips_per_s"] == pytest.approx(8 / 1000, rel=0.05)
+    assert figures["tflop_per_s"] == pytest.approx(8 / 1000, rel=0.05)
+    assert figures["gemm_share"] == pytest.approx(4 / 1000, rel=0.05)

@@ -1,13 +1,17 @@
 """What a run leaves behind: valid JSON whatever happens, boards as their own readers see them, alarms now and then."""
 
 import errno
-import io
+import fcntl
 import json
 import math
+import os
+import pty
 import re
 import resource
 import struct
 import sys
+import termios
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,11 +44,18 @@ def lines_of(folder: Path) -> list[dict]:
     return [strict_json(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-class Terminal(io.StringIO):
-    """Looks like one."""
-
-    def isatty(self) -> bool:
-        return True
+@contextmanager
+def terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> Iterator[list[str]]:
+    """Makes stderr a terminal of this width; gives a list that in the end holds what it showed."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24 if columns else 0, columns, 0, 0))
+    shown: list[str] = []
+    with open(theirs, "w") as stderr, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stderr)
+        yield shown
+        stderr.flush()
+        shown.append(os.read(ours, 1 << 16).decode())
+    os.close(ours)
 
 
 def test_what_is_not_finite_is_null_in_valid_json_and_nan_when_read_back(tmp_path: Path) -> None:
@@ -103,21 +114,19 @@ def test_without_a_terminal_there_are_plain_lines(tmp_path: Path, capsys: pytest
     assert said.err == ""
 
 
+@pytest.mark.parametrize("columns", [120, 0])
 def test_on_a_terminal_a_bar_shows_loss_and_pace_and_other_lines_stand_above_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    with opened(tmp_path, first_step=2) as log:
+    with terminal(monkeypatch, columns) as shown, opened(tmp_path, first_step=2) as log:
         for step in (3, 4):
             log.advance()
             log.record("train", step, {"loss": 1.5, "frame_loss": 1.0, "clips_per_s": 12.25, "lr": 1e-4})
         log.record("probe", 4, {"knn_accuracy": 0.75})
         log.warn("it is hot")
-    shown = terminal.getvalue()
-    assert re.search(r"\| 4/10 .*loss=1.5, clips_per_s=12.25, lr=0.0001", shown)
-    assert "frame_loss" not in shown
-    assert "warning: it is hot\n" in shown
+    assert re.search(r"\| 4/10 .*loss=1.5, clips_per_s=12.25, lr=0.0001", shown[0])
+    assert "frame_loss" not in shown[0]
+    assert "warning: it is hot\r\n" in shown[0]
     assert capsys.readouterr().out == "probe step 4: knn_accuracy 0.75\n"
 
 
@@ -204,6 +213,7 @@ def test_a_resumed_run_continues_its_curve_in_weights_and_biases_which_may_be_of
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     for first_step in (0, 2):
+        time.sleep(1.1)  # W&B names its folders by the second
         with opened(tmp_path, first_step, wandb="project", config={"optimizer": {"lr": 0.5}}) as log:
             for step in (first_step + 1, first_step + 2):
                 log.record("train", step, {"loss": 1.0 / step})
@@ -217,6 +227,21 @@ def test_a_resumed_run_continues_its_curve_in_weights_and_biases_which_may_be_of
     said = capsys.readouterr()
     assert f"curves are at {tmp_path / 'wandb'}" in said.out
     assert said.err == "", "it keeps quiet"
+
+
+def test_what_weights_and_biases_refuses_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    def refuse(**options: object) -> None:
+        raise wandb.errors.UsageError("No API key configured.\nUse `wandb login` to log in.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(UserError) as raised:
+        RunLog(tmp_path, 0, 10, enabled=True, wandb="project")
+    assert str(raised.value) == (
+        "run.wandb 'project': Weights & Biases refuses: No API key configured. Use `wandb login` to log in; set "
+        "WANDB_MODE=offline to keep its files in the run folder, or leave run.wandb empty"
+    )
 
 
 def test_weights_and_biases_without_its_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from asda.config import EngineConfig, load_config
 from asda.costs import rank_memory
@@ -44,12 +44,10 @@ def computed_traffic(parameters: int, followed: int, stage: int, world: int, mic
     A ring sends (W - 1) / W of the whole to gather or to reduce and scatter it, and twice that to reduce it everywhere.
     """
     once = (world - 1) / world
-    gradients = {
-        0: 2 * LOW_BYTES * parameters,
-        1: 2 * LOW_BYTES * parameters,
-        2: 2 * LOW_BYTES * parameters * micro_batches,  # reduced everywhere, then all but a rank's share thrown away
-        3: FULL_BYTES * parameters * micro_batches,  # reduced and scattered, in fp32
-    }[stage]
+    # In fp32 (engine.deepspeed_dict). Stages 2 and 3 exchange after every micro-batch; stage 2 reduces everywhere, as
+    # stage 1 does, and every rank throws all but its share away.
+    times = {0: 2, 1: 2, 2: 2 * micro_batches, 3: micro_batches}[stage]
+    gradients = times * FULL_BYTES * parameters
     # Stage 3 gathers before the forward pass and keeps what it gathered: DeepSpeed lets 1e9 parameters live.
     gathers = {0: 0, 1: 1, 2: 1, 3: micro_batches}[stage]
     weights = LOW_BYTES * parameters * gathers
@@ -99,7 +97,7 @@ def measure(config_file: Path, overrides: list[str]) -> dict[str, Any]:
     objective = make_objective(config, (), processes.device)
     assert isinstance(objective, Pretraining)
     draw = objective.masks()
-    engine = make_engine(config, objective.module, objective.lr_scales, world)
+    engine: Any = make_engine(config, objective.module, objective.lr_scales, world)
     objective.follow(engine)
     rng, patch = np.random.default_rng(processes.rank), config.model.patch
     num_patches = config.data.frames // patch * (config.model.mel_bins // patch)
@@ -164,7 +162,7 @@ def _kept_gradients(optimizer: Any) -> list[Tensor]:
 
 
 def _is_tensor(x: object) -> bool:
-    return isinstance(x, Tensor) and not isinstance(x, torch._subclasses.FakeTensor)
+    return issubclass(type(x), Tensor)  # isinstance would look behind weak references, some of them dead
 
 
 # Methods of a process group: share of the whole that a ring of W ranks sends, in units of (W - 1) / W, and which of the

@@ -37,6 +37,7 @@ PACKAGES = ("torch", "deepspeed", "triton", "nvidia-dali-cuda130", "numpy")
 # the definition on the CPU is no rounding.
 MOST_TIMES_THE_CPUS_ERROR = 4
 WARM_UP, TIMED = {"cuda": 3, "cpu": 1}, {"cuda": 10, "cpu": 2}  # calls
+TINY = ["objective.students=2", "data.frames=64", "model.depth=2", "objective.target_layers=2"]
 Found = dict[str, Any]
 
 
@@ -62,7 +63,8 @@ def machine(device: str) -> Found:
 def parity(device: str) -> Found:
     """Loss and gradients of the students, by precision and attention path, against fp64 on the CPU."""
     torch.backends.cudnn.allow_tf32 = False
-    config = _config("demo_pretrain.json", ["objective.decoder.noise_std=0", "data.frames=512"])
+    frames = 512 if device == "cuda" else 128
+    config = _config("demo_pretrain.json", ["objective.decoder.noise_std=0", f"data.frames={frames}"])
     paths: tuple[AttentionPath, ...] = ("sdpa", "triton") if device == "cuda" else ("sdpa",)
     exact, found = _loss_and_gradients(config, torch.float64, "cpu", "explicit"), {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -85,7 +87,7 @@ def step(device: str, micro_batch: int, tiny: bool, overrides: list[str]) -> Fou
     from asda.objectives import Pretraining, make_objective
 
     sizes = [f"optimizer.batch={micro_batch}", f"engine.micro_batch={micro_batch}", *overrides]
-    config = _config("demo_pretrain.json" if tiny else "as2m.json", sizes)
+    config = _config("demo_pretrain.json", [*TINY, *sizes]) if tiny else _config("as2m.json", sizes)
     processes = join_processes()
     objective = make_objective(config, (), processes.device)
     assert isinstance(objective, Pretraining)

@@ -19,7 +19,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
@@ -31,6 +31,7 @@ from asda.errors import UserError, say
 
 STALL_S = 10.0  # between lines about a task that does not come
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+PR_SET_PDEATHSIG = 1  # of prctl.h
 REQUESTS_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PARTING_S = 1.0  # for a thread to finish what it does; one that hangs is left behind
 
@@ -175,14 +176,15 @@ def read_ahead_in_processes(
         prefetch_factor=ahead_each,
         timeout=timeout_s,
         multiprocessing_context="spawn",  # a fork would copy the locks that other threads hold
-        worker_init_fn=_prepare_worker,
+        worker_init_fn=partial(_prepare_worker, threading.current_thread() is threading.main_thread()),
     )
-    with _deaf_children():
-        results = iter(loader)
+    results = iter(loader)
     at_exit = partial(_kill_all_but, others)  # they ignore SIGTERM, by which Python would end them
     atexit.register(at_exit)
     try:
-        for result in results:
+        with _deaf_children():
+            first = list(islice(results, 1))  # the workers start when it is asked for
+        for result in chain(first, results):
             waiting.popleft()
             if isinstance(result, UserError):
                 raise result
@@ -243,5 +245,9 @@ def _deaf_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _prepare_worker(worker: int) -> None:
+def _prepare_worker(ends_with_parent: bool, worker: int) -> None:
+    """Have a worker process end with the trainer, whatever ends that. Linux watches the thread that started it."""
     keep_freed_memory()
+    c_library = ctypes.CDLL(None)
+    if ends_with_parent and hasattr(c_library, "prctl"):
+        c_library.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # else torch looks every five seconds

@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from asda.config import ModelConfig
 from asda.errors import UserError
 from asda.models.blocked_attention import BlockedAttention
+from asda.models.cpu_ops import Norm
 
 NORM_EPS = 1e-5  # of the norm after the difference; the other norms of the encoder have 1e-6
 TRITON_TILE = 128  # tokens, and features of a head, of which the Triton kernel holds a matrix on the chip
@@ -157,7 +158,7 @@ class Attention(nn.Module):
         self.v = nn.Linear(width, width)
         self.lam = _make_lambda(config, block)
         self.norm = {
-            "joint": lambda: nn.LayerNorm(width, eps=NORM_EPS),
+            "joint": lambda: Norm(width, eps=NORM_EPS),
             "per_head": lambda: PerHeadNorm(features),
             "none": nn.Identity,
         }[config.attention_norm]()

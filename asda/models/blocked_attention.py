@@ -1,10 +1,11 @@
-"""Differential attention on a CPU: explicit matrices, for a few heads of one sequence at a time.
+"""Differential attention on a CPU: explicit matrices, for some heads of some sequences at a time.
 
 The products are cheap, and bf16 ones cheaper still; what costs is carrying N x N matrices to memory and back. So the
 heads that are computed together share a scratch that fits the cache, and all sequences go through the same scratch.
 The backward is written out, which saves the matrices that autograd would keep.
 
-Shapes: as in attention.py, and M maps (1 or 2), J heads of a block, C = M * J matrices of a block, S blocks of a call.
+Shapes: as in attention.py, and M maps (1 or 2), I sequences and J heads of a block, X = I * J of its matrices, C = M * X
+with both maps, S blocks of a call.
 """
 
 import math
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from asda.models.cpu_ops import kernels_for
 
 SCRATCH_BYTES = 5 << 20  # of the maps of one block: 2 to 6 MiB are alike, 12 are slower in fp32
 # Short sequences keep their maps for the backward (16 x 103 tokens: 20 ms against 25); long ones compute them again,
@@ -33,9 +36,9 @@ class BlockedAttention(torch.autograd.Function):
         mixed_BHNE = like_tokens(v_BHNE)
         with torch.autocast("cpu", enabled=False):  # which would compute softmax in fp32, into new memory
             for number, (q, k, v, bias, mixed) in enumerate(call.blocks(v_BHNE, call.bias_BH1N, mixed_BHNE)):
-                maps_CNN = call.compute_maps(q, k, bias, out=maps_SCNN[number % len(maps_SCNN)])
-                call.v_JNE.copy_(v)
-                mixed.copy_(torch.bmm(call.difference(maps_CNN), call.v_JNE, out=call.result_JNE))
+                difference_XNN = call.compute_maps(q, k, bias, out=maps_SCNN[number % len(maps_SCNN)])
+                call.v_IJNE.copy_(v)
+                mixed.copy_(call.product(difference_XNN, call.v_IJNE))
         ctx.save_for_backward(qk_2BGNE, v_BHNE, present_BN, maps_SCNN if keeps else None)
         ctx.lam, ctx.lam_dtype = call.lam, lam.dtype if isinstance(lam, Tensor) else None
         return mixed_BHNE
@@ -65,14 +68,16 @@ class BlockedAttention(torch.autograd.Function):
                     call.compute_maps(q, k, bias, out=maps_CNN)
                 else:
                     call.take(q, k)
-                d_mixed_JNE = call.d_mixed_JNE.copy_(d_mixed)
-                dv.copy_(torch.bmm(call.difference(maps_CNN).mT, d_mixed_JNE, out=call.result_JNE))
-                d_difference_JNN = torch.bmm(d_mixed_JNE, call.v_JNE.copy_(v).mT, out=call.difference_JNN)
+                call.v_IJNE.copy_(v)
+                call.d_mixed_IJNE.copy_(d_mixed)
+                d_mixed_XNE = call.d_mixed_IJNE.flatten(0, 1)
+                torch.bmm(d_mixed_XNE, call.v_IJNE.flatten(0, 1).mT, out=call.difference_XNN)
                 if learned:
-                    d_lam -= (d_difference_JNN * maps_CNN.chunk(2)[1]).sum(dtype=torch.float64)
-                d_logits_CNN = call.softmax_backward(d_difference_JNN, maps_CNN)
-                dq.copy_(call.scaled_product(d_logits_CNN, call.k_MJNE))
-                dk.copy_(call.scaled_product(d_logits_CNN.mT, call.q_MJNE))
+                    d_lam -= (call.difference_XNN * maps_CNN.chunk(2)[1]).sum(dtype=torch.float64)
+                difference_XNN, d_logits_CNN = call.maps_backward(maps_CNN)
+                dv.copy_(call.product(difference_XNN.mT, call.d_mixed_IJNE))
+                dq.copy_(call.scaled_products(d_logits_CNN, call.k_MIJNE).transpose(0, 1))
+                dk.copy_(call.scaled_products(d_logits_CNN.mT, call.q_MIJNE).transpose(0, 1))
         return dqk_2BGNE, dv_BHNE, d_lam.to(ctx.lam_dtype) if learned else None, None
 
 
@@ -83,8 +88,11 @@ class _Call:
         num_sequences, heads, tokens, features = v_BHNE.shape
         self.num_maps, self.lam, self.scale = qk_2BGNE.shape[2] // heads, lam, features**-0.5
         self.q_BMHNE, self.k_BMHNE = self.split_maps(qk_2BGNE)
-        self.heads = _heads_of_a_block(heads, self.num_maps * tokens**2 * v_BHNE.element_size())
-        self.num_blocks = num_sequences * heads // self.heads
+        bytes_of_a_head = self.num_maps * tokens**2 * v_BHNE.element_size()
+        self.heads = _most(heads, bytes_of_a_head)
+        self.sequences = _most(num_sequences, heads * bytes_of_a_head) if self.heads == heads else 1
+        self.num_blocks = (num_sequences // self.sequences) * (heads // self.heads)
+        self.kernels = kernels_for(v_BHNE)
 
         self.is_padded = present_BN is not None
         bias_BN = v_BHNE.new_zeros(num_sequences, tokens)
@@ -95,11 +103,12 @@ class _Call:
         def scratch(*shape: int) -> Tensor:
             return v_BHNE.new_empty(shape)
 
-        maps = (self.num_maps, self.heads, tokens, features)
-        self.q_MJNE, self.k_MJNE, self.product_MJNE = scratch(*maps), scratch(*maps), scratch(*maps)
-        self.v_JNE, self.d_mixed_JNE, self.result_JNE = scratch(*maps[1:]), scratch(*maps[1:]), scratch(*maps[1:])
-        self.logits_CNN = scratch(self.num_maps * self.heads, tokens, tokens)
-        self.difference_JNN = scratch(self.heads, tokens, tokens)
+        block = (self.sequences, self.heads, tokens, features)
+        self.q_MIJNE, self.k_MIJNE, self.products_MIJNE = (scratch(self.num_maps, *block) for _ in range(3))
+        self.v_IJNE, self.d_mixed_IJNE, self.product_IJNE = (scratch(*block) for _ in range(3))
+        matrices = self.sequences * self.heads
+        self.logits_CNN = scratch(self.num_maps * matrices, tokens, tokens)
+        self.difference_XNN = scratch(matrices, tokens, tokens)
 
     def split_maps(self, qk_2BGNE: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys, each [B, M, H, N, E]."""
@@ -111,48 +120,71 @@ class _Call:
         return self.logits_CNN.new_empty(num_blocks, *self.logits_CNN.shape)
 
     def blocks(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Queries, keys and what is given ([B, ..., H, N, E]), sequence by sequence and some heads at a time."""
-        for of_sequence in zip(*(x.unbind(0) for x in (self.q_BMHNE, self.k_BMHNE, *tensors)), strict=True):
-            yield from zip(*(x.split(self.heads, dim=-3) for x in of_sequence), strict=True)
+        """Queries, keys and what is given ([B, ..., H, N, E]), some sequences and some heads at a time."""
+        for of_sequences in zip(
+            *(x.split(self.sequences) for x in (self.q_BMHNE, self.k_BMHNE, *tensors)), strict=True
+        ):
+            yield from zip(*(x.split(self.heads, dim=-3) for x in of_sequences), strict=True)
 
-    def take(self, q_MJNE: Tensor, k_MJNE: Tensor) -> None:
+    def take(self, q_IMJNE: Tensor, k_IMJNE: Tensor) -> None:
         """Copy a block's queries and keys to the scratch, where each head lies in one piece, as products like it."""
-        self.q_MJNE.copy_(q_MJNE)
-        self.k_MJNE.copy_(k_MJNE)
+        self.q_MIJNE.copy_(q_IMJNE.transpose(0, 1))
+        self.k_MIJNE.copy_(k_IMJNE.transpose(0, 1))
 
-    def compute_maps(self, q_MJNE: Tensor, k_MJNE: Tensor, bias_J1N: Tensor, out: Tensor) -> Tensor:
-        """The block's maps, [C, N, N]."""
-        self.take(q_MJNE, k_MJNE)
-        q_CNE, k_CNE = self.q_MJNE.flatten(0, 1), self.k_MJNE.flatten(0, 1)
-        torch.baddbmm(bias_J1N[:1], q_CNE, k_CNE.mT, beta=int(self.is_padded), alpha=self.scale, out=self.logits_CNN)
-        return torch.softmax(self.logits_CNN, dim=-1, out=out)
+    def compute_maps(self, q_IMJNE: Tensor, k_IMJNE: Tensor, bias_IJ1N: Tensor, out: Tensor) -> Tensor:
+        """The block's maps into out, [C, N, N]; returns first map - lam * second, or the only one, [X, N, N]."""
+        self.take(q_IMJNE, k_IMJNE)
+        q_CNE, k_CNE = self.q_MIJNE.flatten(0, 2), self.k_MIJNE.flatten(0, 2)
+        bias_C1N = bias_IJ1N.flatten(0, 1).repeat(self.num_maps, 1, 1) if self.is_padded else self.logits_CNN[:, :1]
+        torch.baddbmm(bias_C1N, q_CNE, k_CNE.mT, beta=int(self.is_padded), alpha=self.scale, out=self.logits_CNN)
+        if self.kernels:
+            kernel, sizes = self.kernels.maps_and_difference, self._sizes()
+            self.kernels.launch(kernel, sizes, [self.lam], self.logits_CNN, out, self.difference_XNN)
+            return out if self.num_maps == 1 else self.difference_XNN
+        return self.difference(torch.softmax(self.logits_CNN, dim=-1, out=out))
 
     def difference(self, maps_CNN: Tensor) -> Tensor:
-        """First map - lam * second map, [J, N, N]; the map itself where there is one."""
+        """First map - lam * second map, [X, N, N]; the map itself where there is one."""
         if self.num_maps == 1:
             return maps_CNN
-        first_JNN, second_JNN = maps_CNN.chunk(2)
-        return torch.sub(first_JNN, second_JNN, alpha=self.lam, out=self.difference_JNN)
+        first_XNN, second_XNN = maps_CNN.chunk(2)
+        return torch.sub(first_XNN, second_XNN, alpha=self.lam, out=self.difference_XNN)
 
-    def softmax_backward(self, d_difference_JNN: Tensor, maps_CNN: Tensor) -> Tensor:
-        """The gradient of the logits, except for the factors 1 and -lam of the two maps, [C, N, N]."""
-        for map_JNN, d_logits_JNN in zip(maps_CNN.split(self.heads), self.logits_CNN.split(self.heads), strict=True):
+    def maps_backward(self, maps_CNN: Tensor) -> tuple[Tensor, Tensor]:
+        """From the gradient of the difference, which lies in difference_XNN: the difference, and dL / (1, -lam)."""
+        if self.kernels:
+            kernel, sizes, inout = self.kernels.maps_backward, self._sizes(), self.difference_XNN
+            self.kernels.launch(kernel, sizes, [self.lam], maps_CNN, inout, self.logits_CNN, inout)
+            return (maps_CNN if self.num_maps == 1 else self.difference_XNN), self.logits_CNN
+        for map_XNN, d_logits_XNN in zip(
+            maps_CNN.chunk(self.num_maps), self.logits_CNN.chunk(self.num_maps), strict=True
+        ):
             torch.ops.aten._softmax_backward_data.out(
-                d_difference_JNN, map_JNN, -1, map_JNN.dtype, grad_input=d_logits_JNN
+                self.difference_XNN, map_XNN, -1, map_XNN.dtype, grad_input=d_logits_XNN
             )
-        return self.logits_CNN
+        return self.difference(maps_CNN), self.logits_CNN
 
-    def scaled_product(self, d_logits_CNN: Tensor, x_MJNE: Tensor) -> Tensor:
-        """d_logits x, with the scale of the logits and the factors 1 and -lam, [M, J, N, E]."""
-        torch.bmm(d_logits_CNN, x_MJNE.flatten(0, 1), out=self.product_MJNE.flatten(0, 1))
-        for product_JNE, factor in zip(self.product_MJNE, (1.0, -self.lam), strict=False):
-            product_JNE.mul_(factor * self.scale)  # N x E numbers, where the logits would be N x N
-        return self.product_MJNE
+    def product(self, weights_XNN: Tensor, x_IJNE: Tensor) -> Tensor:
+        """weights x, [I, J, N, E]."""
+        torch.bmm(weights_XNN, x_IJNE.flatten(0, 1), out=self.product_IJNE.flatten(0, 1))
+        return self.product_IJNE
+
+    def scaled_products(self, d_logits_CNN: Tensor, x_MIJNE: Tensor) -> Tensor:
+        """d_logits x, with the scale of the logits and the factors 1 and -lam, [M, I, J, N, E]."""
+        parts = zip(d_logits_CNN.chunk(self.num_maps), x_MIJNE, self.products_MIJNE, (1.0, -self.lam), strict=False)
+        for d_logits_XNN, x_IJNE, product_IJNE, factor in parts:
+            product_XNE, alpha = product_IJNE.flatten(0, 1), factor * self.scale
+            torch.baddbmm(product_XNE, d_logits_XNN, x_IJNE.flatten(0, 1), beta=0, alpha=alpha, out=product_XNE)
+        return self.products_MIJNE
+
+    def _sizes(self) -> list[int]:
+        matrices, tokens, _ = self.difference_XNN.shape
+        return [matrices * tokens, tokens, self.num_maps]
 
 
-def _heads_of_a_block(heads: int, bytes_of_a_head: int) -> int:
-    """The largest divisor of `heads` whose maps fit the scratch, at least 1."""
-    fitting = [n for n in range(1, heads + 1) if heads % n == 0 and n * bytes_of_a_head <= SCRATCH_BYTES]
+def _most(number: int, bytes_of_each: int) -> int:
+    """The largest divisor of `number` of which so many fit the scratch, at least 1."""
+    fitting = [n for n in range(1, number + 1) if number % n == 0 and n * bytes_of_each <= SCRATCH_BYTES]
     return max(fitting, default=1)
 
 

@@ -14,12 +14,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, instance_norm, layer_norm
+from torch.nn.functional import instance_norm, layer_norm
 
 from asda.config import DecoderConfig, EmaConfig, ModelConfig, PretrainConfig
+from asda.models.cpu_ops import feature_spread, masked_error, norm_gelu
 from asda.models.encoder import Encoder
-
-VARIANCE_FLOOR = 1e-6  # under the square root of the collapse monitors, as in data2vec 2.0
 
 
 class Losses(NamedTuple):
@@ -55,8 +54,8 @@ class Decoder(nn.Module):
         x_STFC = grid_STFD
         for conv in self.convs:
             y_STFC = conv(x_STFC.movedim(-1, 1)).movedim(1, -1)
-            y_STFC = gelu(layer_norm(y_STFC, y_STFC.shape[-1:]))
-            x_STFC = y_STFC + x_STFC if x_STFC.shape == y_STFC.shape else y_STFC  # the first layer may change the width
+            residual_STFC = x_STFC if x_STFC.shape == y_STFC.shape else None  # the first layer may change the width
+            x_STFC = norm_gelu(y_STFC, residual_STFC)
         return self.proj(x_STFC)
 
 
@@ -113,30 +112,16 @@ class MaskedStudents(nn.Module):
     def _losses(
         self, pred_SND: Tensor, cls_SD: Tensor, visible_BMK: Tensor, targets_BND: Tensor, target_cls_BD: Tensor
     ) -> Losses:
-        pred_BMND = pred_SND.float().unflatten(0, visible_BMK.shape[:2])
+        error, pred_var = masked_error(pred_SND, targets_BND, visible_BMK.flatten(0, 1))
+        frame = error * pred_SND.shape[-1] ** -0.5
         cls_BMD = cls_SD.float().unflatten(0, visible_BMK.shape[:2])
-        masked_BMN = torch.ones_like(pred_BMND[..., 0]).scatter(2, visible_BMK, 0.0)
-        frame = (scaled_error(pred_BMND, targets_BND[:, None]) * masked_BMN).sum() / masked_BMN.sum()
         utterance = scaled_error(cls_BMD, target_cls_BD[:, None]).mean()
-        total = frame + self.utterance_weight * utterance
-        return Losses(total, frame, utterance, feature_spread(pred_BMND.detach(), masked_BMN))
+        return Losses(frame + self.utterance_weight * utterance, frame, utterance, pred_var)
 
 
 def scaled_error(pred_D: Tensor, target_D: Tensor) -> Tensor:
     """|pred - target|^2 / sqrt(D) over the last dimension (the scale of data2vec 2.0)."""
     return (pred_D - target_D).square().sum(-1) * pred_D.shape[-1] ** -0.5
-
-
-def feature_spread(features_D: Tensor, weight: Tensor) -> Tensor:
-    """Each feature's standard deviation over the tokens of weight 1, averaged over features: 0 means collapse.
-
-    data2vec logs this as "variance"; features_D is [..., D] in fp32, weight [...] holds 0 and 1.
-    """
-    features_ND, weight_N1 = features_D.flatten(0, -2), weight.flatten()[:, None]
-    count = weight_N1.sum()
-    mean_D = (features_ND * weight_N1).sum(0) / count
-    variance_D = ((features_ND - mean_D).square() * weight_N1).sum(0) / (count - 1)
-    return (variance_D + VARIANCE_FLOOR).sqrt().mean()
 
 
 class Teacher(nn.Module):

@@ -1,0 +1,98 @@
+"""Several machines: who is who under SLURM's srun, and a run folder that all of them see.
+
+deepspeed and torchrun give every process RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. srun gives numbers
+of its own, from which the same follow: docs/slurm.sh is a job.
+"""
+
+import os
+import re
+import secrets
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import torch.distributed as dist
+
+from asda.errors import UserError
+
+FIRST_PORT, NUM_PORTS = 20_000, 20_000  # a job's meeting point, by its number: below what systems hand out themselves
+FIRST_HOST = re.compile(r"^([^\[,]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?")  # of node[01-03,07],login
+TASKS_OF_NODES = re.compile(r"(\d+)(?:\(x(\d+)\))?")  # of 4(x2),1
+
+
+def slurm_ranks(env: Mapping[str, str]) -> dict[str, str]:
+    """The variables of torch.distributed for a process that srun started together with others; {} for any other.
+
+    What is set already stays as it is, so a job may choose MASTER_ADDR and MASTER_PORT by itself.
+
+    Raises:
+        UserError: SLURM does not say where the ranks are to meet.
+    """
+    num_tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
+    if "RANK" in env or "SLURM_STEP_ID" not in env or num_tasks == "1":
+        return {}  # a batch script without srun has SLURM_NTASKS too, but is one process
+    derived = {
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": num_tasks,
+        "LOCAL_RANK": env["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(_tasks_on_this_node(env)),
+        "MASTER_ADDR": env.get("MASTER_ADDR") or _first_host(env),
+        "MASTER_PORT": str(FIRST_PORT + int(env.get("SLURM_JOB_ID", "0")) % NUM_PORTS),
+    }
+    return {name: value for name, value in derived.items() if name not in env}
+
+
+def _first_host(env: Mapping[str, str]) -> str:
+    """Where srun's task 0 runs. Not SLURM_LAUNCH_NODE_IPADDR: after salloc that is where the user sits."""
+    hosts = FIRST_HOST.match(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "")
+    if hosts is None:
+        raise UserError(
+            "SLURM started several tasks, but neither MASTER_ADDR nor SLURM_JOB_NODELIST says where rank 0 is; set "
+            "MASTER_ADDR to the host of the first task, as docs/slurm.sh does"
+        )
+    return "".join(part or "" for part in hosts.groups())
+
+
+def _tasks_on_this_node(env: Mapping[str, str]) -> int:
+    groups = TASKS_OF_NODES.findall(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "")
+    of_nodes = [int(num_tasks) for num_tasks, times in groups for _ in range(int(times or 1))]
+    node = int(env.get("SLURM_NODEID", "0"))
+    return of_nodes[node] if node < len(of_nodes) else int(env.get("SLURM_NTASKS_PER_NODE", "1"))
+
+
+def check_folder_is_shared(folder: Path, rank: int, world_size: int) -> None:
+    """Refuse a run folder that is not the same one for all ranks. All ranks call this together.
+
+    Raises:
+        UserError: on all ranks alike, naming the hosts that do not see what the first rank writes.
+    """
+    if world_size == 1:
+        return
+    token = [secrets.token_hex(8)]
+    dist.broadcast_object_list(token)
+    parent = next(path for path in [folder, *folder.absolute().parents] if path.is_dir())  # refusing leaves no folder
+    paths = [parent / f".asda-{token[0]}"]
+    dist.broadcast_object_list(paths)
+    path = paths[0]
+    failure = None
+    if rank == 0:
+        try:
+            path.write_text(token[0])
+        except OSError as error:
+            failure = f"cannot write to {parent}: {error.strerror}; give another run.folder"
+    dist.barrier()
+    with suppress(OSError):
+        os.listdir(path.parent)  # a network file system may remember that the file was not there
+    verdicts = [(failure, socket.gethostname(), path.is_file())] * world_size
+    dist.all_gather_object(verdicts, verdicts[0])
+    if rank == 0:
+        path.unlink(missing_ok=True)
+    if verdicts[0][0]:
+        raise UserError(verdicts[0][0])
+    blind = sorted({host for _, host, sees in verdicts if not sees})
+    if blind:
+        raise UserError(
+            f"run.folder {folder} is not one folder for all ranks: {', '.join(blind)} {'do' if len(blind) > 1 else 'does'} "
+            f"not see what rank 0 on {verdicts[0][1]} writes there; give a folder on a disk that all hosts share"
+        )

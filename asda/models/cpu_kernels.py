@@ -1,0 +1,391 @@
+"""What of a training step in bf16 is not a product of matrices, for CPUs: each kernel goes over memory once.
+
+torch computes these row by row as well, but one operation at a time, and at this size every operation costs a way to
+memory and back. Each kernel here does for a row of bf16 all that its definition (asda/models/cpu_ops.py, beside every
+call) does for it, in fp32, and rounds the results. numba compiles them at first use and keeps what it compiled.
+
+The rows are parted among the threads that torch's own products use: a second pool of threads would fight with the
+first, whose threads wait by spinning. That takes the OpenMP library inside torch's wheel; where it is not, `AVAILABLE`
+is false and the definitions are used.
+
+Shapes: R rows, D features of a row, P parts (threads), J heads of all sequences, N tokens. bf16 numbers are uint16 here.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, cfunc, njit, types
+from numba.core.typing import signature
+from numba.extending import intrinsic
+from torch import Tensor
+
+LIBGOMP = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
+AVAILABLE = LIBGOMP.is_file()
+# Sums may be taken in any order, and a product and a sum in one instruction; nan and inf stay what they are.
+FAST = {"reassoc", "contract", "arcp", "nsz"}
+ARGUMENTS = types.void(types.CPointer(types.voidptr))  # int64 sizes, float64 numbers, then a pointer for each tensor
+LANES = 16  # fp32 numbers in a register; rows are padded to it where the end of a row would cost as much as the rest
+
+if AVAILABLE:
+    _gomp = ctypes.CDLL(str(LIBGOMP))
+    for _name in ("omp_get_thread_num", "omp_get_num_threads"):
+        llvm.add_symbol(_name, ctypes.cast(getattr(_gomp, _name), ctypes.c_void_p).value)
+_thread_num = types.ExternalFunction("omp_get_thread_num", signature(types.int32))
+_num_threads = types.ExternalFunction("omp_get_num_threads", signature(types.int32))
+
+
+def launch(kernel: Callable[..., None], sizes: list[int], numbers: list[float], *tensors: Tensor) -> None:
+    """Run a kernel on all of torch's threads, and return when all are done; other Python threads go on meanwhile."""
+    arrays = np.array(sizes, np.int64), np.array(numbers, np.float64)
+    pointers = [array.ctypes.data for array in arrays] + [tensor.data_ptr() for tensor in tensors]
+    arguments = (ctypes.c_void_p * len(pointers))(*pointers)
+    _gomp.GOMP_parallel(_address(kernel), arguments, ctypes.c_uint(torch.get_num_threads()), ctypes.c_uint(0))
+
+
+@functools.cache
+def _address(kernel: Callable[..., None]) -> ctypes.c_void_p:
+    return ctypes.c_void_p(cfunc(ARGUMENTS, fastmath=FAST, cache=True)(kernel).address)
+
+
+@njit(inline="always")
+def _rows_of_this_thread(num_rows):
+    part, parts = _thread_num(), _num_threads()
+    return part, num_rows * part // parts, num_rows * (part + 1) // parts
+
+
+# Numbers -------------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def _float_of(typing_context: Any, bits: Any):
+    """The fp32 number with these 32 bits."""
+    return types.float32(types.uint32), lambda context, builder, signature, args: builder.bitcast(
+        args[0], ir.FloatType()
+    )
+
+
+@intrinsic
+def _bits_of(typing_context: Any, number: Any):
+    """The 32 bits of an fp32 number."""
+    return types.uint32(types.float32), lambda context, builder, signature, args: builder.bitcast(
+        args[0], ir.IntType(32)
+    )
+
+
+@njit(inline="always")
+def _wide(bf16):
+    """The fp32 number that a bf16 number is: its upper half."""
+    return _float_of(np.uint32(np.uint32(bf16) << np.uint32(16)))
+
+
+@njit(inline="always")
+def _narrow(number):
+    """The nearest bf16 number, the even one of two; nan stays nan as long as its upper half says so, as torch's do."""
+    bits = _bits_of(number)
+    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@njit(inline="always")
+def _exp(x):
+    """e^x for x <= 88, within 3e-7 of it; 0 below -88. 2^(n + f): n in the exponent, and a polynomial for 2^f."""
+    power = x * np.float32(1.4426950408889634)
+    power = np.float32(-127) if power < np.float32(-127) else power  # nan passes
+    whole = np.floor(power + np.float32(0.5))
+    f = (power - whole) * np.float32(0.6931471805599453)  # |f| <= 0.35: the next term of the series is f^7 / 5040
+    series = np.float32(1 / 120) + f * np.float32(1 / 720)
+    series = np.float32(1 / 6) + f * (np.float32(1 / 24) + f * series)
+    series = np.float32(1) + f * (np.float32(1) + f * (np.float32(0.5) + f * series))
+    return series * _float_of(np.uint32((np.int32(whole) + np.int32(127)) << np.int32(23)))
+
+
+@njit(inline="always")
+def _normal_cdf(x):
+    """Probability that a standard normal number is below x, within a relative 1e-6.
+
+    erfc(|x| / sqrt(2)) / 2 by the rational Chebyshev fit of "Numerical Recipes" (erfcc), and its mirror image.
+    """
+    z = abs(x) * np.float32(0.7071067811865476)
+    t = np.float32(1) / (np.float32(1) + np.float32(0.5) * z)
+    fit = np.float32(-0.82215223) + t * np.float32(0.17087277)
+    fit = np.float32(-1.13520398) + t * (np.float32(1.48851587) + t * fit)
+    fit = np.float32(-0.18628806) + t * (np.float32(0.27886807) + t * fit)
+    fit = np.float32(0.37409196) + t * (np.float32(0.09678418) + t * fit)
+    fit = np.float32(-1.26551223) + t * (np.float32(1.00002368) + t * fit)
+    tail = np.float32(0.5) * t * _exp(fit - z * z)
+    return tail if x < np.float32(0) else np.float32(1) - tail
+
+
+@njit(inline="always")
+def _gelu(x):
+    return x * _normal_cdf(x)
+
+
+@njit(inline="always")
+def _gelu_slope(x):
+    density = np.float32(0.3989422804014327) * _exp(np.float32(-0.5) * x * x)
+    return _normal_cdf(x) + x * density
+
+
+# GELU ----------------------------------------------------------------------------------------------------------------
+
+
+def gelu(a):
+    """sizes R; x_R -> y_R."""
+    (num,) = carray(a[0], (1,), np.int64)
+    x, y = carray(a[2], (num,), np.uint16), carray(a[3], (num,), np.uint16)
+    _, first, last = _rows_of_this_thread(num)
+    for i in range(first, last):
+        y[i] = _narrow(_gelu(_wide(x[i])))
+
+
+def gelu_backward(a):
+    """sizes R; x_R, dy_R -> dx_R, and once more y_R."""
+    (num,) = carray(a[0], (1,), np.int64)
+    x, dy = carray(a[2], (num,), np.uint16), carray(a[3], (num,), np.uint16)
+    dx, y = carray(a[4], (num,), np.uint16), carray(a[5], (num,), np.uint16)
+    _, first, last = _rows_of_this_thread(num)
+    for i in range(first, last):
+        number = _wide(x[i])
+        below = _normal_cdf(number)
+        density = np.float32(0.3989422804014327) * _exp(np.float32(-0.5) * number * number)
+        dx[i] = _narrow(_wide(dy[i]) * (below + number * density))
+        y[i] = _narrow(number * below)
+
+
+# Norms over the features of a row --------------------------------------------------------------------------------------
+
+
+@njit(inline="always")
+def _moments(row_D, eps):
+    """Mean and reciprocal deviation of a row in fp32."""
+    share = np.float32(1) / np.float32(len(row_D))
+    total = np.float32(0)
+    for d in range(len(row_D)):
+        total += row_D[d]
+    mean = total * share
+    square = np.float32(0)
+    for d in range(len(row_D)):
+        square += (row_D[d] - mean) * (row_D[d] - mean)
+    return mean, np.float32(1) / np.sqrt(square * share + np.float32(eps))
+
+
+@njit(inline="always")
+def _norm_backward(dnormed_D, normed_D, rstd, dx_D):
+    """dx of x -> (x - mean) * rstd, from the gradient of the result and the result."""
+    share = np.float32(1) / np.float32(len(normed_D))
+    total, along = np.float32(0), np.float32(0)
+    for d in range(len(normed_D)):
+        total += dnormed_D[d]
+        along += dnormed_D[d] * normed_D[d]
+    total, along = total * share, along * share
+    for d in range(len(normed_D)):
+        dx_D[d] = _narrow(rstd * (dnormed_D[d] - total - normed_D[d] * along))
+
+
+def norm(a):
+    """sizes R, D, whether there is a residual; numbers eps; x_RD, residual_RD, w_D, b_D -> sum_RD, y_RD, moments_R2."""
+    rows, width, adds = carray(a[0], (3,), np.int64)
+    eps = carray(a[1], (1,), np.float64)[0]
+    x, residual = carray(a[2], (rows, width), np.uint16), carray(a[3], (rows, width), np.uint16)
+    weight, bias = carray(a[4], (width,), np.uint16), carray(a[5], (width,), np.uint16)
+    summed, y = carray(a[6], (rows, width), np.uint16), carray(a[7], (rows, width), np.uint16)
+    moments = carray(a[8], (rows, 2), np.float32)
+    row = np.empty(width, np.float32)
+    _, first, last = _rows_of_this_thread(rows)
+    for r in range(first, last):
+        if adds:
+            for d in range(width):
+                rounded = _narrow(_wide(x[r, d]) + _wide(residual[r, d]))
+                summed[r, d] = rounded
+                row[d] = _wide(rounded)
+        else:
+            for d in range(width):
+                row[d] = _wide(x[r, d])
+        mean, rstd = _moments(row, eps)
+        moments[r, 0], moments[r, 1] = mean, rstd
+        for d in range(width):
+            y[r, d] = _narrow((row[d] - mean) * rstd * _wide(weight[d]) + _wide(bias[d]))
+
+
+def norm_backward(a):
+    """sizes R, D; x_RD, dy_RD, w_D, moments_R2 -> dx_RD, and this thread's share of dw and db added to sums_P2D."""
+    rows, width = carray(a[0], (2,), np.int64)
+    x, dy = carray(a[2], (rows, width), np.uint16), carray(a[3], (rows, width), np.uint16)
+    weight, moments = carray(a[4], (width,), np.uint16), carray(a[5], (rows, 2), np.float32)
+    dx = carray(a[6], (rows, width), np.uint16)
+    part, first, last = _rows_of_this_thread(rows)
+    sums = carray(a[7], (part + 1, 2, width), np.float32)
+    dweight, dbias = sums[part, 0], sums[part, 1]
+    normed, dnormed = np.empty(width, np.float32), np.empty(width, np.float32)
+    for r in range(first, last):
+        mean, rstd = moments[r, 0], moments[r, 1]
+        for d in range(width):
+            slope = _wide(dy[r, d])
+            normed[d] = (_wide(x[r, d]) - mean) * rstd
+            dnormed[d] = slope * _wide(weight[d])
+            dweight[d] += slope * normed[d]
+            dbias[d] += slope
+        _norm_backward(dnormed, normed, rstd, dx[r])
+
+
+def norm_gelu(a):
+    """sizes R, D, whether there is a residual; numbers eps; x_RD, residual_RD -> y_RD, moments_R2."""
+    rows, width, adds = carray(a[0], (3,), np.int64)
+    eps = carray(a[1], (1,), np.float64)[0]
+    x, residual = carray(a[2], (rows, width), np.uint16), carray(a[3], (rows, width), np.uint16)
+    y, moments = carray(a[4], (rows, width), np.uint16), carray(a[5], (rows, 2), np.float32)
+    row = np.empty(width, np.float32)
+    _, first, last = _rows_of_this_thread(rows)
+    for r in range(first, last):
+        for d in range(width):
+            row[d] = _wide(x[r, d])
+        mean, rstd = _moments(row, eps)
+        moments[r, 0], moments[r, 1] = mean, rstd
+        for d in range(width):
+            row[d] = _gelu((row[d] - mean) * rstd)
+        if adds:
+            for d in range(width):
+                y[r, d] = _narrow(row[d] + _wide(residual[r, d]))
+        else:
+            for d in range(width):
+                y[r, d] = _narrow(row[d])
+
+
+def norm_gelu_backward(a):
+    """sizes R, D; x_RD, dy_RD, moments_R2 -> dx_RD."""
+    rows, width = carray(a[0], (2,), np.int64)
+    x, dy = carray(a[2], (rows, width), np.uint16), carray(a[3], (rows, width), np.uint16)
+    moments, dx = carray(a[4], (rows, 2), np.float32), carray(a[5], (rows, width), np.uint16)
+    normed, dnormed = np.empty(width, np.float32), np.empty(width, np.float32)
+    _, first, last = _rows_of_this_thread(rows)
+    for r in range(first, last):
+        mean, rstd = moments[r, 0], moments[r, 1]
+        for d in range(width):
+            normed[d] = (_wide(x[r, d]) - mean) * rstd
+            dnormed[d] = _wide(dy[r, d]) * _gelu_slope(normed[d])
+        _norm_backward(dnormed, normed, rstd, dx[r])
+
+
+# Losses --------------------------------------------------------------------------------------------------------------
+
+
+def masked_error(a):
+    """sizes R, D, C rows of targets, M; pred_RD, target_CD, masked_R (uint8) -> sums_P3D in fp64.
+
+    The sums are over the masked rows: of the squared error, of the predictions, of their squares. Row r = (b M + m) N + n
+    of the predictions has the target b N + n.
+    """
+    rows, width, num_targets, students, patches = carray(a[0], (5,), np.int64)
+    pred, target = carray(a[2], (rows, width), np.uint16), carray(a[3], (num_targets, width), np.float32)
+    masked = carray(a[4], (rows,), np.uint8)
+    part, first, last = _rows_of_this_thread(rows)
+    sums = carray(a[5], (part + 1, 3, width), np.float64)
+    error, total, square = sums[part, 0], sums[part, 1], sums[part, 2]
+    for r in range(first, last):
+        if masked[r]:
+            t = r // (students * patches) * patches + r % patches
+            for d in range(width):
+                number = _wide(pred[r, d])
+                difference = number - target[t, d]
+                error[d] += difference * difference
+                total[d] += number
+                square[d] += number * number
+
+
+def masked_error_backward(a):
+    """As masked_error; numbers factor -> dpred_RD = factor * (pred - target) where masked, else 0."""
+    rows, width, num_targets, students, patches = carray(a[0], (5,), np.int64)
+    factor = np.float32(carray(a[1], (1,), np.float64)[0])
+    pred, target = carray(a[2], (rows, width), np.uint16), carray(a[3], (num_targets, width), np.float32)
+    masked, dpred = carray(a[4], (rows,), np.uint8), carray(a[5], (rows, width), np.uint16)
+    _, first, last = _rows_of_this_thread(rows)
+    for r in range(first, last):
+        if masked[r]:
+            t = r // (students * patches) * patches + r % patches
+            for d in range(width):
+                dpred[r, d] = _narrow(factor * (_wide(pred[r, d]) - target[t, d]))
+        else:
+            for d in range(width):
+                dpred[r, d] = 0
+
+
+# Maps of attention -----------------------------------------------------------------------------------------------------
+
+
+@njit(inline="always")
+def _softmax(logits_N, padded):
+    """softmax of a row into `padded`, whose length is a multiple of LANES; beyond the row it holds zeros."""
+    width, highest = len(logits_N), np.float32(-np.inf)
+    for n in range(width):
+        padded[n] = _wide(logits_N[n])
+        highest = padded[n] if padded[n] > highest else highest
+    for n in range(width, len(padded)):
+        padded[n] = np.float32(-np.inf)
+    total = np.float32(0)
+    for n in range(len(padded)):
+        padded[n] = _exp(padded[n] - highest)
+        total += padded[n]
+    share = np.float32(1) / total
+    for n in range(len(padded)):
+        padded[n] *= share
+
+
+def maps_and_difference(a):
+    """sizes R, N, maps; numbers lambda; logits_MRN -> maps_MRN, difference_RN."""
+    rows, width, num_maps = carray(a[0], (3,), np.int64)
+    lam = np.float32(carray(a[1], (1,), np.float64)[0])
+    logits, maps = (
+        carray(a[2], (num_maps, rows, width), np.uint16),
+        carray(a[3], (num_maps, rows, width), np.uint16),
+    )
+    difference = carray(a[4], (rows, width), np.uint16)
+    size = (width + LANES - 1) // LANES * LANES
+    first_map, second_map = np.empty(size, np.float32), np.empty(size, np.float32)
+    _, first, last = _rows_of_this_thread(rows)
+    for r in range(first, last):
+        _softmax(logits[0, r], first_map)
+        for n in range(width):
+            maps[0, r, n] = _narrow(first_map[n])
+        if num_maps == 2:
+            _softmax(logits[1, r], second_map)
+            for n in range(width):
+                maps[1, r, n] = _narrow(second_map[n])
+                difference[r, n] = _narrow(first_map[n] - lam * second_map[n])
+
+
+def maps_backward(a):
+    """sizes R, N, maps; numbers lambda; maps_MRN, ddifference_RN -> dlogits_MRN, difference_RN, which may lie on the
+    gradient's memory.
+
+    With dA the gradient of A = P1 - lambda P2: dL1 = P1 (dA - rowsum(P1 dA)), dL2 = P2 (dA - rowsum(P2 dA)), whose
+    factor -lambda is left to the products that follow. A itself is computed once more.
+    """
+    rows, width, num_maps = carray(a[0], (3,), np.int64)
+    lam = np.float32(carray(a[1], (1,), np.float64)[0])
+    maps, dlogits = (
+        carray(a[2], (num_maps, rows, width), np.uint16),
+        carray(a[4], (num_maps, rows, width), np.uint16),
+    )
+    ddifference, difference = carray(a[3], (rows, width), np.uint16), carray(a[5], (rows, width), np.uint16)
+    slope, weight = np.empty(width, np.float32), np.empty(width, np.float32)
+    _, first, last = _rows_of_this_thread(rows)
+    for r in range(first, last):
+        for n in range(width):
+            slope[n] = _wide(ddifference[r, n])
+        for m in range(num_maps):
+            along = np.float32(0)
+            for n in range(width):
+                weight[n] = _wide(maps[m, r, n])
+                along += weight[n] * slope[n]
+            for n in range(width):
+                dlogits[m, r, n] = _narrow(weight[n] * (slope[n] - along))
+        if num_maps == 2:
+            for n in range(width):
+                difference[r, n] = _narrow(_wide(maps[0, r, n]) - lam * weight[n])
