@@ -37,6 +37,20 @@ def evaluate_weights(
         UserError: the shards are damaged, or have other classes than the classifier.
     """
     assert isinstance(config.objective, ClassifyConfig)
+    dataset = held_out(config, vocabulary)
+    model = Classifier(config.model, config.objective, len(vocabulary))
+    model.load_state_dict(weights)
+    set_attention_path(model, config.engine.attention)
+    scores_NC, targets_NC = _predict(model.to(processes.device).eval(), dataset, config, processes)
+    return summary(scores_NC, targets_NC, single_label=config.objective.loss == "ce")
+
+
+def held_out(config: Config, vocabulary: tuple[str, ...]) -> ClipDataset:
+    """The clips of config.data.valid.
+
+    Raises:
+        UserError: the shards are missing, have no labels, or other classes than the classifier.
+    """
     cache = CacheConfig(config.data.cache, config.data.cache_gib)
     dataset = ClipDataset(config.data.valid, labelled=True, cache=cache)
     if not dataset.num_labels:
@@ -49,11 +63,7 @@ def evaluate_weights(
             f"{config.data.valid} has {len(dataset.vocabulary)} classes that are not the {len(vocabulary)} the "
             "classifier was trained on; make the shards with the same --labels FILE"
         )
-    model = Classifier(config.model, config.objective, len(vocabulary))
-    model.load_state_dict(weights)
-    set_attention_path(model, config.engine.attention)
-    scores_NC, targets_NC = _predict(model.to(processes.device).eval(), dataset, config, processes)
-    return summary(scores_NC, targets_NC, single_label=config.objective.loss == "ce")
+    return dataset
 
 
 def _predict(

@@ -93,6 +93,6 @@ def check_folder_is_shared(folder: Path, rank: int, world_size: int) -> None:
     blind = sorted({host for _, host, sees in verdicts if not sees})
     if blind:
         raise UserError(
-            f"run.folder {folder} is not one folder for all ranks: {', '.join(blind)} {'do' if len(blind) > 1 else 'does'} "
-            f"not see what rank 0 on {verdicts[0][1]} writes there; give a folder on a disk that all hosts share"
+            f"run.folder {folder} is not one folder for all ranks: what rank 0 on {verdicts[0][1]} writes there is not "
+            f"seen on {', '.join(blind)}; give a folder on a disk that all hosts share"
         )

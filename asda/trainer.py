@@ -43,7 +43,7 @@ from asda.engine import (
     was_applied,
 )
 from asda.errors import Stopped, UserError, say
-from asda.evaluate import evaluate_weights
+from asda.evaluate import evaluate_weights, held_out
 from asda.meter import Meter
 from asda.objectives import DTYPES, Pretraining, make_objective
 from asda.partitions import optimizer_file, restore
@@ -92,6 +92,8 @@ class Trainer:
         self.accumulation = config.optimizer.batch // processes.world_size // self.micro_batch
         self.budget = DamageBudget(int(config.data.max_damaged * len(dataset)))
         self.probe = Probe(config) if config.probe else None
+        if config.data.valid:
+            held_out(config, dataset.vocabulary)  # a mistake in it shows now, not after hours
         self.progress = Progress()
         self.clips: list[Clip] = []  # this rank's part of the last step
 
@@ -129,8 +131,8 @@ class Trainer:
         Raises:
             Stopped: as was asked, after a checkpoint.
         """
-        stream = self._stream()
-        with with_patches(stream, self.config, self.micro_batch, self.processes.device, training=True) as batches:
+        made = with_patches(self._stream(), self.config, self.micro_batch, self.processes.device, training=True)
+        with made as batches, self.writer:
             while self.progress.step < self.config.optimizer.steps:
                 figures = self._step(batches)
                 self.log.advance()
@@ -138,7 +140,6 @@ class Trainer:
                 self._report(figures)
                 self._judge()
                 self._save_or_stop()
-        self.writer.close()
         self.log.close()
 
     def _step(self, batches: Iterator[tuple[Tensor, Batch]]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from ranks import (
     everything,
     lower_the_loss_scale,
     make_run,
+    micro_batches,
     run_ranks,
     stages_of,
     tiny_config,
@@ -265,32 +266,35 @@ def test_deepspeed_begins_with_the_very_weights_and_with_adam_at_its_start() -> 
         assert not complaints, complaints
 
 
-def accumulated(processes: Any) -> dict[str, float]:
-    """How far the sum of four micro-batches' gradients in bf16 is from the exact one, in units of its terms."""
-    from asda.partitions import fragments
+def accumulated(processes: Any) -> dict[int, list[str]]:
+    """By stage, what differs between a gradient in bf16 and the mean of four that are the same."""
+    from asda.engine import guarded, set_learning_rate
 
-    errors = {}
-    options = ("engine.precision=bf16", "optimizer.clip=0", "optimizer.warmup_steps=0")
+    found = {}
+    patches, batch = next(micro_batches(0, 0, 1, 4))
     for stage in stages_of("bf16"):
-        config = tiny_config(*options, f"engine.zero_stage={stage}", "engine.micro_batch=2")
-        plain = Plain(config, "bf16", 4).gradients(0)  # of the same micro-batches, summed in fp32
-        objective, engine = make_run(config, processes)
-        train_step(objective, engine, processes, 0, 0)
-        first = 1 - config.optimizer.betas[0]
-        errors[stage] = max(
-            ((f.exp_avg.double() / first - plain[f.name].double().flatten()).norm() / plain[f.name].norm()).item()
-            for f in fragments(engine)
-            if plain[f.name].norm() > 1e-6  # some gradients are 0 but for rounding
-        )
-    return errors
+        ends = []
+        for size in (2, 8):
+            options = ("engine.precision=bf16", f"engine.zero_stage={stage}", "engine.micro_batch=2")
+            objective, engine = make_run(
+                tiny_config(*options, f"optimizer.batch={size}", "optimizer.clip=0"), processes
+            )
+            set_learning_rate(engine, 1e-3)
+            for _ in range(size // 2):
+                engine.backward(guarded(objective.loss(engine, patches, batch)[0]))
+                engine.step()
+            ends.append(everything(objective, engine))
+        found[stage] = differing(*ends)
+    return found
 
 
 @pytest.mark.launch
 def test_micro_batches_in_bf16_add_up_in_fp32_in_stages_1_to_3() -> None:
-    ((errors),) = run_ranks(1, accumulated)
-    # Three additions and the moment's product round to 2**-24 each, of at most the sum of the terms' norms, which for
-    # gradients that agree is little more than the norm of the sum; in bf16 it would be 2**-9.
-    assert all(errors[stage] < 2**-20 for stage in (1, 2, 3)), errors
+    # Two and four times a number of 8 bits are as exact in bf16 as in fp32; three times it, on the way, is exact in
+    # fp32 alone. In stage 0 DeepSpeed sums in bf16, which asda/engine.py says; should it learn better, say so there.
+    (found,) = run_ranks(1, accumulated)
+    assert not any(found[stage] for stage in (1, 2, 3)), found
+    assert found[0]
 
 
 def recomputed(processes: Any) -> list[str]:

@@ -48,6 +48,7 @@ def test_the_parts_that_compute_here_run_on_a_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(900)  # six launches
 def test_the_parts_that_train_run_on_a_cpu(tmp_path: Path) -> None:
     done = shell(tmp_path, "--cpu", "--only", "stages", "resume", "training")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -108,6 +109,7 @@ def test_memory_that_runs_out_ends_the_search_for_the_largest_micro_batch(
 
     monkeypatch.setattr(gpu_day.Day, "part", part)
     today = day(tmp_path)
+    today.cpu = False  # on the CPU one micro-batch is enough
     today.found["gemm"] = {"bf16_flops_per_s": 10.0}
     found = gpu_day.step(today)
     assert found["rows"] == [{"micro_batch": 1, "flops_per_s": 5.0, "share_of_gemm": 0.5}]

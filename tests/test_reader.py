@@ -181,3 +181,44 @@ def test_a_worker_that_hangs_is_named_after_the_timeout(count_fault: Count) -> N
         next(results)
     assert time.monotonic() - started < 20
     count_fault("13", "a worker process that hangs", 1, 1)
+
+
+def status(pid: int, key: str) -> str:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(line.split()[1] for line in lines if line.startswith(f"{key}:"))
+
+
+def test_workers_hear_no_request_to_stop_and_take_no_random_number_of_the_trainer() -> None:
+    # A step's noise follows from its number alone: in a resumed session it must not depend on the workers' start.
+    before = torch.get_rng_state(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    results = in_two_processes(range(100), slow_square)
+    assert next(results) == 0
+    for worker in multiprocessing.active_children():
+        blocked = int(status(worker.pid, "SigBlk"), 16)  # type: ignore[arg-type]
+        assert all(blocked >> number - 1 & 1 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+        os.kill(worker.pid, signal.SIGTERM)  # type: ignore[arg-type]
+    assert list(results) == [number * number for number in range(1, 100)]
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before[1]
+
+
+def test_workers_end_with_a_trainer_that_is_killed(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import multiprocessing, operator, os, signal, sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_reader import in_two_processes, slow_square\n"
+        "if __name__ == '__main__':\n"
+        "    results = in_two_processes(range(100), slow_square)\n"
+        "    next(results)\n"
+        "    print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    workers = [Path(f"/proc/{pid}") for pid in done.stdout.split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 2  # torch's own watch looks every five seconds
+    while any(worker.exists() for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(worker.exists() for worker in workers)

@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import resource
+import select
 import struct
 import sys
 import termios
@@ -50,11 +51,14 @@ def terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> Iterator[list[str
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24 if columns else 0, columns, 0, 0))
     shown: list[str] = []
+    pieces: list[bytes] = []
     with open(theirs, "w") as stderr, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", stderr)
         yield shown
         stderr.flush()
-        shown.append(os.read(ours, 1 << 16).decode())
+        while select.select([ours], [], [], 0.1)[0]:  # it comes in pieces
+            pieces.append(os.read(ours, 1 << 16))
+    shown.append(b"".join(pieces).decode())
     os.close(ours)
 
 
@@ -189,7 +193,7 @@ def test_a_board_that_fails_is_left_out_with_a_warning_and_the_run_goes_on(
     assert [entry["step"] for entry in read_metrics(tmp_path, "train")] == [1, 2]
 
 
-def wandb_history(path: Path) -> Iterator[dict[str, float]]:
+def wandb_history(path: Path) -> list[dict[str, float]]:
     """The points in an offline file of W&B: a header of 7 bytes, then Record protobufs in LevelDB's log format.
 
     https://github.com/google/leveldb/blob/main/doc/log_format.md: checksum (4 bytes), length (2), type (1), data; type
@@ -197,15 +201,20 @@ def wandb_history(path: Path) -> Iterator[dict[str, float]]:
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, at = path.read_bytes(), 7
-    assert len(data) < 32 * 1024
-    while at < len(data):
-        length, kind = struct.unpack_from("<HB", data, at + 4)
-        assert kind == 1
-        record = Record.FromString(data[at + 7 : at + 7 + length])
-        if record.WhichOneof("record_type") == "history":
-            yield {"".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-        at += 7 + length
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        data, at, records = path.read_bytes(), 7, []
+        assert len(data) < 32 * 1024
+        while at < len(data):
+            length, kind = struct.unpack_from("<HB", data, at + 4)
+            assert kind == 1
+            records.append(Record.FromString(data[at + 7 : at + 7 + length]))
+            at += 7 + length
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            break
+        time.sleep(0.05)  # its helper process writes a moment longer
+    points = [record.history.item for record in records if record.WhichOneof("record_type") == "history"]
+    return [{"".join(item.nested_key): json.loads(item.value_json) for item in items} for items in points]
 
 
 def test_a_resumed_run_continues_its_curve_in_weights_and_biases_which_may_be_offline(

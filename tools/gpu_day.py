@@ -32,6 +32,7 @@ STEPS, SAVED_AT = 12, 6  # of the short runs, and where the continued one begins
 # a value, of which a mean over many terms shows less; Adam's first steps enlarge them.
 MOST_DIFFERENCE = {"fp32": 1e-3, "bf16": 2**-7}
 MICRO_BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96)
+TINY = ["data.frames=64", "model.depth=2", "objective.target_layers=2", "objective.students=2", "optimizer.batch=8"]
 LAUNCH_S = 600  # longest a single program may take
 TAIL_CHARS = 2000  # of a program's messages that are kept when it fails
 Found = dict[str, Any]
@@ -87,6 +88,8 @@ class Day:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
         common = ["objective.decoder.noise_std=0", "optimizer.warmup_steps=2", "run.log_every=1", f"run.folder={run}"]
         common += [f"optimizer.steps={STEPS}", f"run.save_every={SAVED_AT}", "run.keep=9"]
+        if self.cpu:
+            common += TINY
         what = ["--config", f"configs/{config}.json", f"data.train={self.sounds()}:train"]
         self.python(*launcher, "asda/train.py", *what, *common, *overrides, env={"NVIDIA_TF32_OVERRIDE": "0"})
         return {entry["step"]: entry["loss"] for entry in self.metrics(run)}

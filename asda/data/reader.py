@@ -24,6 +24,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch.utils.data import Dataset
 from webdataset.compat import WebLoader
 
@@ -175,6 +176,7 @@ def read_ahead_in_processes(
         num_workers=processes,
         prefetch_factor=ahead_each,
         timeout=timeout_s,
+        generator=torch.Generator(),  # for a seed that nobody uses: the trainer's numbers must not depend on our start
         multiprocessing_context="spawn",  # a fork would copy the locks that other threads hold
         worker_init_fn=partial(_prepare_worker, threading.current_thread() is threading.main_thread()),
     )
