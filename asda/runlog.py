@@ -24,6 +24,7 @@ Figures = dict[str, float | int]
 NOT_FINITE = "not_finite"  # names in a line of metrics.jsonl whose values are null there: JSON has no nan or infinity
 WANDB_FILE = "wandb_run.txt"  # in the run folder: the id that a continued run goes on with
 UNKNOWN_ROWS, UNKNOWN_COLUMNS = 24, 100  # of a terminal that does not tell
+UNSAID = {"step_s", "tflop_per_s", "data_wait_s"}  # figures that follow from others of the line; the file has them
 ALARM_EVERY = 10  # log lines from one alarm to the next at least
 
 
@@ -140,7 +141,8 @@ class RunLog:
                 {name: _short(figures[name]) for name in ("loss", "clips_per_s", "lr") if name in figures}
             )
             return
-        self.say(f"{kind} step {step}: " + "  ".join(f"{name} {_short(value)}" for name, value in figures.items()))
+        told = "  ".join(f"{name} {_short(value)}" for name, value in figures.items() if _is_worth_saying(name, value))
+        self.say(f"{kind} step {step}: {told}")
 
     def close(self) -> None:
         """Flush and end."""
@@ -348,6 +350,11 @@ def _kept_id(path: Path) -> str:
     fresh = secrets.token_hex(4)
     path.write_text(fresh + "\n")
     return fresh
+
+
+def _is_worth_saying(name: str, value: float | int) -> bool:
+    """Not a count of 0, and nothing that follows from the others."""
+    return name not in UNSAID and not (isinstance(value, int) and value == 0)
 
 
 def _short(value: float | int) -> str:

@@ -99,7 +99,6 @@ class Trainer:
 
         start_from = checkpoint.newest_for_all(self.folder, warn=say)
         changes = self._continue_from(start_from) if start_from else []
-        self.saved_step = self.progress.step
         self.objective = make_objective(config, dataset.vocabulary, processes.device)
         self.engine = make_engine(config, self.objective.module, self.objective.lr_scales, processes.world_size)
         self.objective.follow(self.engine)
@@ -109,7 +108,6 @@ class Trainer:
 
         costs = network_costs(config.model, config.objective, config.data.frames, len(dataset.vocabulary))
         rate = gemm_rate(processes.device, DTYPES[config.engine.precision])
-        self.meter = Meter(processes, sum(costs.flops.values()), rate, self.progress.skipped_steps)
         about = derived_numbers(config, dataset, processes, self.micro_batch, costs, rate, self.progress.step)
         self.log = RunLog(
             self.folder,
@@ -124,6 +122,7 @@ class Trainer:
             (self.folder / "config.json").write_text(dump_config(config))
         for line in about + changes:
             self.log.say(line)
+        self.meter = Meter(processes, sum(costs.flops.values()), rate, self.progress.skipped_steps)
 
     def run(self) -> None:
         """Do every step that is left.

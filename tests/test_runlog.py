@@ -111,10 +111,10 @@ def test_tensorboard_shows_every_figure_at_its_step_and_the_curve_of_a_resumed_r
 def test_without_a_terminal_there_are_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with opened(tmp_path) as log:
         log.advance()
-        log.record("train", 1, {"loss": 1.23456789, "ema_decay": 0.99999, "skipped_steps": 0})
+        log.record("train", 1, {"loss": 1.23456789, "step_s": 0.1, "skipped_steps": 0, "failed_saves": 2})
         log.say("saved it")
     said = capsys.readouterr()
-    assert said.out == "train step 1: loss 1.2346  ema_decay 0.99999  skipped_steps 0\nsaved it\n"
+    assert said.out == "train step 1: loss 1.2346  failed_saves 2\nsaved it\n"
     assert said.err == ""
 
 
