@@ -9,6 +9,7 @@ ranks add up to is fp32 in stages 1 to 3; in stage 0 micro-batches add up in the
 DeepSpeed has nothing else there, and ranks in fp32.
 """
 
+import ctypes
 import math
 import os
 import socket
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from asda.config import Config, OptimizerConfig
 from asda.errors import UserError
+from asda.hosts import slurm_ranks
 from asda.partitions import fragments, set_masters, start_moments, whole
 
 # Elements of gradients that travel at once. Stages 1 to 3 keep a buffer of so many; of DeepSpeed's 5e8 it has 2 GB.
@@ -60,6 +62,7 @@ def join_processes(timeout_s: float = 600.0) -> Processes:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        _keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     # DeepSpeed would compile a shared-memory all-reduce for CPUs at first use (a C++ compiler, 30 s). Its processes
@@ -76,6 +79,19 @@ def join_processes(timeout_s: float = 600.0) -> Processes:
     return Processes(dist.get_rank(), dist.get_world_size(), device)
 
 
+def _keep_freed_memory() -> None:
+    """Let the C library keep the memory that tensors give back, for the next ones.
+
+    It would return large pieces to the system at once, and every page that comes back costs a fault: on two cores more
+    than a second of a step of ASDA-base that takes two. Where the library is not glibc, nothing happens.
+    """
+    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, -1)
+
+
 def leave_processes() -> None:
     """Part from the others at a regular end, so that no thread of the group outlives what it uses."""
     if dist.is_initialized():
@@ -84,11 +100,7 @@ def leave_processes() -> None:
 
 def _complete_environment() -> None:
     env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        env.setdefault("RANK", env["SLURM_PROCID"])
-        env.setdefault("WORLD_SIZE", env["SLURM_NTASKS"])
-        env.setdefault("LOCAL_RANK", env["SLURM_LOCALID"])
-        env.setdefault("LOCAL_WORLD_SIZE", env["SLURM_NTASKS_PER_NODE"])
+    env.update(slurm_ranks(env))
     if "RANK" not in env:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     env.setdefault("LOCAL_RANK", "0")

@@ -44,6 +44,7 @@ from asda.engine import (
 )
 from asda.errors import Stopped, UserError, say
 from asda.evaluate import evaluate_weights, held_out
+from asda.hosts import check_folder_is_shared
 from asda.meter import Meter
 from asda.objectives import DTYPES, Pretraining, make_objective
 from asda.partitions import optimizer_file, restore
@@ -97,6 +98,7 @@ class Trainer:
         self.progress = Progress()
         self.clips: list[Clip] = []  # this rank's part of the last step
 
+        check_folder_is_shared(self.folder, processes.rank, processes.world_size)
         start_from = checkpoint.newest_for_all(self.folder, warn=say)
         changes = self._continue_from(start_from) if start_from else []
         self.objective = make_objective(config, dataset.vocabulary, processes.device)

@@ -32,6 +32,6 @@ def table(reports: Iterable[pytest.TestReport]) -> Iterator[str]:
     rows = {value for report in reports for name, value in report.user_properties if name == PROPERTY}
     lines = sorted((json.loads(str(row)) for row in rows), key=lambda line: (int(line[0].rstrip("abcdef")), line))
     if lines:
-        yield "{:>4}  {:<64}{:>8}{:>10}{:>11}{:>6}".format(*HEAD)
+        yield "{:>4}  {:<78}{:>8}{:>10}{:>11}{:>6}".format(*HEAD)
     for line in lines:
-        yield "{:>4}  {:<64}{:>8}{:>10}{:>11}{:>6}".format(*line)
+        yield "{:>4}  {:<78}{:>8}{:>10}{:>11}{:>6}".format(*line)

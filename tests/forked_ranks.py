@@ -48,7 +48,7 @@ class Rank:
         return not self.exit_file.exists()
 
     def text(self) -> str:
-        return self.log.read_text()
+        return self.log.read_text() if self.log.exists() else ""
 
 
 class RankServer:

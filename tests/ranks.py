@@ -123,7 +123,8 @@ def everything(objective: Any, engine: Any) -> dict[str, torch.Tensor]:
     from asda.partitions import fragments, whole
 
     held = fragments(engine)
-    found = {"adam step": torch.stack([state["step"].cpu() for state in engine.basic_optimizer.state.values()])}
+    counters = torch.stack([state["step"].cpu() for state in engine.basic_optimizer.state.values()])
+    found = {"adam step": counters.unique()}  # one value, however many tensors a stage makes of the parameters
     for key in ("master", "exp_avg", "exp_avg_sq"):
         parts = whole([f.stretch for f in held], [getattr(f, key) for f in held], engine, everywhere=True)
         found |= {f"{key} {name}": tensor.cpu().clone() for name, tensor in parts.items()}

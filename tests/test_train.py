@@ -75,11 +75,12 @@ def test_a_run_killed_at_any_moment_continues_to_the_same_losses(
 
 
 @pytest.mark.launch
-def test_a_finished_run_says_so_and_changes_nothing(shards: Path, pretrained: Path) -> None:
+def test_a_finished_run_says_so_and_changes_nothing(shards: Path, pretrained: Path, count_fault: Count) -> None:
     before = {path: path.stat().st_mtime_ns for path in (pretrained / "checkpoints").rglob("*")}
     assert "6 of 6 steps are done" in launch(2, "train.py", *pretraining(shards, pretrained))
     assert {path: path.stat().st_mtime_ns for path in (pretrained / "checkpoints").rglob("*")} == before
     assert sorted(losses(pretrained)) == [1, 2, 3, 4, 5, 6]
+    count_fault("32", "a finished run started again: says so, ends with 0, changes nothing", 1, 1)
 
 
 @pytest.mark.launch
@@ -162,7 +163,32 @@ def test_a_run_goes_on_with_other_ranks_stages_and_workers_through_the_same_batc
     # Noise in the decoder is drawn by each rank for its own clips, so the losses differ by what it does to them.
     assert [entry["loss"] for entry in entries] == pytest.approx([e["loss"] for e in uninterrupted], rel=2**-6)
     count_fault("24", "other ranks and stages: 2 ranks, then 1, then 2", 2, 2, lost=0, recovered=2 * equal)
-    count_fault("25", "other workers and threads: 2 threads, then 1 worker, then none", 2, 2, lost=0, recovered=2 * equal)
+    count_fault("25", "other workers and threads: 2 threads, 1 worker, none", 2, 2, lost=0, recovered=2 * equal)
+
+
+@pytest.mark.launch
+def test_steps_without_a_finite_loss_are_counted_and_end_the_run_with_the_names_of_their_clips(
+    shards: Path, tmp_path: Path, count_fault: Count
+) -> None:
+    run = tmp_path / "run"
+    # The first step has the rate 0; the second moves weights so far that squares of predictions exceed fp32.
+    absurd = ["optimizer.lr=1e12", "optimizer.warmup_steps=1", "run.max_bad_steps=3", "run.save_every=1"]
+    done = start(command(2, "train.py", *pretraining(shards, run, *absurd)))
+    assert "3 steps in a row, up to step 5, had a loss or gradient that is not finite" in done.stderr
+    assert "Traceback" not in done.stderr
+    steps = [json.loads(line) for line in (run / "bad_steps.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in steps] == [3, 4, 5]
+    assert all(len(entry["clips"]) == 8 for entry in steps)
+    assert all(name.startswith("train-00000") for entry in steps for name in entry["clips"])
+    entries = read_metrics(run, "train")
+    assert [entry["skipped_steps"] for entry in entries] == [0, 0, 1, 2]
+    assert entries[2]["lr"] == entries[3]["lr"], "the schedule follows from updates, and there was none"
+    state = json.loads((run / "checkpoints" / "step-0000004" / "state.json").read_text())
+    assert (state["step"], state["applied_steps"], state["bad_steps_in_a_row"]) == (4, 2, 2)
+    for stem in ("model", "teacher"):
+        for name, tensor in weights(run, 4, stem).items():
+            assert torch.equal(weights(run, 2, stem)[name], tensor), name
+    count_fault("27", "bad steps in a row in the trainer: counted, then the run ends with their clips", 3, len(steps))
 
 
 @pytest.mark.launch

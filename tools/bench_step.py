@@ -341,7 +341,7 @@ class Side:
 
     def __init__(self, side: str, precision: str):
         command = [sys.executable, __file__, side, precision]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.answers: list[dict[str, Any]] = []
 
     def ask(self, what: str) -> dict[str, Any]:

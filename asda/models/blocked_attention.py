@@ -165,7 +165,7 @@ class _Call:
         return self.difference(maps_CNN), self.logits_CNN
 
     def product(self, weights_XNN: Tensor, x_IJNE: Tensor) -> Tensor:
-        """weights x, [I, J, N, E]."""
+        """Weights x, [I, J, N, E]."""
         torch.bmm(weights_XNN, x_IJNE.flatten(0, 1), out=self.product_IJNE.flatten(0, 1))
         return self.product_IJNE
 

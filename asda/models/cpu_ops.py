@@ -64,34 +64,29 @@ class _Norm(torch.autograd.Function):
 
 
 class GeluLinear(nn.Linear):
-    """A linear layer after an exact GELU, whose result is not kept for the backward."""
+    """A linear layer after an exact GELU, whose result is not kept for the backward: it is made again from its input."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., hidden] -> [..., D]."""
-        if kernels_for(input, self.weight):
-            return _GeluLinear.apply(input, self.weight, self.bias)  # pyright: ignore[reportReturnType]
-        return super().forward(gelu(input))
+        if not input.is_meta and torch.is_autocast_enabled(input.device.type):
+            return super().forward(gelu(input))
+        return _GeluLinear.apply(input, self.weight, self.bias)  # pyright: ignore[reportReturnType]
 
 
 class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        x, kernels = x.contiguous(), kernels_for()
-        raised = torch.empty_like(x)
-        kernels.launch(kernels.gelu, [x.numel()], [], x, raised)
         ctx.save_for_backward(x, weight)
-        return linear(raised, weight, bias)
+        return linear(gelu(x), weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
-        kernels, dy = kernels_for(), dy.contiguous()
-        draised = dy @ weight
-        raised = torch.empty_like(x)
-        kernels.launch(kernels.gelu_backward, [x.numel()], [], x, draised, draised, raised)
-        dy_RD = dy.flatten(0, -2)
-        return draised, dy_RD.T @ raised.flatten(0, -2), dy_RD.sum(0)
+        dy_RD, raised_RC = dy.flatten(0, -2), gelu(x).flatten(0, -2)
+        dweight = dy_RD.T @ raised_RC
+        del raised_RC
+        return torch.ops.aten.gelu_backward(dy @ weight, x), dweight, dy_RD.sum(0)
 
 
 def norm_gelu(x: Tensor, residual: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -109,7 +104,9 @@ class _NormGelu(torch.autograd.Function):
         residual = None if residual is None else residual.contiguous()
         y, moments_R2 = torch.empty_like(x), _moments_of(x)
         sizes = [*_rows(x), residual is not None]
-        kernels.launch(kernels.norm_gelu, sizes, [eps], x, x if residual is None else residual, y, moments_R2)
+        kernels.launch(
+            kernels.norm_gelu, sizes, [eps], x, x if residual is None else residual, kernels.gelu_table(), y, moments_R2
+        )
         ctx.save_for_backward(x, moments_R2)
         ctx.has_residual = residual is not None
         return y
@@ -119,7 +116,9 @@ class _NormGelu(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, moments_R2 = ctx.saved_tensors
         kernels, dx = kernels_for(), torch.empty_like(x)
-        kernels.launch(kernels.norm_gelu_backward, _rows(x), [], x, dy.contiguous(), moments_R2, dx)
+        kernels.launch(
+            kernels.norm_gelu_backward, _rows(x), [], x, dy.contiguous(), kernels.gelu_table(), moments_R2, dx
+        )
         return dx, dy if ctx.has_residual else None, None
 
 

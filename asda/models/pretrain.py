@@ -161,6 +161,6 @@ def ema_decay(config: EmaConfig, step: int) -> float:
 
 @torch.no_grad()
 def ema_update(averages: Iterable[Tensor], followed: Iterable[Tensor], decay: float) -> None:
-    """averages <- decay * averages + (1 - decay) * followed, in place: fp32 averages of tensors of any dtype."""
+    """Averages <- decay * averages + (1 - decay) * followed, in place: fp32 averages of tensors of any dtype."""
     # One fused call; torch exports the _foreach functions to its own optimizers alone, and pyright knows it.
     torch._foreach_lerp_(list(averages), [tensor.float() for tensor in followed], 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
