@@ -14,8 +14,10 @@ import math
 import os
 import socket
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
+from io import StringIO
 from typing import Any
 
 import deepspeed
@@ -212,7 +214,8 @@ def make_engine(config: Config, model: nn.Module, lr_scales: dict[str, float], w
         optimizer = CheckedAdamW(given, clip=settings.clip, **options)
     # DeepSpeed rounds the weights to the training precision first and makes the master weights of that.
     initial = {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters() if low_precision}
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_dict(config, world_size))
+    with redirect_stdout(StringIO()):  # where it would tell of its memory at every start
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_dict(config, world_size))
     start_moments(engine)
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
         _refuse_squares_beyond_fp32(engine.optimizer)

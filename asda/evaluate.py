@@ -18,7 +18,7 @@ from asda.config import ClassifyConfig, Config
 from asda.data.cache import CacheConfig
 from asda.data.clips import ClipDataset
 from asda.data.stream import evaluation_batches, patch_maker, with_patches
-from asda.engine import Processes, join_processes
+from asda.engine import Processes, join_processes, leave_processes
 from asda.errors import UserError, exit_with_sentence
 from asda.metrics import summary
 from asda.models.attention import set_attention_path
@@ -106,6 +106,7 @@ def evaluate(path: Path, data: str | None, out: Path | None) -> None:
     config = config.model_copy(update={"data": config.data.model_copy(update={"valid": valid})})
     processes = join_processes()
     figures = evaluate_weights(config, checkpoint.read_weights(folder, "model"), state.vocabulary, processes)
+    leave_processes()
     if not processes.is_first:
         return
     out = out or folder.parent.parent / "evaluation.json"

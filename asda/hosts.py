@@ -69,16 +69,17 @@ def check_folder_is_shared(folder: Path, rank: int, world_size: int) -> None:
     """
     if world_size == 1:
         return
-    token = [secrets.token_hex(8)]
-    dist.broadcast_object_list(token)
-    parent = next(path for path in [folder, *folder.absolute().parents] if path.is_dir())  # refusing leaves no folder
-    paths = [parent / f".asda-{token[0]}"]
-    dist.broadcast_object_list(paths)
-    path = paths[0]
-    failure = None
+    lineage = [folder.absolute(), *folder.absolute().parents]
+    # The first rank writes where there is a folder already, for a refused run is to leave none; the others look in the
+    # same generation of their own.
+    note = [(next(n for n, path in enumerate(lineage) if path.is_dir()), f".asda-{secrets.token_hex(8)}")]
+    dist.broadcast_object_list(note)
+    generation, name = note[0]
+    parent = lineage[generation]
+    path, failure = parent / name, None
     if rank == 0:
         try:
-            path.write_text(token[0])
+            path.touch()
         except OSError as error:
             failure = f"cannot write to {parent}: {error.strerror}; give another run.folder"
     dist.barrier()

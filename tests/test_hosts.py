@@ -5,7 +5,6 @@ network interface, joined by a virtual cable, and names its own address.
 """
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,13 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 from fault_table import Count
 from launching import BIN, ROOT, environment
 from tiny_runs import EVERY, TinyRun
 
 from asda.engine import free_port
-from asda.errors import LOST_PEER_EXIT, UserError
+from asda.errors import LOST_PEER_EXIT, STOPPED_EXIT, UserError
 from asda.hosts import slurm_ranks
 
 STEP = {"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
@@ -134,17 +134,19 @@ def test_a_run_on_two_hosts_loses_one_and_goes_on_with_the_other(
     logs = [tmp_path / "0.log", tmp_path / "1.log"]
     launchers = [host.start(logs[n], torchrun(hosts, n, port, run)) for n, host in enumerate(hosts)]
     wait_for_steps(run, EVERY + 2, launchers, logs[0])
-    os.killpg(launchers[1].pid, signal.SIGKILL)
+    machine = psutil.Process(launchers[1].pid)
+    for process in [*machine.children(recursive=True), machine]:
+        process.kill()
     lost = time.monotonic()
     assert launchers[0].wait(60) == 1, logs[0].read_text()  # torchrun's own word for any failure
     assert time.monotonic() - lost < 60
     assert f"exitcode  : {LOST_PEER_EXIT}" in logs[0].read_text()
     trained, newest = run.figures(), run.newest_step()
     assert len(trained) - newest <= 2 * EVERY
-    left = hosts[0].start(logs[0], [sys.executable, "asda/train.py", *run.arguments(), f"optimizer.steps={400}"])
+    left = hosts[0].start(logs[0], [sys.executable, "asda/train.py", *run.arguments(), "optimizer.steps=400"])
     wait_for_steps(run, newest + EVERY, [left], logs[0])
-    left.send_signal(signal.SIGTERM)
-    left.wait(30)
+    left.terminate()
+    assert left.wait(30) == STOPPED_EXIT
     assert "ranks 2 -> 1" in logs[0].read_text()
     for step, figures in run.figures().items():  # the same clips, summed in another order: a few units of fp32
         assert figures["loss"] == pytest.approx(trained.get(step, figures)["loss"], rel=1e-4)

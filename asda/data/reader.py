@@ -10,6 +10,7 @@ import ctypes
 import multiprocessing
 import queue
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -34,6 +35,8 @@ STALL_S = 10.0  # between lines about a task that does not come
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 PR_SET_PDEATHSIG = 1  # of prctl.h
 REQUESTS_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Python's resource tracker removes what a rank leaves that ends at once, as it may have to; it need not say so.
+NO_WORD_ABOUT_SEMAPHORES = "ignore:resource_tracker"
 PARTING_S = 1.0  # for a thread to finish what it does; one that hangs is left behind
 
 Task = TypeVar("Task")
@@ -239,6 +242,8 @@ def _deaf_children() -> Iterator[None]:
     stay blocked in a child, whatever program it runs; handlers would be lost with the trainer's program.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    if NO_WORD_ABOUT_SEMAPHORES not in sys.warnoptions:
+        sys.warnoptions.append(NO_WORD_ABOUT_SEMAPHORES)
     resource_tracker.ensure_running()  # now, because it unblocks SIGTERM and SIGINT, which it ignores itself
     signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS_TO_STOP)
     try:

@@ -4,6 +4,8 @@ Shapes: B sequences, T time patches, F mel patches, N patches of a sequence (T *
 a patch, D width.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -128,7 +130,8 @@ class Encoder(nn.Module):
         present_BN = with_cls(present_BN)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
-                tokens_BND, _ = checkpoint(block, tokens_BND, present_BN, use_reentrant=False)
+                outputs: Any = checkpoint(block, tokens_BND, present_BN, use_reentrant=False)
+                tokens_BND = outputs[0]
             else:
                 tokens_BND, _ = block(tokens_BND, present_BN)
         return tokens_BND
