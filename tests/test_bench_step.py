@@ -12,23 +12,23 @@ from asda.models.masks import visible_patches
 from asda.models.pretrain import MaskedStudents, Teacher
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import bench_step
+import plain_asda
 
 GRID = (8, 8)
 
 
 @pytest.fixture
-def sides() -> tuple[MaskedStudents, bench_step.PlainStudents]:
+def sides() -> tuple[MaskedStudents, plain_asda.PlainStudents]:
     torch.manual_seed(0)
     ours = MaskedStudents(golden.TINY, golden.TINY_PRETRAIN).double()
     for parameter in ours.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)  # biases and norms that could be mistaken for none
-    plain = bench_step.PlainStudents(golden.TINY, golden.TINY_PRETRAIN).double()
+    plain = plain_asda.PlainStudents(golden.TINY, golden.TINY_PRETRAIN).double()
     plain.load_state_dict(ours.state_dict())
     return ours, plain
 
 
-def test_the_plain_step_has_our_losses_and_gradients(sides: tuple[MaskedStudents, bench_step.PlainStudents]):
+def test_the_plain_step_has_our_losses_and_gradients(sides: tuple[MaskedStudents, plain_asda.PlainStudents]):
     ours, plain = sides
     patches_BNP = torch.randn(2, 64, 256, dtype=torch.float64)
     num_students, rng = golden.TINY_PRETRAIN.students, np.random.default_rng(0)
@@ -52,10 +52,10 @@ def test_the_plain_step_has_our_losses_and_gradients(sides: tuple[MaskedStudents
         assert float((mine[name] - gradient).abs().max() / scale) < 100 * 2**-24, name
 
 
-def test_the_plain_teacher_asks_for_what_ours_asks(sides: tuple[MaskedStudents, bench_step.PlainStudents]):
+def test_the_plain_teacher_asks_for_what_ours_asks(sides: tuple[MaskedStudents, plain_asda.PlainStudents]):
     ours, plain = sides
     patches_BNP = torch.randn(2, 64, 256)
     targets = Teacher(ours.encoder, 2).targets(patches_BNP)
-    tokens_BND, cls_BD = bench_step.plain_targets(plain.encoder.float(), patches_BNP, 2)
+    tokens_BND, cls_BD = plain_asda.plain_targets(plain.encoder.float(), patches_BNP, 2)
     torch.testing.assert_close(targets.tokens, tokens_BND, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(targets.cls, cls_BD, rtol=1e-4, atol=1e-4)

@@ -183,3 +183,34 @@ def test_a_run_folder_that_a_host_does_not_see_is_refused(hosts: list[Host], sha
     for n in range(2):
         assert "run.folder runs/x is not one folder for all ranks" in (tmp_path / f"{n}.log").read_text()
         assert list((tmp_path / f"home{n}").iterdir()) == []
+
+
+PDSH = """#!/bin/sh
+# In place of pdsh over ssh: runs the command on all hosts, with the host's number for %n, and waits.
+shift 5
+on_host() {{ echo "$command" | sed "s/%n/$1/g"; }}
+command="$*"
+GLOO_SOCKET_IFNAME={interfaces[0]} {prefixes[0]} sh -c "$(on_host 0)" & first=$!
+GLOO_SOCKET_IFNAME={interfaces[1]} {prefixes[1]} sh -c "$(on_host 1)" || failed=1
+wait $first && exit $failed
+"""
+
+
+@pytest.mark.launch
+@pytest.mark.faults
+def test_deepspeed_starts_a_run_on_the_hosts_of_a_file(hosts: list[Host], shards: Path, tmp_path: Path) -> None:
+    # The transport is ours, since there is no ssh between namespaces; all else is deepspeed's way to several machines.
+    run, programs = run_of(shards, tmp_path / "run"), tmp_path / "bin"
+    programs.mkdir()
+    texts = {"prefixes": [" ".join(host.prefix) for host in hosts], "interfaces": [host.interface for host in hosts]}
+    (programs / "pdsh").write_text(PDSH.format(**texts))
+    (programs / "pdsh").chmod(0o755)
+    (tmp_path / "hostfile").write_text("first slots=1\nsecond slots=1\n")
+    where = ["--hostfile", str(tmp_path / "hostfile"), "--no_ssh_check"]
+    meeting = ["--master_addr", hosts[0].address, "--master_port", str(free_port())]
+    argv = [str(BIN / "deepspeed"), *where, *meeting, "asda/train.py", *run.arguments()]
+    env = environment() | {"PATH": f"{programs}:{environment()['PATH']}"}
+    done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nnodes=2, num_local_procs=1, node_rank=1" in done.stdout + done.stderr
+    assert len(run.figures()) == 3 * EVERY

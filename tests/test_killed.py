@@ -63,13 +63,14 @@ def check_session(run: TinyRun, reference: TinyRun, session: int, began_at: int)
     assert draws == reference.draws()[began_at : began_at + len(draws)]
 
 
-def check_checkpoints(run: TinyRun, newest_before: int, trained: int) -> None:
-    """Nothing verified is gone, and every checkpoint that was due is there or was being written."""
-    newest = run.newest_step()
-    due = trained // EVERY * EVERY
-    assert newest >= max(newest_before, due - EVERY)
-    if newest < due and trained - due > 1:  # one step later nothing may have reached the disk yet
-        assert [path.name for path in saves_under_way(run)] == [f".tmp-step-{due:07d}"]
+def check_checkpoints(run: TinyRun, newest_before: int, steps_begun: int) -> None:
+    """Nothing verified is gone, and at most the checkpoint that was due last is missing.
+
+    A save runs beside the next steps; the save after it waits for its end. So what is lost is less than an interval
+    and the steps beside one save, which are fewer than another interval.
+    """
+    due = (steps_begun - 1) // EVERY * EVERY  # the last step may have been half done
+    assert run.newest_step() >= max(newest_before, due - EVERY)
 
 
 MANY = [pytest.mark.faults, pytest.mark.timeout(900)]

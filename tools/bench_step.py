@@ -1,11 +1,9 @@
-"""One training step of ASDA-base beside a plain implementation of the same: time, arithmetic and memory.
+"""One training step of ASDA-base beside a plain implementation of the same: time, arithmetic, memory, saving.
 
-Shapes: B clips, M students of each, S = B * M sequences, N patches of a clip, K visible ones, T time patches, F mel
-patches, D width, H heads, E = D / H.
+The plain one (tools/plain_asda.py) steps as one writes it: torch.optim.AdamW, clip_grad_norm_, a loop over the
+parameters for the teacher. Each side lives in a process of its own, and the processes step in turn.
 
-The plain one is what one writes from the paper with torch.nn: explicit maps of attention, nn.LayerNorm, F.gelu,
-nn.Conv2d, torch.optim.AdamW, clip_grad_norm_, a loop over the parameters for the teacher. A test shows that its losses
-and gradients are those of asda.models. Each side lives in a process of its own, and the processes step in turn.
+Shapes: M students of a clip, N patches of it, K visible ones, P pixels of a patch.
 """
 
 import argparse
@@ -15,195 +13,38 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from plain_asda import PlainStudents, plain_targets
 from torch import Tensor, nn
-from torch.nn import functional
 
-from asda.config import Config, DecoderConfig, ModelConfig, PretrainConfig, load_config
+from asda.checkpoint import State
+from asda.checkpoint_writer import CheckpointWriter
+from asda.config import Config, PretrainConfig, load_config
 from asda.costs import gemm_rate, network_costs
 from asda.data.batches import Batch
 from asda.engine import guarded, join_processes, make_engine, set_learning_rate
-from asda.models.encoder import sincos_positions
 from asda.models.masks import visible_patches
 from asda.objectives import Pretraining, make_objective
+from asda.partitions import optimizer_file
 
 CONFIG = Path(__file__).parents[1] / "configs" / "as2m.json"
 OVERRIDES = ["optimizer.batch=1", "engine.micro_batch=1"]
 WARM_UP, ROUNDS = 2, 7  # steps of each side; the median of the rounds counts
-DECAY = 0.9998  # of the teacher
+DECAY, LEARNING_RATE = 0.9998, 1e-5
+STEPS_AROUND_A_SAVE, SPANS = 10, 3
 GIB = 2**30
 KIB = 2**10
 CLEAR_PEAK = "5"  # what /proc/self/clear_refs takes to set the peak of resident memory to what is resident now
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-# The plain implementation --------------------------------------------------------------------------------------------
-
-
-class PlainAttention(nn.Module):
-    """(softmax(q1 k1^T / sqrt(E)) - lambda softmax(q2 k2^T / sqrt(E))) v, normalised, scaled and projected."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.heads, self.lam, self.scale = config.heads, config.attention_lambda, config.attention_scale
-        self.qk = nn.Linear(config.width, 4 * config.width)
-        self.v = nn.Linear(config.width, config.width)
-        self.norm = nn.LayerNorm(config.width, eps=1e-5)
-        self.proj = nn.Linear(config.width, config.width)
-
-    def forward(self, x_SND: Tensor) -> Tensor:
-        """[S, N, D] -> [S, N, D]."""
-        q1, q2, k1, k2 = (self._by_head(part) for part in self.qk(x_SND).chunk(4, dim=-1))
-        first, second = (
-            (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(dim=-1) for q, k in ((q1, k1), (q2, k2))
-        )
-        mixed_SHNE = (first - self.lam * second) @ self._by_head(self.v(x_SND))
-        return self.proj(self.norm(mixed_SHNE.transpose(1, 2).flatten(2)) * self.scale)
-
-    def _by_head(self, x_SND: Tensor) -> Tensor:
-        return x_SND.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-
-class PlainMlp(nn.Module):
-    """Two linear layers and a GELU."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(config.width, int(config.width * config.mlp_ratio))
-        self.fc2 = nn.Linear(int(config.width * config.mlp_ratio), config.width)
-
-    def forward(self, x_SND: Tensor) -> Tensor:
-        """[S, N, D] -> [S, N, D]."""
-        return self.fc2(functional.gelu(self.fc1(x_SND)))
-
-
-class PlainBlock(nn.Module):
-    """Post-norm."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.attn, self.mlp = PlainAttention(config), PlainMlp(config)
-        self.norm1, self.norm2 = nn.LayerNorm(config.width, eps=1e-6), nn.LayerNorm(config.width, eps=1e-6)
-
-    def forward(self, x_SND: Tensor) -> tuple[Tensor, Tensor]:
-        """The block's output, and its MLP's."""
-        x_SND = self.norm1(x_SND + self.attn(x_SND))
-        ffn_SND = self.mlp(x_SND)
-        return self.norm2(x_SND + ffn_SND), ffn_SND
-
-
-class PlainEncoder(nn.Module):
-    """Patches to tokens; the patches that a student does not see are left out before the first block."""
-
-    positions: Tensor
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        num_mel_patches = config.mel_bins // config.patch
-        self.patch_embed = nn.Linear(config.patch**2, config.width)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
-        self.norm = nn.LayerNorm(config.width, eps=1e-6)
-        self.blocks = nn.ModuleList(PlainBlock(config) for _ in range(config.depth))
-        table_ND = sincos_positions(config.max_time_patches, num_mel_patches, config.width)
-        self.register_buffer("positions", table_ND, persistent=False)
-
-    def forward(self, patches_BNP: Tensor, visible_BMK: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Tokens with CLS first, [S, 1 + K, D], and what every MLP gave."""
-        x_SND = self.patch_embed(patches_BNP) + self.positions[: patches_BNP.shape[1]]
-        if visible_BMK is not None:
-            visible_SK = visible_BMK.flatten(0, 1)
-            x_SND = x_SND.repeat_interleave(visible_BMK.shape[1], dim=0)
-            x_SND = x_SND.gather(1, visible_SK[..., None].expand(-1, -1, x_SND.shape[-1]))
-        x_SND = self.norm(torch.cat([self.cls_token.expand(len(x_SND), -1, -1), x_SND], dim=1))
-        ffns = []
-        for block in self.blocks:
-            x_SND, ffn_SND = block(x_SND)
-            ffns.append(ffn_SND)
-        return x_SND, ffns
-
-
-class PlainDecoder(nn.Module):
-    """Convolution, norm over the channels, GELU and residual, several times; then a projection."""
-
-    def __init__(self, config: DecoderConfig, width: int):
-        super().__init__()
-        widths = [width] + [config.width] * (config.layers - 1)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(w, config.width, config.kernel, padding=config.kernel // 2, groups=config.groups) for w in widths
-        )
-        self.norm = nn.LayerNorm(config.width, elementwise_affine=False)
-        self.proj = nn.Linear(config.width, width)
-
-    def forward(self, x_SDTF: Tensor) -> Tensor:
-        """[S, D, T, F] -> [S, N, D]."""
-        for conv in self.convs:
-            y_SDTF = self.norm(conv(x_SDTF).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            y_SDTF = functional.gelu(y_SDTF)
-            x_SDTF = x_SDTF + y_SDTF if x_SDTF.shape == y_SDTF.shape else y_SDTF
-        return self.proj(x_SDTF.flatten(2).transpose(1, 2))
-
-
-class PlainStudents(nn.Module):
-    """Encoder, decoder and losses; parameters are named as in asda.models.pretrain.MaskedStudents."""
-
-    def __init__(self, model: ModelConfig, config: PretrainConfig):
-        super().__init__()
-        self.encoder = PlainEncoder(model)
-        self.decoder = PlainDecoder(config.decoder, model.width)
-        self.num_mel_patches = model.mel_bins // model.patch
-        self.noise_std, self.utterance_weight = config.decoder.noise_std, config.utterance_weight
-
-    def forward(
-        self,
-        patches_BNP: Tensor,
-        visible_BMK: Tensor,
-        targets_BND: Tensor,
-        target_cls_BD: Tensor,
-        noise_SND: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The total loss, the frame loss, the utterance loss, and the spread of the predictions."""
-        (num_clips, num_students, _), visible_SK = visible_BMK.shape, visible_BMK.flatten(0, 1)
-        tokens_SKD, _ = self.encoder(patches_BNP, visible_BMK)
-        width = tokens_SKD.shape[-1]
-        if noise_SND is None:
-            noise_SND = torch.randn(len(visible_SK), patches_BNP.shape[1], width) * self.noise_std
-        places = visible_SK[..., None].expand(-1, -1, width)
-        grid_SND = noise_SND.to(tokens_SKD.dtype).scatter(1, places, tokens_SKD[:, 1:])
-        grid_SDTF = grid_SND.transpose(1, 2).unflatten(2, (-1, self.num_mel_patches))
-        pred_SND = self.decoder(grid_SDTF)
-
-        masked_SN = torch.ones(pred_SND.shape[:2], dtype=torch.bool).scatter(1, visible_SK, False)
-        wanted_SND = targets_BND.repeat_interleave(num_students, dim=0)
-        error_X = (pred_SND[masked_SN].float() - wanted_SND[masked_SN]).square().sum(-1) / width**0.5
-        cls_BMD = tokens_SKD[:, 0].float().unflatten(0, (num_clips, num_students))
-        frame = error_X.mean()
-        utterance = ((cls_BMD - target_cls_BD[:, None]).square().sum(-1) / width**0.5).mean()
-        spread = spread_of(pred_SND[masked_SN].detach().float())
-        return frame + self.utterance_weight * utterance, frame, utterance, spread
-
-
-def plain_targets(encoder: PlainEncoder, patches_BNP: Tensor, layers: int) -> tuple[Tensor, Tensor]:
-    """What the teacher asks for: tokens [B, N, D] and their mean [B, D]."""
-    _, ffns = encoder(patches_BNP)
-    normed = [functional.instance_norm(ffn[:, 1:].float().transpose(1, 2)).transpose(1, 2) for ffn in ffns[-layers:]]
-    mean_BND = torch.stack(normed).mean(0)
-    tokens_BND = functional.layer_norm(mean_BND, mean_BND.shape[-1:])
-    spread_of(tokens_BND.flatten(0, 1))
-    return tokens_BND, tokens_BND.mean(1)
-
-
-def spread_of(features_XD: Tensor) -> Tensor:
-    """The features' standard deviations, averaged."""
-    return (features_XD.var(dim=0) + 1e-6).sqrt().mean()
-
-
-# Both sides, a step at a time ----------------------------------------------------------------------------------------
+# Both sides, a step at a time -----------------------------------------------------------------------------------------
 
 
 class Clock:
@@ -229,32 +70,37 @@ def inputs_of(config: Config) -> tuple[Tensor, Tensor]:
     return torch.randn(1, grid[0] * grid[1], config.model.patch**2), torch.from_numpy(visible_MK)[None]
 
 
-def plain_step(config: Config) -> tuple[Callable[[], Clock], dict[str, int]]:
-    """A function that takes a step of the plain implementation, and the bytes of what it keeps between steps."""
-    assert isinstance(config.objective, PretrainConfig)
-    patches_BNP, visible_BMK = inputs_of(config)
-    objective, settings = config.objective, config.optimizer
-    students = PlainStudents(config.model, objective)
-    nn.init.normal_(students.encoder.cls_token)
-    teacher = copy.deepcopy(students.encoder).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(
-        students.parameters(), lr=1e-5, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
-    )
-    low = config.engine.precision == "bf16"
+class Plain:
+    """The plain implementation, a step at a time."""
 
-    def step() -> Clock:
-        clock = Clock()
-        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+    def __init__(self, config: Config):
+        assert isinstance(config.objective, PretrainConfig)
+        self._config, self._objective, settings = config, config.objective, config.optimizer
+        self._patches_BNP, self._visible_BMK = inputs_of(config)
+        self._students = PlainStudents(config.model, config.objective)
+        nn.init.normal_(self._students.encoder.cls_token)
+        self._teacher = copy.deepcopy(self._students.encoder).requires_grad_(False).eval()
+        self._optimizer = torch.optim.AdamW(
+            self._students.parameters(),
+            lr=LEARNING_RATE,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )
+
+    def step(self) -> Clock:
+        """Targets, losses, backward, clipping, AdamW, teacher."""
+        clock, students, teacher = Clock(), self._students, self._teacher
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._config.engine.precision == "bf16"):
             with torch.no_grad():
-                targets = plain_targets(teacher, patches_BNP, objective.target_layers)
-            clock.lap("teacher")
-            total, *_ = students(patches_BNP, visible_BMK, *targets)
-        clock.lap("students")
+                targets = plain_targets(teacher, self._patches_BNP, self._objective.target_layers)
+            total, *_ = students(self._patches_BNP, self._visible_BMK, *targets)
+        clock.lap("forward")
         total.backward()
         clock.lap("backward")
-        nn.utils.clip_grad_norm_(students.parameters(), settings.clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        nn.utils.clip_grad_norm_(students.parameters(), self._config.optimizer.clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
         clock.lap("optimizer")
         with torch.no_grad():
             for slow, fast in zip(teacher.parameters(), students.encoder.parameters(), strict=True):
@@ -262,45 +108,75 @@ def plain_step(config: Config) -> tuple[Callable[[], Clock], dict[str, int]]:
         clock.lap("ema")
         return clock
 
-    weights, teachers = (4 * sum(p.numel() for p in module.parameters()) for module in (students, teacher))
-    return step, {"weights": weights, "gradients": weights, "adam": 2 * weights, "teacher": teachers}
+    def state(self) -> dict[str, int]:
+        """Bytes that are kept from step to step: all fp32."""
+        weights, teacher = (4 * _count(module) for module in (self._students, self._teacher))
+        return {"weights": weights, "adam": 2 * weights, "teacher": teacher}
 
 
-def our_step(config: Config) -> tuple[Callable[[], Clock], dict[str, int]]:
-    """The same of ours, through the engine and the objective as asda/train.py runs them."""
-    processes = join_processes()
-    objective = make_objective(config, (), processes.device)
-    assert isinstance(objective, Pretraining)
-    engine = make_engine(config, objective.module, objective.lr_scales, processes.world_size)
-    objective.follow(engine)
-    set_learning_rate(engine, 1e-5)
-    patches_BNP, visible_BMK = inputs_of(config)
-    batch = Batch([], visible_BMK.numpy())
-    num_updates = 0
+class Ours:
+    """asda, through the engine and the objective as the trainer runs them."""
 
-    def step() -> Clock:
-        nonlocal num_updates
-        clock = Clock()
+    def __init__(self, config: Config):
+        self._config, self._processes = config, join_processes()
+        objective = make_objective(config, (), self._processes.device)
+        assert isinstance(objective, Pretraining)
+        self._objective = objective
+        self._engine = make_engine(config, objective.module, objective.lr_scales, self._processes.world_size)
+        objective.follow(self._engine)
+        set_learning_rate(self._engine, LEARNING_RATE)
+        self._patches_BNP, visible_BMK = inputs_of(config)
+        self._batch, self._num_updates = Batch([], visible_BMK.numpy()), 0
+
+    def step(self, writer: CheckpointWriter | None = None) -> Clock:
+        """The same of ours."""
+        clock, engine = Clock(), self._engine
         engine.train()
-        loss, _ = objective.loss(engine, patches_BNP, batch)
+        loss, _ = self._objective.loss(engine, self._patches_BNP, self._batch)
         clock.lap("forward")
         engine.backward(guarded(loss))
         clock.lap("backward")
+        if writer:
+            writer.wait_until_copied()
+            clock.lap("saving")
         engine.step()
         clock.lap("optimizer")
-        num_updates += 1
-        objective.after_update(num_updates)
+        self._num_updates += 1
+        self._objective.after_update(self._num_updates)
         clock.lap("ema")
         return clock
 
-    low = config.engine.precision == "bf16"
-    parameters = sum(p.numel() for p in objective.module.parameters())
-    followed = sum(p.numel() for p in objective.teacher.encoder.parameters())
-    state = {"weights": (6 if low else 4) * parameters, "gradients": 4 * parameters, "adam": 8 * parameters}
-    return step, state | {"teacher": (6 if low else 4) * followed}
+    def state(self) -> dict[str, int]:
+        """Bytes kept from step to step, all fp32; with bf16 also weights and teacher in it, and sums of gradients."""
+        low = self._config.engine.precision == "bf16"
+        weights, teacher = _count(self._objective.module), _count(self._objective.teacher.encoder)
+        state = {"weights": (6 if low else 4) * weights, "adam": 8 * weights, "teacher": (6 if low else 4) * teacher}
+        return state | ({"gradients": 4 * weights} if low else {})
+
+    def span(self, saves: bool) -> dict[str, float]:
+        """Seconds of STEPS_AROUND_A_SAVE steps, and of the save that begins after the third of them if there is one."""
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            CheckpointWriter(Path(folder), self._config, self._processes) as writer,
+        ):
+            started = time.perf_counter()
+            for number in range(STEPS_AROUND_A_SAVE):
+                if saves and number == 3:
+                    stem, moments = optimizer_file(self._engine)
+                    state = State(number, (), "", 1, applied_steps=number)
+                    writer.save(state, self._objective.weights() | {stem: moments})
+                self.step(writer)
+            took_s = time.perf_counter() - started
+            outcome = writer.finish()
+        assert outcome is None or outcome.failure is None
+        return {"span_s": took_s, "save_s": outcome.seconds if outcome else 0.0}
 
 
-SIDES = {"plain": plain_step, "ours": our_step}
+SIDES = {"plain": Plain, "ours": Ours}
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 # A process for each side ----------------------------------------------------------------------------------------------
@@ -313,20 +189,26 @@ def config_of(precision: str) -> Config:
 
 
 def serve(side: str, precision: str, answers: Any) -> None:
-    """Answer each line of standard input with a line of JSON: "step" takes one, "gemm" measures the machine."""
+    """Answer each line of standard input with a line of JSON.
+
+    "step" takes a step, "gemm" measures the machine, "plain span" and "saving span" take steps without and with a save.
+    """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     config = config_of(precision)
     before_gib = resident_gib("VmRSS")
-    step, state = SIDES[side](config)
+    work = SIDES[side](config)
     for line in sys.stdin:
-        if line.strip() == "gemm":
+        asked = line.strip()
+        if asked == "gemm":
             answer: dict[str, Any] = {"rate": gemm_rate(torch.device("cpu"), DTYPES[precision])}
+        elif asked.endswith("span"):
+            answer = work.span(asked == "saving span")
         else:
             Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
             started = time.perf_counter()
-            parts = step().seconds
+            parts = work.step().seconds
             took_s, peak_gib = time.perf_counter() - started, resident_gib("VmHWM") - before_gib
-            answer = {"step_s": took_s, "parts": parts, "peak_gib": peak_gib, "state": state}
+            answer = {"step_s": took_s, "parts": parts, "peak_gib": peak_gib, "state": work.state()}
         print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -365,14 +247,12 @@ class Side:
         return max(answer["peak_gib"] for answer in self.answers)
 
     def shares(self) -> dict[str, float]:
-        """Median share of each part of the step, in percent."""
+        """Median share of each part of the step."""
         names = self.answers[0]["parts"]
-        return {
-            name: 100 * statistics.median(a["parts"].get(name, 0) / a["step_s"] for a in self.answers) for name in names
-        }
+        return {name: statistics.median(a["parts"].get(name, 0) / a["step_s"] for a in self.answers) for name in names}
 
     def state_gib(self) -> dict[str, float]:
-        """What is kept between steps, or with the gradients until the next one."""
+        """What is kept from step to step."""
         return {name: size / GIB for name, size in self.answers[0]["state"].items()}
 
     def end(self) -> None:
@@ -392,13 +272,18 @@ def bench_step() -> dict[str, Any]:
             if number < WARM_UP:
                 side.answers.clear()
     figures = figures_of(sides, {precision: statistics.median(some) for precision, some in rates.items()})
+    figures |= saving_figures(sides["ours", "bf16"])
     for side in sides.values():
         side.end()
     return figures
 
 
 def figures_of(sides: dict[tuple[str, str], Side], gemm_rates: dict[str, float]) -> dict[str, Any]:
-    """Names and figures, flat, in GiB, seconds, percent and 1e9 operations a second."""
+    """Names and figures, flat: seconds, GiB, shares of the step, 1e9 operations a second.
+
+    `ratio` is the plain step's time in fp32 by ours in bf16. Memory is compared at equal precision: `peak` is all that
+    came after the imports, `working` what of it is not state that is kept from step to step.
+    """
     config = config_of("bf16")
     flops = sum(network_costs(config.model, config.objective, config.data.frames, 0).flops.values())
     ours, plain = sides["ours", "bf16"], sides["plain", "fp32"]
@@ -410,21 +295,35 @@ def figures_of(sides: dict[tuple[str, str], Side], gemm_rates: dict[str, float])
         "floor_s": flops / gemm_rates["bf16"],
         "ours_peak_gib": ours.peak_gib(),
         "baseline_peak_gib": sides["plain", "bf16"].peak_gib(),
+        "baseline_bf16_s": sides["plain", "bf16"].median_s(),
         "fp32_ours_s": sides["ours", "fp32"].median_s(),
         "fp32_ratio": plain.median_s() / sides["ours", "fp32"].median_s(),
         "fp32_gemm_share": flops / sides["ours", "fp32"].median_s() / gemm_rates["fp32"],
         "fp32_ours_peak_gib": sides["ours", "fp32"].peak_gib(),
         "fp32_baseline_peak_gib": plain.peak_gib(),
-        "bf16_baseline_s": sides["plain", "bf16"].median_s(),
         "gemm_bf16_gflop_per_s": gemm_rates["bf16"] / 1e9,
         "gemm_fp32_gflop_per_s": gemm_rates["fp32"] / 1e9,
         "tflop_a_clip": flops / 1e12,
     }
     shares = ours.shares()
     figures |= {f"{part}_share": share for part, share in shares.items()}
-    figures["overhead_share"] = 100 - sum(shares.values())
-    figures |= {f"ours_{part}_gib": size for part, size in ours.state_gib().items()}
-    return figures | {f"baseline_{part}_gib": size for part, size in plain.state_gib().items()}
+    figures["overhead_share"] = 1 - sum(shares.values())
+    figures |= {f"{part}_s": share * ours.median_s() for part, share in shares.items()}
+    for name, side in (("ours", ours), ("baseline", sides["plain", "bf16"])):
+        state = side.state_gib()
+        figures |= {f"{name}_{part}_gib": size for part, size in state.items()}
+        figures[f"{name}_working_gib"] = side.peak_gib() - sum(state.values())
+    return figures
+
+
+def saving_figures(ours: Side) -> dict[str, float]:
+    """What a save adds to the steps around it, in turn with as many steps without one."""
+    without, saving = [], []
+    for _ in range(SPANS):
+        without.append(ours.ask("plain span"))
+        saving.append(ours.ask("saving span"))
+    seconds = [statistics.median(span["span_s"] for span in spans) for spans in (without, saving)]
+    return {"save_share": seconds[1] / seconds[0] - 1, "save_s": statistics.median(s["save_s"] for s in saving)}
 
 
 if __name__ == "__main__":

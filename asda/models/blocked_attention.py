@@ -4,8 +4,8 @@ The products are cheap, and bf16 ones cheaper still; what costs is carrying N x 
 heads that are computed together share a scratch that fits the cache, and all sequences go through the same scratch.
 The backward is written out, which saves the matrices that autograd would keep.
 
-Shapes: as in attention.py, and M maps (1 or 2), I sequences and J heads of a block, X = I * J of its matrices, C = M * X
-with both maps, S blocks of a call.
+Shapes: as in attention.py, and M maps (1 or 2), I sequences and J heads of a block, X = I * J matrices of each map in
+it, C = M * X in all, S blocks of a call.
 """
 
 import math

@@ -8,8 +8,11 @@ The rows are parted among the threads that torch's own products use: a second po
 first, whose threads wait by spinning. That takes the OpenMP library inside torch's wheel; where it is not, `AVAILABLE`
 is false and the definitions are used.
 
-Shapes: R rows, D features of a row, P parts (threads), J heads of all sequences, N tokens. bf16 numbers are uint16 here.
+Shapes: R rows, D features of a row, P parts (threads), M maps, N tokens. bf16 numbers are uint16 here.
 """
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportPrivateImportUsage=false
+# numba compiles other signatures than pyright reads.
 
 import ctypes
 import functools
@@ -55,6 +58,32 @@ def _address(kernel: Callable[..., None]) -> ctypes.c_void_p:
 
 
 @njit(inline="always")
+def _sizes(pointers, number):
+    return carray(pointers[0], (number,), np.int64)
+
+
+@njit(inline="always")
+def _number(pointers):
+    return np.float32(carray(pointers[1], (1,), np.float64)[0])
+
+
+@njit(inline="always")
+def _bf16(pointer, rows, width):
+    return carray(pointer, (rows, width), np.uint16)
+
+
+@njit(inline="always")
+def _fp32(pointer, rows, width):
+    return carray(pointer, (rows, width), np.float32)
+
+
+@njit(inline="always")
+def _sums(pointer, part, number, width, dtype):
+    """The sums of one thread, [number, D]."""
+    return carray(pointer, (part + 1, number, width), dtype)[part]
+
+
+@njit(inline="always")
 def _rows_of_this_thread(num_rows):
     part, parts = _thread_num(), _num_threads()
     return part, num_rows * part // parts, num_rows * (part + 1) // parts
@@ -66,7 +95,7 @@ def _rows_of_this_thread(num_rows):
 @intrinsic
 def _float_of(typing_context: Any, bits: Any):
     """The fp32 number with these 32 bits."""
-    return types.float32(types.uint32), lambda context, builder, signature, args: builder.bitcast(
+    return types.float32(types.uint32), lambda _context, builder, _signature, args: builder.bitcast(
         args[0], ir.FloatType()
     )
 
@@ -74,7 +103,7 @@ def _float_of(typing_context: Any, bits: Any):
 @intrinsic
 def _bits_of(typing_context: Any, number: Any):
     """The 32 bits of an fp32 number."""
-    return types.uint32(types.float32), lambda context, builder, signature, args: builder.bitcast(
+    return types.uint32(types.float32), lambda _context, builder, _signature, args: builder.bitcast(
         args[0], ir.IntType(32)
     )
 
@@ -120,7 +149,7 @@ def gelu_table() -> Tensor:
     return torch.stack([raised.detach(), slope]).float()
 
 
-# Norms over the features of a row --------------------------------------------------------------------------------------
+# Norms over the features of a row ------------------------------------------------------------------------------------
 
 
 @njit(inline="always")
@@ -134,7 +163,7 @@ def _moments(row_D, eps):
     square = np.float32(0)
     for d in range(len(row_D)):
         square += (row_D[d] - mean) * (row_D[d] - mean)
-    return mean, np.float32(1) / np.sqrt(square * share + np.float32(eps))
+    return mean, np.float32(1) / np.sqrt(square * share + eps)
 
 
 @njit(inline="always")
@@ -152,12 +181,12 @@ def _norm_backward(dnormed_D, normed_D, rstd, dx_D):
 
 def norm(a):
     """Sizes R, D, whether there is a residual; numbers eps; x_RD, residual_RD, w_D, b_D -> sum_RD, y_RD, moments_R2."""
-    rows, width, adds = carray(a[0], (3,), np.int64)
-    eps = carray(a[1], (1,), np.float64)[0]
-    x, residual = carray(a[2], (rows, width), np.uint16), carray(a[3], (rows, width), np.uint16)
-    weight, bias = carray(a[4], (width,), np.uint16), carray(a[5], (width,), np.uint16)
-    summed, y = carray(a[6], (rows, width), np.uint16), carray(a[7], (rows, width), np.uint16)
-    moments = carray(a[8], (rows, 2), np.float32)
+    rows, width, adds = _sizes(a, 3)
+    eps = _number(a)
+    x, residual = _bf16(a[2], rows, width), _bf16(a[3], rows, width)
+    weight, bias = _bf16(a[4], 1, width)[0], _bf16(a[5], 1, width)[0]
+    summed, y = _bf16(a[6], rows, width), _bf16(a[7], rows, width)
+    moments = _fp32(a[8], rows, 2)
     row = np.empty(width, np.float32)
     _, first, last = _rows_of_this_thread(rows)
     for r in range(first, last):
@@ -177,13 +206,12 @@ def norm(a):
 
 def norm_backward(a):
     """Sizes R, D; x_RD, dy_RD, w_D, moments_R2 -> dx_RD, and this thread's share of dw and db added to sums_P2D."""
-    rows, width = carray(a[0], (2,), np.int64)
-    x, dy = carray(a[2], (rows, width), np.uint16), carray(a[3], (rows, width), np.uint16)
-    weight, moments = carray(a[4], (width,), np.uint16), carray(a[5], (rows, 2), np.float32)
-    dx = carray(a[6], (rows, width), np.uint16)
+    rows, width = _sizes(a, 2)
+    x, dy = _bf16(a[2], rows, width), _bf16(a[3], rows, width)
+    weight, moments = _bf16(a[4], 1, width)[0], _fp32(a[5], rows, 2)
+    dx = _bf16(a[6], rows, width)
     part, first, last = _rows_of_this_thread(rows)
-    sums = carray(a[7], (part + 1, 2, width), np.float32)
-    dweight, dbias = sums[part, 0], sums[part, 1]
+    dweight, dbias = _sums(a[7], part, 2, width, np.float32)
     normed, dnormed = np.empty(width, np.float32), np.empty(width, np.float32)
     for r in range(first, last):
         mean, rstd = moments[r, 0], moments[r, 1]
@@ -198,11 +226,11 @@ def norm_backward(a):
 
 def norm_gelu(a):
     """Sizes R, D, whether there is a residual; numbers eps; x_RD, residual_RD, table -> y_RD, moments_R2."""
-    rows, width, adds = carray(a[0], (3,), np.int64)
-    eps = carray(a[1], (1,), np.float64)[0]
-    x, residual = carray(a[2], (rows, width), np.uint16), carray(a[3], (rows, width), np.uint16)
-    table = carray(a[4], (2, 1 << 16), np.float32)
-    y, moments = carray(a[5], (rows, width), np.uint16), carray(a[6], (rows, 2), np.float32)
+    rows, width, adds = _sizes(a, 3)
+    eps = _number(a)
+    x, residual = _bf16(a[2], rows, width), _bf16(a[3], rows, width)
+    table = _fp32(a[4], 2, 1 << 16)
+    y, moments = _bf16(a[5], rows, width), _fp32(a[6], rows, 2)
     row = np.empty(width, np.float32)
     _, first, last = _rows_of_this_thread(rows)
     for r in range(first, last):
@@ -222,10 +250,10 @@ def norm_gelu(a):
 
 def norm_gelu_backward(a):
     """Sizes R, D; x_RD, dy_RD, table, moments_R2 -> dx_RD."""
-    rows, width = carray(a[0], (2,), np.int64)
-    x, dy = carray(a[2], (rows, width), np.uint16), carray(a[3], (rows, width), np.uint16)
-    table = carray(a[4], (2, 1 << 16), np.float32)
-    moments, dx = carray(a[5], (rows, 2), np.float32), carray(a[6], (rows, width), np.uint16)
+    rows, width = _sizes(a, 2)
+    x, dy = _bf16(a[2], rows, width), _bf16(a[3], rows, width)
+    table = _fp32(a[4], 2, 1 << 16)
+    moments, dx = _fp32(a[5], rows, 2), _bf16(a[6], rows, width)
     normed, dnormed = np.empty(width, np.float32), np.empty(width, np.float32)
     _, first, last = _rows_of_this_thread(rows)
     for r in range(first, last):
@@ -242,15 +270,14 @@ def norm_gelu_backward(a):
 def masked_error(a):
     """Sizes R, D, C rows of targets, M; pred_RD, target_CD, masked_R (uint8) -> sums_P3D in fp64.
 
-    The sums are over the masked rows: of the squared error, of the predictions, of their squares. Row r = (b M + m) N + n
-    of the predictions has the target b N + n.
+    The sums are over the masked rows: of the squared error, of the predictions, of their squares. The prediction in row
+    r = (b M + m) N + n has the target b N + n.
     """
-    rows, width, num_targets, students, patches = carray(a[0], (5,), np.int64)
-    pred, target = carray(a[2], (rows, width), np.uint16), carray(a[3], (num_targets, width), np.float32)
-    masked = carray(a[4], (rows,), np.uint8)
+    rows, width, num_targets, students, patches = _sizes(a, 5)
+    pred, target = _bf16(a[2], rows, width), _fp32(a[3], num_targets, width)
+    masked = carray(a[4], rows, np.uint8)
     part, first, last = _rows_of_this_thread(rows)
-    sums = carray(a[5], (part + 1, 3, width), np.float64)
-    error, total, square = sums[part, 0], sums[part, 1], sums[part, 2]
+    error, total, square = _sums(a[5], part, 3, width, np.float64)
     for r in range(first, last):
         if masked[r]:
             t = r // (students * patches) * patches + r % patches
@@ -264,10 +291,10 @@ def masked_error(a):
 
 def masked_error_backward(a):
     """As masked_error; numbers factor -> dpred_RD = factor * (pred - target) where masked, else 0."""
-    rows, width, num_targets, students, patches = carray(a[0], (5,), np.int64)
-    factor = np.float32(carray(a[1], (1,), np.float64)[0])
-    pred, target = carray(a[2], (rows, width), np.uint16), carray(a[3], (num_targets, width), np.float32)
-    masked, dpred = carray(a[4], (rows,), np.uint8), carray(a[5], (rows, width), np.uint16)
+    rows, width, num_targets, students, patches = _sizes(a, 5)
+    factor = _number(a)
+    pred, target = _bf16(a[2], rows, width), _fp32(a[3], num_targets, width)
+    masked, dpred = carray(a[4], rows, np.uint8), _bf16(a[5], rows, width)
     _, first, last = _rows_of_this_thread(rows)
     for r in range(first, last):
         if masked[r]:
@@ -279,7 +306,7 @@ def masked_error_backward(a):
                 dpred[r, d] = 0
 
 
-# Maps of attention -----------------------------------------------------------------------------------------------------
+# Maps of attention ---------------------------------------------------------------------------------------------------
 
 
 @njit(inline="always")
@@ -311,41 +338,34 @@ def _softmax(logits_N, padded):
 
 def maps_and_difference(a):
     """Sizes R, N, maps; numbers lambda; logits_MRN -> maps_MRN, difference_RN."""
-    rows, width, num_maps = carray(a[0], (3,), np.int64)
-    lam = np.float32(carray(a[1], (1,), np.float64)[0])
-    logits, maps = (
-        carray(a[2], (num_maps, rows, width), np.uint16),
-        carray(a[3], (num_maps, rows, width), np.uint16),
-    )
-    difference = carray(a[4], (rows, width), np.uint16)
+    rows, width, num_maps = _sizes(a, 3)
+    lam = _number(a)
+    logits, maps = _bf16(a[2], num_maps * rows, width), _bf16(a[3], num_maps * rows, width)
+    difference = _bf16(a[4], rows, width)
     size = (width + LANES - 1) // LANES * LANES
     first_map, second_map = np.empty(size, np.float32), np.empty(size, np.float32)
     _, first, last = _rows_of_this_thread(rows)
     for r in range(first, last):
-        _softmax(logits[0, r], first_map)
+        _softmax(logits[r], first_map)
         for n in range(width):
-            maps[0, r, n] = _narrow(first_map[n])
+            maps[r, n] = _narrow(first_map[n])
         if num_maps == 2:
-            _softmax(logits[1, r], second_map)
+            _softmax(logits[rows + r], second_map)
             for n in range(width):
-                maps[1, r, n] = _narrow(second_map[n])
+                maps[rows + r, n] = _narrow(second_map[n])
                 difference[r, n] = _narrow(first_map[n] - lam * second_map[n])
 
 
 def maps_backward(a):
-    """Sizes R, N, maps; numbers lambda; maps_MRN, ddifference_RN -> dlogits_MRN, difference_RN, which may lie on the
-    gradient's memory.
+    """Sizes R, N, maps; numbers lambda; maps_MRN, ddifference_RN -> dlogits_MRN, difference_RN.
 
     With dA the gradient of A = P1 - lambda P2: dL1 = P1 (dA - rowsum(P1 dA)), dL2 = P2 (dA - rowsum(P2 dA)), whose
-    factor -lambda is left to the products that follow. A itself is computed once more.
+    factor -lambda is left to the products that follow. A itself is computed once more; it may lie where dA lay.
     """
-    rows, width, num_maps = carray(a[0], (3,), np.int64)
-    lam = np.float32(carray(a[1], (1,), np.float64)[0])
-    maps, dlogits = (
-        carray(a[2], (num_maps, rows, width), np.uint16),
-        carray(a[4], (num_maps, rows, width), np.uint16),
-    )
-    ddifference, difference = carray(a[3], (rows, width), np.uint16), carray(a[5], (rows, width), np.uint16)
+    rows, width, num_maps = _sizes(a, 3)
+    lam = _number(a)
+    maps, dlogits = _bf16(a[2], num_maps * rows, width), _bf16(a[4], num_maps * rows, width)
+    ddifference, difference = _bf16(a[3], rows, width), _bf16(a[5], rows, width)
     slope, weight = np.empty(width, np.float32), np.empty(width, np.float32)
     _, first, last = _rows_of_this_thread(rows)
     for r in range(first, last):
@@ -354,10 +374,10 @@ def maps_backward(a):
         for m in range(num_maps):
             along = np.float32(0)
             for n in range(width):
-                weight[n] = _wide(maps[m, r, n])
+                weight[n] = _wide(maps[m * rows + r, n])
                 along += weight[n] * slope[n]
             for n in range(width):
-                dlogits[m, r, n] = _narrow(weight[n] * (slope[n] - along))
+                dlogits[m * rows + r, n] = _narrow(weight[n] * (slope[n] - along))
         if num_maps == 2:
             for n in range(width):
-                difference[r, n] = _narrow(_wide(maps[0, r, n]) - lam * weight[n])
+                difference[r, n] = _narrow(_wide(maps[r, n]) - lam * weight[n])

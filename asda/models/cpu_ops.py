@@ -19,11 +19,14 @@ VARIANCE_FLOOR = 1e-6  # under the square root of the collapse monitors, as in d
 
 def kernels_for(*tensors: Tensor | None) -> ModuleType | None:
     """The kernels if these tensors are what they take: bf16, on a CPU. This is the one switch."""
-    if all(x is None or (x.dtype == torch.bfloat16 and x.device.type == "cpu") for x in tensors):
-        from asda.models import cpu_kernels  # numba takes a second to import, which nothing else needs
+    fit = all(x is None or (x.dtype == torch.bfloat16 and x.device.type == "cpu") for x in tensors)
+    return _kernels() if fit and _kernels().AVAILABLE else None
 
-        return cpu_kernels if cpu_kernels.AVAILABLE else None
-    return None
+
+def _kernels() -> ModuleType:
+    from asda.models import cpu_kernels  # which compiles: wanted only where it is used
+
+    return cpu_kernels
 
 
 class Norm(nn.LayerNorm):
@@ -39,7 +42,7 @@ class Norm(nn.LayerNorm):
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        x, kernels = x.contiguous(), kernels_for()
+        x, kernels = x.contiguous(), _kernels()
         residual = None if residual is None else residual.contiguous()
         summed = x if residual is None else torch.empty_like(x)
         y, moments_R2 = torch.empty_like(x), _moments_of(x)
@@ -54,7 +57,7 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         summed, weight, moments_R2 = ctx.saved_tensors
-        kernels, dx = kernels_for(), torch.empty_like(summed)
+        kernels, dx = _kernels(), torch.empty_like(summed)
         sums_P2D = torch.zeros(torch.get_num_threads(), 2, len(weight))
         kernels.launch(
             kernels.norm_backward, _rows(summed), [], summed, dy.contiguous(), weight, moments_R2, dx, sums_P2D
@@ -64,7 +67,7 @@ class _Norm(torch.autograd.Function):
 
 
 class GeluLinear(nn.Linear):
-    """A linear layer after an exact GELU, whose result is not kept for the backward: it is made again from its input."""
+    """A linear layer after an exact GELU, whose result is not kept for the backward but made again there."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., hidden] -> [..., D]."""
@@ -100,7 +103,7 @@ def norm_gelu(x: Tensor, residual: Tensor | None = None, eps: float = 1e-5) -> T
 class _NormGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, eps: float) -> Tensor:
-        x, kernels = x.contiguous(), kernels_for()
+        x, kernels = x.contiguous(), _kernels()
         residual = None if residual is None else residual.contiguous()
         y, moments_R2 = torch.empty_like(x), _moments_of(x)
         sizes = [*_rows(x), residual is not None]
@@ -115,7 +118,7 @@ class _NormGelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, moments_R2 = ctx.saved_tensors
-        kernels, dx = kernels_for(), torch.empty_like(x)
+        kernels, dx = _kernels(), torch.empty_like(x)
         kernels.launch(
             kernels.norm_gelu_backward, _rows(x), [], x, dy.contiguous(), kernels.gelu_table(), moments_R2, dx
         )
@@ -154,7 +157,7 @@ def feature_spread(features_D: Tensor, weight: Tensor) -> Tensor:
 class _MaskedError(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pred_SND: Tensor, targets_BND: Tensor, masked_SN: Tensor):
-        pred_SND, targets_BND, kernels = pred_SND.contiguous(), targets_BND.float().contiguous(), kernels_for()
+        pred_SND, targets_BND, kernels = pred_SND.contiguous(), targets_BND.float().contiguous(), _kernels()
         masked_SN = masked_SN.to(torch.uint8)
         count, (num_sequences, patches, width) = masked_SN.sum(dtype=torch.float64), pred_SND.shape
         ctx.sizes = [num_sequences * patches, width, targets_BND.shape[0] * patches]
@@ -174,7 +177,7 @@ class _MaskedError(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, derror: Tensor, _: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         pred_SND, masked_SN, count = ctx.saved_tensors
-        kernels, dpred_SND = kernels_for(), torch.empty_like(pred_SND)
+        kernels, dpred_SND = _kernels(), torch.empty_like(pred_SND)
         factor = float(2 * derror / count)
         kernels.launch(
             kernels.masked_error_backward, ctx.sizes, [factor], pred_SND, ctx.targets_BND, masked_SN, dpred_SND
