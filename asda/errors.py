@@ -8,8 +8,8 @@
     130, 138, 143   left at once: interrupted before training, or by a second SIGINT, SIGUSR1, SIGTERM
 
 So ends a rank, and with it plain python and srun. `deepspeed` hands on the code of the first rank that fails, so all
-ranks of a stopped run leave with the same one; but it ends with 143 or 130 when it gets the signal itself: the ranks
-see that it has gone, save, and leave. With torchrun every code but 0 becomes 1.
+ranks of a stopped run leave with the same one; but it ends with 143 or 130 when it gets the signal itself (the ranks
+see that it has gone, save, and leave) and with 1 when its launch.py does. With torchrun every code but 0 becomes 1.
 """
 
 import os
