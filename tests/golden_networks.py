@@ -267,7 +267,9 @@ def adam_step(case: Pretraining) -> Findings:
         yield rms("Adam step", name, ours, theirs, 5 * UNIT_ROUNDING)
     if case.official.under("adam_step_ema."):  # not every file has them
         teacher = case.teacher(case.students())
-        pretrain.ema_update(teacher.encoder.parameters(), students.encoder.parameters(), case.numbers["ema"]["decay_plain"])
+        pretrain.ema_update(
+            teacher.encoder.parameters(), students.encoder.parameters(), case.numbers["ema"]["decay_plain"]
+        )
         yield from teacher_weights(case, teacher, "adam_step_ema.")
 
 
