@@ -111,20 +111,26 @@ class Trainer:
         costs = network_costs(config.model, config.objective, config.data.frames, len(dataset.vocabulary))
         rate = gemm_rate(processes.device, DTYPES[config.engine.precision])
         about = derived_numbers(config, dataset, processes, self.micro_batch, costs, rate, self.progress.step)
-        self.log = RunLog(
+        self.log = self._open_log(about + changes)
+        self.writer = CheckpointWriter(self.folder, config, processes)
+        self.meter = Meter(processes, sum(costs.flops.values()), rate, self.progress.skipped_steps)
+
+    def _open_log(self, lines: list[str]) -> RunLog:
+        """The run's record, which begins with the resolved configuration and these lines."""
+        config = self.config
+        log = RunLog(
             self.folder,
             self.progress.step,
             config.optimizer.steps,
-            enabled=processes.is_first,
+            enabled=self.processes.is_first,
             wandb=config.run.wandb,
             config=config.model_dump(mode="json", by_alias=True),
         )
-        self.writer = CheckpointWriter(self.folder, config, processes)
-        if processes.is_first:
+        if self.processes.is_first:
             (self.folder / "config.json").write_text(dump_config(config))
-        for line in about + changes:
-            self.log.say(line)
-        self.meter = Meter(processes, sum(costs.flops.values()), rate, self.progress.skipped_steps)
+        for line in lines:
+            log.say(line)
+        return log
 
     def run(self) -> None:
         """Do every step that is left.
