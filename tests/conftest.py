@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from launching import finetuning, launch, pretraining
 from sounds_dataset import make_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what it puts into the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # or the programs that tests interrupt would ignore it too
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
