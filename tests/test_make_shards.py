@@ -196,11 +196,11 @@ def test_overwrite_replaces_a_dataset_and_only_its_files(esc10_shards, tmp_path)
 
 
 def started_writing(esc10: Path, out: Path) -> subprocess.Popen:
-    """Start a run with one worker, and wait until its first shard is there."""
+    """Start a run with one worker, and wait until its second shard is there, so that the first one is finished."""
     args = ("--source", "csv", "--input", esc10.name, "--clips-per-shard", 10, "--workers", 1)
     process = start(*args, "--out", out, cwd=esc10.parent)
     deadline = time.monotonic() + 60
-    while not list(out.glob("*.tar.zst")):
+    while len(list(out.glob("*.tar.zst"))) < 2:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
