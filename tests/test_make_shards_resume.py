@@ -1,6 +1,7 @@
 """tools/make_shards.py stopped, shared out, and interfered with: the bytes are those of one undisturbed run."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -194,6 +195,16 @@ def test_a_disk_that_fills_up_in_the_middle_is_one_sentence_and_can_be_continued
     succeed(copy, "out")
     succeed(copy, "fresh")
     assert files_of(copy / "out") == files_of(copy / "fresh")
+
+
+def test_a_failure_ends_the_workers_before_anybody_cleans_up_behind_them():
+    with worker_pool(2, 2) as workers:
+        workers.pool.submit(abs, 1).result()
+        asleep = [workers.pool.submit(time.sleep, 60) for _ in range(2)]
+        with pytest.raises(ZeroDivisionError), workers.ended_by_failure():
+            raise ZeroDivisionError
+        assert not multiprocessing.active_children()
+    assert all(future.exception() for future in asleep)
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(clips, monkeypatch, tmp_path):

@@ -121,7 +121,10 @@ def make_shards(args: argparse.Namespace) -> None:
     with worker_pool(args.workers, len(shards)) as workers:
         unwritten = [task for task in plan.tasks if not journal.has_record(task)]
         check_space(workers, args.out, unwritten, bytes_to_replace(args.out, plan.digest) if args.overwrite else 0)
-        with claimed(plan, shards, command_of(sys.argv), args.overwrite) as (journal, lock):
+        with (
+            claimed(plan, shards, command_of(sys.argv), args.overwrite) as (journal, lock),
+            workers.ended_by_failure(),  # before claimed() sweeps away what they leave behind
+        ):
             if (args.out / DATASET_FILE).exists():  # the last run was stopped after its very last step but one
                 journal.remove()
                 dataset = load_dataset(args.out)

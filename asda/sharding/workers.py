@@ -35,14 +35,10 @@ def worker_pool(num_workers: int, num_tasks: int) -> Iterator["Workers"]:
     context = multiprocessing.get_context("spawn")  # a fork would copy locks held by other threads
     counts = context.RawArray("q", max(num_tasks, 1))  # each has one writer, so it needs no lock
     pool = ProcessPoolExecutor(max(1, min(num_workers, num_tasks)), context, _start_worker, (counts,))
+    workers = Workers(pool, counts)
     try:
-        yield Workers(pool, counts)
-    except BrokenProcessPool:
-        raise UserError("a worker process was killed, most often for want of memory; use fewer --workers") from None
-    except BaseException:
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
+        with workers.ended_by_failure():
+            yield workers
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -72,6 +68,21 @@ class Workers:
     def __init__(self, pool: ProcessPoolExecutor, counts: Any):
         self.pool = pool
         self._counts = np.frombuffer(counts, np.int64)
+
+    @contextmanager
+    def ended_by_failure(self) -> Iterator[None]:
+        """End all processes before a failure of the block goes on, so that whoever cleans up does so behind them."""
+        try:
+            yield
+        except BaseException as error:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            self.pool.shutdown(cancel_futures=True)  # waits for them
+            if isinstance(error, BrokenProcessPool):
+                raise UserError(
+                    "a worker process was killed, most often for want of memory; use fewer --workers"
+                ) from None
+            raise
 
     def run(
         self,
