@@ -219,6 +219,8 @@ def make_engine(config: Config, model: nn.Module, lr_scales: dict[str, float], w
     start_moments(engine)
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
         _refuse_squares_beyond_fp32(engine.optimizer)
+    if isinstance(engine.optimizer, BF16_Optimizer):
+        _begin_sums_with_the_first_gradient(engine.optimizer)
     if initial:
         set_masters(engine, initial)
     if world_size == 1 and isinstance(engine.optimizer, BF16_Optimizer | FP16_UnfusedOptimizer | CheckedAdamW):
@@ -235,6 +237,36 @@ def _refuse_squares_beyond_fp32(optimizer: DeepSpeedZeroOptimizer_Stage3) -> Non
     optimizer._get_norm_groups = lambda: [
         torch.where(norm.double().square() > largest, math.inf, norm) for norm in map(torch.as_tensor, norms())
     ]
+
+
+def _begin_sums_with_the_first_gradient(optimizer: BF16_Optimizer) -> None:
+    """Have bf16 stage 1 write an update's first gradients over its fp32 sums, and add only the others to them.
+
+    It would set the sums to zero, twice, and add an fp32 copy of each gradient: a fifth of the time that a step on two
+    cores spends outside products of matrices. `has` tells which sums are of this update.
+    """
+    sums, has = optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients
+
+    @torch.no_grad()
+    def add(parameter: nn.Parameter, group: int, number: int, clear_lp_grads: bool) -> None:
+        if parameter.grad is None:
+            return
+        total, gradient = sums[group][number], parameter.grad.view(sums[group][number].shape)
+        total.add_(gradient) if has[group][number] else total.copy_(gradient)
+        has[group][number] = True
+
+    def forget() -> None:
+        for of_group in has:
+            of_group[:] = [False] * len(of_group)
+
+    def zero_where_no_gradient_came(clear_lp_grads: bool = False) -> None:
+        for of_group, its_sums in zip(has, sums, strict=True):
+            for number in (number for number, came in enumerate(of_group) if not came):
+                its_sums[number].zero_()
+
+    optimizer._update_hp_grad = add
+    optimizer.clear_hp_grads = forget
+    optimizer.update_hp_grads = zero_where_no_gradient_came  # DeepSpeed calls it after a backward, before the exchange
 
 
 def guarded(loss: Tensor) -> Tensor:

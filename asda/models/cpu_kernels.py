@@ -139,14 +139,32 @@ def _exp(x):
 # GELU ----------------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def gelu_table() -> Tensor:
-    """The exact GELU of each of the 65,536 bf16 numbers, then its slope there; fp32, by torch's definition in fp64."""
-    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).double().requires_grad_()
-    with torch.enable_grad(), torch.inference_mode(mode=False):
-        raised = torch.nn.functional.gelu(every)
-        (slope,) = torch.autograd.grad(raised.sum(), every)
-    return torch.stack([raised.detach(), slope]).float()
+@njit(inline="always")
+def _normal(x):
+    """The normal distribution of x: its integral up to x, and its density; each within 1e-4 of itself.
+
+    The tail beyond |x| is exp(-x^2 / 2) times a smooth function, here a polynomial in 1 / (1 + 3/8 |x|) (the form of
+    Hastings, 1955) whose largest relative error, 3.1e-5, was made as small as it can be.
+    """
+    t = np.float32(1) / (np.float32(1) + np.float32(0.375) * abs(x))
+    bell = _exp(np.float32(-0.5) * x * x)
+    series = np.float32(0.08356451) + t * (np.float32(0.20028104) + t * np.float32(-0.09064253))
+    series = t * (np.float32(0.14906104) + t * (np.float32(0.15773385) + t * series))
+    tail = bell * series
+    return (tail if x < np.float32(0) else np.float32(1) - tail), np.float32(0.3989422804014327) * bell
+
+
+def gelu_backward(a):
+    """Sizes R, D; x_RD, dy_RD -> dx_RD, which lies where dy_RD lay, and gelu(x)_RD."""
+    rows, width = _sizes(a, 2)
+    x, dy, y = _bf16(a[2], rows, width), _bf16(a[3], rows, width), _bf16(a[4], rows, width)
+    _, first, last = _rows_of_this_thread(rows)
+    for r in range(first, last):
+        for d in range(width):
+            number = _wide(x[r, d])
+            below, density = _normal(number)
+            y[r, d] = _narrow(number * below)
+            dy[r, d] = _narrow(_wide(dy[r, d]) * (below + number * density))
 
 
 # Norms over the features of a row ------------------------------------------------------------------------------------
@@ -225,12 +243,11 @@ def norm_backward(a):
 
 
 def norm_gelu(a):
-    """Sizes R, D, whether there is a residual; numbers eps; x_RD, residual_RD, table -> y_RD, moments_R2."""
+    """Sizes R, D, whether there is a residual; numbers eps; x_RD, residual_RD -> y_RD, moments_R2."""
     rows, width, adds = _sizes(a, 3)
     eps = _number(a)
     x, residual = _bf16(a[2], rows, width), _bf16(a[3], rows, width)
-    table = _fp32(a[4], 2, 1 << 16)
-    y, moments = _bf16(a[5], rows, width), _fp32(a[6], rows, 2)
+    y, moments = _bf16(a[4], rows, width), _fp32(a[5], rows, 2)
     row = np.empty(width, np.float32)
     _, first, last = _rows_of_this_thread(rows)
     for r in range(first, last):
@@ -239,7 +256,8 @@ def norm_gelu(a):
         mean, rstd = _moments(row, eps)
         moments[r, 0], moments[r, 1] = mean, rstd
         for d in range(width):
-            row[d] = table[0, _narrow((row[d] - mean) * rstd)]
+            normed = (row[d] - mean) * rstd
+            row[d] = normed * _normal(normed)[0]
         if adds:
             for d in range(width):
                 y[r, d] = _narrow(row[d] + _wide(residual[r, d]))
@@ -249,18 +267,18 @@ def norm_gelu(a):
 
 
 def norm_gelu_backward(a):
-    """Sizes R, D; x_RD, dy_RD, table, moments_R2 -> dx_RD."""
+    """Sizes R, D; x_RD, dy_RD, moments_R2 -> dx_RD."""
     rows, width = _sizes(a, 2)
     x, dy = _bf16(a[2], rows, width), _bf16(a[3], rows, width)
-    table = _fp32(a[4], 2, 1 << 16)
-    moments, dx = _fp32(a[5], rows, 2), _bf16(a[6], rows, width)
+    moments, dx = _fp32(a[4], rows, 2), _bf16(a[5], rows, width)
     normed, dnormed = np.empty(width, np.float32), np.empty(width, np.float32)
     _, first, last = _rows_of_this_thread(rows)
     for r in range(first, last):
         mean, rstd = moments[r, 0], moments[r, 1]
         for d in range(width):
             normed[d] = (_wide(x[r, d]) - mean) * rstd
-            dnormed[d] = _wide(dy[r, d]) * table[1, _narrow(normed[d])]
+            below, density = _normal(normed[d])
+            dnormed[d] = _wide(dy[r, d]) * (below + normed[d] * density)
         _norm_backward(dnormed, normed, rstd, dx[r])
 
 

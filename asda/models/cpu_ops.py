@@ -87,9 +87,18 @@ class _GeluLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
+        raised, dx = _gelu_backward(x, dy @ weight)
         dy_RD = dy.flatten(0, -2)
-        dweight = dy_RD.T @ gelu(x).flatten(0, -2)
-        return torch.ops.aten.gelu_backward(dy @ weight, x), dweight, dy_RD.sum(0)
+        return dx, dy_RD.T @ raised.flatten(0, -2), dy_RD.sum(0)
+
+
+def _gelu_backward(x: Tensor, draised: Tensor) -> tuple[Tensor, Tensor]:
+    """gelu(x), and the gradient of x."""
+    if not (kernels := kernels_for(x, draised)):
+        return gelu(x), torch.ops.aten.gelu_backward(draised, x)
+    x, raised = x.contiguous(), torch.empty_like(draised)
+    kernels.launch(kernels.gelu_backward, _rows(x), [], x, draised, raised)
+    return raised, draised  # in which the gradient lies by now
 
 
 def norm_gelu(x: Tensor, residual: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -107,9 +116,7 @@ class _NormGelu(torch.autograd.Function):
         residual = None if residual is None else residual.contiguous()
         y, moments_R2 = torch.empty_like(x), _moments_of(x)
         sizes = [*_rows(x), residual is not None]
-        kernels.launch(
-            kernels.norm_gelu, sizes, [eps], x, x if residual is None else residual, kernels.gelu_table(), y, moments_R2
-        )
+        kernels.launch(kernels.norm_gelu, sizes, [eps], x, x if residual is None else residual, y, moments_R2)
         ctx.save_for_backward(x, moments_R2)
         ctx.has_residual = residual is not None
         return y
@@ -119,9 +126,7 @@ class _NormGelu(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, moments_R2 = ctx.saved_tensors
         kernels, dx = _kernels(), torch.empty_like(x)
-        kernels.launch(
-            kernels.norm_gelu_backward, _rows(x), [], x, dy.contiguous(), kernels.gelu_table(), moments_R2, dx
-        )
+        kernels.launch(kernels.norm_gelu_backward, _rows(x), [], x, dy.contiguous(), moments_R2, dx)
         return dx, dy if ctx.has_residual else None, None
 
 

@@ -102,7 +102,8 @@ class MaskedStudents(nn.Module):
     def _draw_noise(self, tokens_SKD: Tensor, num_patches: int) -> Tensor:
         num_sequences, _, width = tokens_SKD.shape
         # In fp32, to be rounded later: on a CPU torch draws bf16 normals four times slower.
-        return torch.randn(num_sequences, num_patches, width, device=tokens_SKD.device) * self.noise_std
+        noise_SND = torch.empty(num_sequences, num_patches, width, device=tokens_SKD.device)
+        return noise_SND.normal_(std=self.noise_std)
 
     def _decode(self, tokens_SKD: Tensor, visible_SK: Tensor, noise_SND: Tensor) -> Tensor:
         grid_SND = noise_SND.to(tokens_SKD.dtype).scatter(1, visible_SK[..., None].expand_as(tokens_SKD), tokens_SKD)
