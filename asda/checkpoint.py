@@ -30,6 +30,7 @@ from torch import Tensor
 
 from asda.config import Config, Description, InputConfig, dump_config, load_config, load_description
 from asda.data.order import ORDER_VERSION
+from asda.disk import sync
 from asda.errors import UserError
 from asda.manifest import (
     FORMAT,
@@ -39,7 +40,6 @@ from asda.manifest import (
     Manifest,
     damage,
     entry_of,
-    sync,
     write_manifest,
 )
 

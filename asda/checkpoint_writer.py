@@ -13,7 +13,7 @@
 
 One thread on every rank copies the tensors, writes and hashes its files and tells the first rank, which commits:
 
-    1  every rank: copy, write, hash and sync each file in .tmp-step-N/
+    1  every rank: copy, write, sync and hash each file in .tmp-step-N/
     2  first rank: collect sizes and hashes, write and sync config.json and state.json
     3  first rank: write and sync manifest.json, sync the folder
     4  first rank: rename .tmp-step-N to step-N, sync their folder
@@ -26,7 +26,6 @@ to the other ranks in a group of its own, over gloo, so it never mixes with what
 
 import json
 import os
-import re
 import shutil
 import threading
 import time
@@ -40,16 +39,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
 
-from asda.checkpoint import TEMPORARY, State, checkpoints, commit, remove, save_tensors
+from asda.checkpoint import TEMPORARY, State, checkpoints, commit, remove
 from asda.config import Config, dump_config
+from asda.disk import sync
 from asda.errors import UserError
-from asda.manifest import FileEntry, Manifest, damage, entry_of, sync
+from asda.file_image import FileImage
+from asda.manifest import FileEntry, Manifest, damage, entry_of
 
 if TYPE_CHECKING:
     from asda.engine import Processes  # that imports DeepSpeed, which takes seconds
@@ -57,7 +56,6 @@ if TYPE_CHECKING:
 Files = dict[str, dict[str, Tensor]]  # file stem -> tensor name -> tensor
 POINTER = "latest"
 NICENESS = 15  # of the writing thread: beside busy cores it gets 36 parts of 1024, 3.4 % of one (sched(7))
-ERROR_NUMBER = re.compile(r"os error (\d+)")  # in the messages of safetensors
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class CheckpointWriter:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.engine.timeout_s))
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=os.nice, initargs=(NICENESS,))
         self._stream = torch.cuda.Stream(processes.device) if processes.device.type == "cuda" else None
-        self._buffers: Files = {}
+        self._images: dict[str, FileImage] = {}
         self._copied = threading.Event()
         self._copied.set()
         self._save: Future[Outcome] | None = None
@@ -156,12 +154,12 @@ class CheckpointWriter:
     def _run_save(self, state: State, files: Files, ready: Any) -> Outcome:
         started = time.monotonic()
         try:
-            self._buffers = _copied(files, self._buffers, self._stream, ready)
+            self._images = _images(files, self._images, self._stream, ready)
         finally:
             self._copied.set()
         folder = self._run / "checkpoints" / f"step-{state.step:07d}"
         temporary = folder.with_name(TEMPORARY + folder.name)
-        reports = self._gather(_failure_or(lambda: _write_files(temporary, self._buffers)))
+        reports = self._gather(_failure_or(lambda: _write_files(temporary, self._images)))
         outcome = None
         if self._processes.is_first:
             found = _failure_or(lambda: self._commit(temporary, folder, state, reports))
@@ -243,49 +241,35 @@ def prune(run: Path, keep: int, just_written: Path | None = None) -> None:
     for folder in reversed(found):
         if num_intact == keep:
             remove(folder)
-        elif folder == just_written or damage(folder) is None:
+        elif folder == just_written or damage(folder, from_disk=True) is None:
             num_intact += 1
 
 
-def _copied(files: Files, buffers: Files, stream: Any, ready: Any) -> Files:
-    """Copy tensors into the buffers of the last save, where those fit; ready: when the device has computed them."""
+def _images(files: Files, last: dict[str, FileImage], stream: Any, ready: Any) -> dict[str, FileImage]:
+    """Copy tensors, into the memory of the last save where it fits; ready: when the device has computed them."""
     with nullcontext() if stream is None else torch.cuda.stream(stream):
         if stream is not None:
             stream.wait_event(ready)
-        copies = {
-            stem: {name: _copy(tensor.detach(), buffers.get(stem, {}).get(name)) for name, tensor in tensors.items()}
+        images = {
+            stem: last[stem] if stem in last and last[stem].is_of(tensors) else FileImage(tensors)
             for stem, tensors in files.items()
         }
+        for stem, image in images.items():
+            image.copy_from(files[stem])
     if stream is not None:
         stream.synchronize()
-    return copies
+    return images
 
 
-def _copy(tensor: Tensor, buffer: Tensor | None) -> Tensor:
-    if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
-        buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    if tensor.is_cuda:
-        return buffer.copy_(tensor, non_blocking=True)
-    # torch's own copy would start a second team of OpenMP threads beside that of the training.
-    np.copyto(_bytes_of(buffer), _bytes_of(tensor.contiguous()))
-    return buffer
-
-
-def _bytes_of(tensor: Tensor) -> np.ndarray:
-    return tensor.view(-1).view(torch.uint8).numpy()
-
-
-def _write_files(temporary: Path, files: Files) -> dict[str, FileEntry]:
+def _write_files(temporary: Path, images: dict[str, FileImage]) -> dict[str, FileEntry]:
     """Step 1 of the protocol: this rank's files. Raises UserError."""
     entries = {}
     with _told_as_sentence(temporary):
         temporary.mkdir(parents=True, exist_ok=True)
-    for stem, tensors in files.items():
+    for stem, image in images.items():
         path = temporary / f"{stem}.safetensors"
-        with _told_as_sentence(path, sum(tensor.nbytes for tensor in tensors.values())):
-            save_tensors(path, tensors)
-            sync(path)
-            entries[path.name] = entry_of(path)
+        with _told_as_sentence(path, image.num_bytes):
+            entries[path.name] = image.write(path)
     return entries
 
 
@@ -321,23 +305,13 @@ def _told_as_sentence(path: Path, num_bytes: int = 0) -> Iterator[None]:
     """Turn what a file system refuses (no space, quota, rights) into a UserError with the file and the bytes."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         needed = f" ({num_bytes:,} bytes)" if num_bytes else ""
-        where = getattr(error, "filename", None) or path
+        where = error.filename or path
         raise UserError(
-            f"cannot write {where}{needed}: {_reason(error)}; {_free_bytes(path):,} bytes are free there. The "
+            f"cannot write {where}{needed}: {error.strerror or error}; {_free_bytes(path):,} bytes are free there. The "
             "checkpoints before it are intact: make room, or keep fewer (run.keep), and start the same command again"
         ) from None
-
-
-def _reason(error: OSError | SafetensorError) -> str:
-    """The system's words; safetensors gives its number in a text. Anything else is no matter of disks, and goes on."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    number = ERROR_NUMBER.search(str(error))
-    if number is None:
-        raise error
-    return os.strerror(int(number[1]))
 
 
 def _free_bytes(path: Path) -> int:

@@ -9,7 +9,6 @@ xxh3 finds damage; it does not prove who made a file.
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -18,11 +17,12 @@ from typing import Annotated, Any
 import xxhash
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from asda.disk import hash_file
+
 FORMAT = 2
 READABLE_FORMATS = (1, 2)  # of a run with format 1, by DeepSpeed's pickles, only weights and configuration are read
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 << 20  # 100,000 ranks
-READ_BYTES = 4 << 20  # at once, to be hashed
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 # One name, or one below engine/ in format 1. A name that begins with a dot is temporary, or leads out of the folder.
@@ -74,20 +74,20 @@ def write_manifest(folder: Path, manifest: Manifest) -> Path:
     return path
 
 
-def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+def damage(folder: Path, part: int = 0, parts: int = 1, *, from_disk: bool = False) -> str | None:
     """What is wrong with a checkpoint's files; None when they match the manifest.
 
     Args:
         folder: the checkpoint, or a folder of weights with a manifest.
         part: which share of the files is read and hashed; names and sizes are checked of all.
         parts: into how many shares the files are dealt, so that the ranks of a run check one each.
+        from_disk: read past the page cache; dearer where the files are to be loaded next.
     """
     manifest = _read_manifest(folder)
     if isinstance(manifest, str):
         return manifest
-    return (
-        _wrong_names(folder, manifest) or _wrong_sizes(folder, manifest) or _wrong_hash(folder, manifest, part, parts)
-    )
+    complaint = _wrong_names(folder, manifest) or _wrong_sizes(folder, manifest)
+    return complaint or _wrong_hash(folder, manifest, _share(manifest, part, parts), from_disk)
 
 
 def _read_manifest(folder: Path) -> Manifest | str:
@@ -142,31 +142,16 @@ def _wrong_sizes(folder: Path, manifest: Manifest) -> str | None:
     return None
 
 
-def _wrong_hash(folder: Path, manifest: Manifest, part: int, parts: int) -> str | None:
-    by_size = sorted(manifest.files, key=lambda name: (manifest.files[name].bytes, name))
-    for name in by_size[part::parts]:
+def _share(manifest: Manifest, part: int, parts: int) -> list[str]:
+    return sorted(manifest.files, key=lambda name: (manifest.files[name].bytes, name))[part::parts]
+
+
+def _wrong_hash(folder: Path, manifest: Manifest, names: list[str], from_disk: bool) -> str | None:
+    for name in names:
         try:
-            found = hash_file(folder / name)
+            found = hash_file(folder / name, from_disk=from_disk)
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
         if found != manifest.files[name].xxh3_128:
             return f"the hash of {name} differs from the manifest's"
     return None
-
-
-def hash_file(path: Path) -> str:
-    """xxh3_128 of a file's bytes, in hexadecimal digits."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

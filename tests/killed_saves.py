@@ -22,12 +22,12 @@ CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmt
 
 def kill_before(place: int, folder: Path) -> Callable[..., Any]:
     """Count calls that change something in `folder`; end the process before the one at `place`, and note its name."""
-    seen = 0
+    seen, really_write = 0, os.write
 
     def count(name: str, path: object) -> None:
         nonlocal seen
         if seen == place:
-            os.write(1, f"{name} {Path(str(path)).name}\n".encode())
+            really_write(1, f"{name} {Path(str(path)).name}\n".encode())
             os._exit(9)
         seen += 1
 
@@ -40,19 +40,24 @@ def kill_before(place: int, folder: Path) -> Callable[..., Any]:
     return count
 
 
+def counted(really: Callable[..., Any], count: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of os that takes a descriptor, and has its calls counted."""
+
+    def counting(descriptor: int, *arguments: Any) -> Any:
+        count(really.__name__, os.readlink(f"/proc/self/fd/{descriptor}"))
+        return really(descriptor, *arguments)
+
+    return counting
+
+
 def killed_save(run: Path, config: Any, step: int, place: int) -> str:
     """Save in a fork that dies; the call before which it did, or "" when it came to its end before."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.dup2(writing, 1)
-        count, fsync = kill_before(place, run), os.fsync
-
-        def counted_fsync(descriptor: int) -> None:
-            count("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
-            fsync(descriptor)
-
-        os.fsync = counted_fsync
+        count = kill_before(place, run)
+        os.fsync, os.write = counted(os.fsync, count), counted(os.write, count)
         save(run, config, step)
         os._exit(0)
     os.close(writing)

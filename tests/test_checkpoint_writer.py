@@ -19,10 +19,11 @@ from fault_table import Count
 from safetensors.torch import load_file
 from tiny_checkpoints import ALONE, files_at, save, state_at, tiny_config, try_to_save
 
-from asda import checkpoint, checkpoint_writer
+from asda import checkpoint
 from asda.checkpoint_writer import POINTER, CheckpointWriter
 from asda.config import Config
-from asda.manifest import MANIFEST, damage
+from asda.file_image import FileImage
+from asda.manifest import MANIFEST, FileEntry, damage
 
 TESTS = Path(__file__).parent
 
@@ -35,13 +36,13 @@ def config() -> Config:
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """A disk that takes nothing before this is set."""
-    works, really_save = threading.Event(), checkpoint_writer.save_tensors
+    works, really_write = threading.Event(), FileImage.write
 
-    def save_when_it_works(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    def write_when_it_works(image: FileImage, path: Path) -> FileEntry:
         works.wait(30)
-        really_save(path, tensors)
+        return really_write(image, path)
 
-    monkeypatch.setattr(checkpoint_writer, "save_tensors", save_when_it_works)
+    monkeypatch.setattr(FileImage, "write", write_when_it_works)
     return works
 
 
@@ -80,7 +81,7 @@ def test_a_save_waits_for_the_one_before_it_and_both_are_told(
     assert [outcome and outcome.step for outcome in outcomes] == [1, 2]
 
 
-def test_tensors_of_every_kind_are_saved_as_they_are_and_buffers_are_kept(tmp_path: Path, config: Config) -> None:
+def test_tensors_of_every_kind_are_saved_as_they_are_and_memory_is_kept(tmp_path: Path, config: Config) -> None:
     whole = torch.arange(12, dtype=torch.float32)
     tensors = {
         "bf16": torch.randn(3, 5).bfloat16(),
@@ -92,11 +93,11 @@ def test_tensors_of_every_kind_are_saved_as_they_are_and_buffers_are_kept(tmp_pa
         "parameter": torch.nn.Parameter(torch.randn(2)),
     }
     with CheckpointWriter(tmp_path, config, ALONE) as writer:
-        pointers = []
+        images = []
         for step in (1, 2):
             writer.save(state_at(step), {"model": tensors})
             outcome = writer.finish()
-            pointers.append({name: buffer.data_ptr() for name, buffer in writer._buffers["model"].items()})
+            images.append(writer._images["model"])
             whole += 1
             assert outcome is not None
             found = load_file(outcome.folder / "model.safetensors")
@@ -104,16 +105,16 @@ def test_tensors_of_every_kind_are_saved_as_they_are_and_buffers_are_kept(tmp_pa
             for name, tensor in tensors.items():
                 assert torch.equal(found[name], tensor), name
                 assert found[name].dtype == tensor.dtype
-    assert pointers[0] == pointers[1]
+    assert images[0] is images[1]
 
 
 def test_what_is_no_matter_of_the_disk_is_raised_by_the_next_call(
     tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lose_peer(path: Path, tensors: object) -> None:
+    def lose_peer(image: FileImage, path: Path) -> None:
         raise RuntimeError("Connection closed by peer")
 
-    monkeypatch.setattr(checkpoint_writer, "save_tensors", lose_peer)
+    monkeypatch.setattr(FileImage, "write", lose_peer)
     with CheckpointWriter(tmp_path, config, ALONE) as writer:
         writer.save(state_at(1), files_at(1))
         writer.wait_until_copied()
@@ -206,7 +207,8 @@ def test_a_quota_leaves_the_checkpoints_before_it_and_the_policy_decides(policy:
             outcome = writer.finish()
         assert outcome is not None
         assert outcome.failure is not None
-        assert "model.safetensors (8,388,608 bytes): File too large; " in outcome.failure
+        needed = FileImage(large_files()["model"]).num_bytes
+        assert f"model.safetensors ({needed:,} bytes): File too large; " in outcome.failure
         assert f"{shutil.disk_usage(tmp_path).free:,}"[:3] in outcome.failure
         assert (writer.failure, writer.num_failed) == (outcome.failure if policy == "stop" else None, 1)
         assert checkpoint.newest(tmp_path) == before
@@ -263,7 +265,7 @@ def test_a_disk_that_refuses_any_call_of_a_save_leaves_an_intact_checkpoint_and_
 ) -> None:
     config = tiny_config("run.keep=1")
     trials = told = lost = recovered = 0
-    for name, num_calls in (("fsync", 11), ("rename", 2), ("replace", 1), ("mkdir", 1)):
+    for name, num_calls in (("fsync", 11), ("write", 3), ("rename", 2), ("replace", 1), ("mkdir", 1)):
         for place in range(num_calls):
             run = tmp_path / f"{name}{place}"
             before = save(run, config, 1)

@@ -3,6 +3,7 @@
 The inputs are bf16 numbers on both sides, so all that differs is the rounding inside.
 """
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from golden import rel_rms
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear
 
+from asda.models import cpu_ops
 from asda.models.cpu_ops import GeluLinear, Norm, feature_spread, kernels_for, masked_error, norm_gelu
 
 R, D = 50, 72  # rows and features: the width is no multiple of a register's
@@ -158,3 +160,20 @@ def test_the_spread_is_of_the_tokens_of_weight_one():
     features_ND[30:] = 1e3
     expected = (features_ND[:30].var(dim=0) + 1e-6).sqrt().mean()
     torch.testing.assert_close(feature_spread(features_ND, weight_N), expected)
+
+
+def test_gelu_and_its_slope_are_within_a_rounding_for_every_number():
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = every[every.isfinite()]
+    raised, slope = cpu_ops._gelu_backward(x.view(2, -1), torch.ones(2, len(x) // 2, dtype=torch.bfloat16))
+    exact = x.double()
+    below = torch.special.erfc(-exact / math.sqrt(2)) / 2  # torch's gelu computes 1 + erf, which has no digits at -9
+    density = (-exact.square() / 2).exp() / math.sqrt(2 * math.pi)
+    rounding, approximation = 2.0**-8, 1e-4  # half a unit of 8 digits; what _normal says of itself
+    smallest = 2.0**-126  # the kernels take smaller numbers for 0
+    error = (raised.flatten().double() - exact * below).abs()
+    assert (error <= (rounding + approximation) * (exact * below).abs() + smallest).all()
+    # The slope is a sum of two terms, which cancel near -0.75.
+    error = (slope.flatten().double() - (below + exact * density)).abs()
+    terms = below + (exact * density).abs()
+    assert (error <= rounding * (below + exact * density).abs() + approximation * terms + smallest).all()
