@@ -9,7 +9,6 @@ ranks add up to is fp32 in stages 1 to 3; in stage 0 micro-batches add up in the
 DeepSpeed has nothing else there, and ranks in fp32.
 """
 
-import ctypes
 import math
 import os
 import socket
@@ -30,6 +29,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
 from asda.config import Config, OptimizerConfig
+from asda.data.reader import keep_freed_memory
 from asda.errors import UserError
 from asda.hosts import slurm_ranks
 from asda.partitions import fragments, set_masters, start_moments, whole
@@ -64,7 +64,7 @@ def join_processes(timeout_s: float = 600.0) -> Processes:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        _keep_freed_memory()
+        keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     # DeepSpeed would compile a shared-memory all-reduce for CPUs at first use (a C++ compiler, 30 s). Its processes
@@ -79,19 +79,6 @@ def join_processes(timeout_s: float = 600.0) -> Processes:
             f"({error}); is another run using it? give the launcher another --master_port"
         ) from None
     return Processes(dist.get_rank(), dist.get_world_size(), device)
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library keep the memory that tensors give back, for the next ones.
-
-    It would return large pieces to the system at once, and every page that comes back costs a fault: on two cores more
-    than a second of a step of ASDA-base that takes two. Where the library is not glibc, nothing happens.
-    """
-    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, -1)
 
 
 def leave_processes() -> None:
@@ -248,12 +235,13 @@ def _begin_sums_with_the_first_gradient(optimizer: BF16_Optimizer) -> None:
     sums, has = optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients
 
     @torch.no_grad()
-    def add(parameter: nn.Parameter, group: int, number: int, clear_lp_grads: bool) -> None:
-        if parameter.grad is None:
+    def add(lp: nn.Parameter, group_idx: int, param_idx: int, clear_lp_grads: bool) -> None:
+        if lp.grad is None:
             return
-        total, gradient = sums[group][number], parameter.grad.view(sums[group][number].shape)
-        total.add_(gradient) if has[group][number] else total.copy_(gradient)
-        has[group][number] = True
+        total = sums[group_idx][param_idx]
+        gradient = lp.grad.view(total.shape)
+        total.add_(gradient) if has[group_idx][param_idx] else total.copy_(gradient)
+        has[group_idx][param_idx] = True
 
     def forget() -> None:
         for of_group in has:
@@ -328,13 +316,6 @@ def replicas_differ(engine: Any, teacher: nn.Module | None, processes: Processes
 def _hash(parameter: Tensor) -> int:
     raw = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
     return xxhash.xxh3_64_intdigest(raw.data) - (1 << 63)  # as a signed number
-
-
-def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
-    """Average named numbers over all ranks."""
-    packed = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
-    dist.all_reduce(packed)
-    return dict(zip(values, (packed / dist.get_world_size()).tolist(), strict=True))
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:

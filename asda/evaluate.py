@@ -6,15 +6,18 @@ or mean average precision and writes a JSON file.
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from asda import checkpoint
 from asda.config import ClassifyConfig, Config
+from asda.data.batches import Batch
 from asda.data.cache import CacheConfig
 from asda.data.clips import ClipDataset
 from asda.data.stream import evaluation_batches, patch_maker, with_patches
@@ -41,7 +44,12 @@ def evaluate_weights(
     model = Classifier(config.model, config.objective, len(vocabulary))
     model.load_state_dict(weights)
     set_attention_path(model, config.engine.attention)
-    scores_NC, targets_NC = _predict(model.to(processes.device).eval(), dataset, config, processes)
+    model = model.to(processes.device).eval()
+
+    def scores_of(patches_BNP: Tensor, clips: Batch) -> Tensor:
+        return model(patches_BNP, clips.present(config, processes.device))
+
+    scores_NC, targets_NC = over_clips(dataset, config, processes, scores_of)
     return summary(scores_NC, targets_NC, single_label=config.objective.loss == "ce")
 
 
@@ -66,32 +74,40 @@ def held_out(config: Config, vocabulary: tuple[str, ...]) -> ClipDataset:
     return dataset
 
 
-def _predict(
-    model: nn.Module, dataset: ClipDataset, config: Config, processes: Processes
+def over_clips(
+    dataset: ClipDataset, config: Config, processes: Processes, rows_of: Callable[[Tensor, Batch], Tensor]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and targets of all clips, [N, C] each, in the dataset's order, on every rank."""
-    batch = config.engine.micro_batch
+    """What a network makes of every clip, and the clips' targets, in the dataset's order, on every rank.
+
+    Args:
+        dataset: labelled clips.
+        config: the run, whose micro-batch and precision are used; fp16 is for training alone, here it is fp32.
+        processes: among which the clips are dealt.
+        rows_of: patches [B, N, P] on the device, and their clips -> [B, X].
+
+    Returns:
+        fp32, [clips, X] and [clips, classes].
+    """
+    batch, device = config.engine.micro_batch, processes.device
     stream = evaluation_batches(
         dataset,
         config.data,
         batch=batch,
         rank=processes.rank,
         world_size=processes.world_size,
-        patches=patch_maker(config, processes.device),
+        patches=patch_maker(config, device),
     )
-    num_classes = len(dataset.vocabulary)
-    scores, targets = [np.empty((0, num_classes), np.float32)], [np.empty((0, num_classes), np.float32)]
-    autocast = torch.autocast(processes.device.type, torch.bfloat16, enabled=config.engine.precision == "bf16")
-    with with_patches(stream, config, batch, processes.device) as batches, torch.inference_mode(), autocast:
+    rows, targets = [], []
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision == "bf16")
+    with with_patches(stream, config, batch, device) as batches, torch.inference_mode(), autocast:
         for patches_BNP, clips in batches:
-            present_BN = clips.present(config, processes.device)
-            scores.append(model(patches_BNP.to(processes.device), present_BN).float().cpu().numpy())
-            targets.append(clips.targets(num_classes))
-    parts = [None] * processes.world_size
-    dist.all_gather_object(parts, (np.concatenate(scores), np.concatenate(targets)))
-    all_scores, all_targets = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    assert len(all_scores) == len(dataset), "every clip exactly once"
-    return all_scores, all_targets
+            rows.append(rows_of(patches_BNP.to(device), clips).float().cpu().numpy())
+            targets.append(clips.targets(len(dataset.vocabulary)))
+    parts: list[Any] = [None] * processes.world_size
+    dist.all_gather_object(parts, (rows, targets))
+    all_rows, all_targets = (np.concatenate([a for some in lists for a in some]) for lists in zip(*parts, strict=True))
+    assert len(all_rows) == len(dataset), "every clip exactly once"
+    return all_rows, all_targets
 
 
 def evaluate(path: Path, data: str | None, out: Path | None) -> None:

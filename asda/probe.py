@@ -10,23 +10,19 @@ do: it learns to predict a clip's mean target, of which the norms of the targets
 Shapes: N labelled clips, T held-out clips, D width, C classes.
 """
 
-from typing import Any
-
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from asda.config import Config, DataSpecs
 from asda.data.augment import present_patches
+from asda.data.batches import Batch
 from asda.data.cache import CacheConfig
 from asda.data.clips import ClipDataset
-from asda.data.stream import evaluation_batches, patch_maker, with_patches
 from asda.engine import Processes
 from asda.errors import UserError
+from asda.evaluate import over_clips
 from asda.metrics import summary
 from asda.models.classifier import mean
-from asda.objectives import DTYPES
 
 PENALTIES = tuple(10.0**power for power in range(-4, 3))  # of the linear layer's squared weights, per labelled clip
 ROWS = 1024  # held-out clips that are compared at once
@@ -154,27 +150,12 @@ def _opened(config: Config, key: str, specs: DataSpecs) -> ClipDataset:
 
 def _features(teacher: nn.Module, dataset: ClipDataset, config: Config, processes: Processes) -> tuple[Tensor, Tensor]:
     """Features [N, D] and targets [N, C] of all clips, fp32 in the dataset's order, on the device of every rank."""
-    batch, device, dtype = config.engine.micro_batch, processes.device, DTYPES[config.engine.precision]
-    stream = evaluation_batches(
-        dataset,
-        config.data,
-        batch=batch,
-        rank=processes.rank,
-        world_size=processes.world_size,
-        patches=patch_maker(config, device),
-    )
-    features, targets = [], []
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    with with_patches(stream, config, batch, device) as batches, torch.inference_mode(), autocast:
-        for patches_BNP, clips in batches:
-            audio_BN = torch.from_numpy(present_patches(clips.lengths, None, config.data.frames, config.model.patch))
-            tokens_BND = teacher(patches_BNP.to(device), present_BN=clips.present(config, device))
-            features.append(mean(tokens_BND[:, 1:].float(), audio_BN.to(device)).cpu().numpy())
-            targets.append(clips.targets(len(dataset.vocabulary)))
-    parts: list[Any] = [None] * processes.world_size
-    dist.all_gather_object(parts, (features, targets))
-    all_features, all_targets = (
-        np.concatenate([a for some in lists for a in some]) for lists in zip(*parts, strict=True)
-    )
-    assert len(all_features) == len(dataset), "every clip exactly once"
-    return torch.from_numpy(all_features).to(device), torch.from_numpy(all_targets).to(device)
+    device = processes.device
+
+    def features_of(patches_BNP: Tensor, clips: Batch) -> Tensor:
+        audio_BN = torch.from_numpy(present_patches(clips.lengths, None, config.data.frames, config.model.patch))
+        tokens_BND = teacher(patches_BNP, present_BN=clips.present(config, device))
+        return mean(tokens_BND[:, 1:].float(), audio_BN.to(device))
+
+    features_ND, targets_NC = over_clips(dataset, config, processes, features_of)
+    return torch.from_numpy(features_ND).to(device), torch.from_numpy(targets_NC).to(device)

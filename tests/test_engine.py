@@ -297,14 +297,13 @@ def test_micro_batches_in_bf16_add_up_in_fp32_in_stages_1_to_3() -> None:
     assert found[0]
 
 
-def recomputed(processes: Any) -> list[str]:
-    """What differs between runs that keep activations and runs that compute them again."""
+def twins_differ(processes: Any, stages: tuple[int, ...], *options: tuple[str, str]) -> list[str]:
+    """What differs, beyond rounding, after two steps with the first and with the second value of the options."""
     complaints = []
-    for stage in (0, 3):
+    for stage in stages:
         ends = []
-        for again in ("false", "true"):
-            options = (f"engine.zero_stage={stage}", f"engine.activation_checkpointing={again}")
-            objective, engine = make_run(tiny_config(*options, "engine.micro_batch=2"), processes)
+        for values in zip(*options, strict=True):
+            objective, engine = make_run(tiny_config(f"engine.zero_stage={stage}", *values), processes)
             for step in range(2):
                 train_step(objective, engine, processes, step, step)
             ends.append(everything(objective, engine))
@@ -312,19 +311,16 @@ def recomputed(processes: Any) -> list[str]:
     return complaints
 
 
+def recomputed(processes: Any) -> list[str]:
+    """What differs between runs that keep activations and runs that compute them again."""
+    again = ("engine.activation_checkpointing=false", "engine.activation_checkpointing=true")
+    return twins_differ(processes, (0, 3), again, ("engine.micro_batch=2",) * 2)
+
+
 def offloaded(processes: Any) -> list[str]:
     """What differs between runs with the optimizer in the host's memory and without, beyond rounding."""
-    complaints = []
-    for stage in (1, 2, 3):
-        ends = []
-        for offload in ("false", "true"):
-            options = (f"engine.zero_stage={stage}", f"engine.offload_optimizer={offload}", "optimizer.clip=0")
-            objective, engine = make_run(tiny_config(*options, "engine.micro_batch=2"), processes)
-            for step in range(2):
-                train_step(objective, engine, processes, step, step)
-            ends.append(everything(objective, engine))
-        complaints += [f"offload, stage {stage}: {name}" for name in differing(*ends)]
-    return complaints
+    offload = ("engine.offload_optimizer=false", "engine.offload_optimizer=true")
+    return twins_differ(processes, (1, 2, 3), offload, ("engine.micro_batch=2",) * 2, ("optimizer.clip=0",) * 2)
 
 
 def drifted(processes: Any) -> list[str]:

@@ -7,7 +7,6 @@ Shapes: S samples, T time patches, F mel patches, D width.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import signal
@@ -28,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import asda
+from asda import disk
 from asda.data.audio import SAMPLE_RATE_HZ, AudioError, read_wave
 from asda.data.clips import Clip, ClipDataset, read_clips
 from asda.data.files import AudioFile, audio_files
@@ -203,8 +203,7 @@ def hash_file(path: Path) -> str:
     """Of a file's bytes, in the notation of the shards."""
     if not path.is_file():
         raise AudioError("no such file")
-    with path.open("rb") as file:
-        return f"xxh3_128:{hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()}"
+    return f"xxh3_128:{disk.hash_file(path)}"
 
 
 def refuse_equal_names(tasks: list[Task]) -> None:
