@@ -79,11 +79,11 @@ def choose_path(
     yours:
 
                                     explicit         sdpa    definition   products alone
-        16 x 103 tokens, training    62 / 77    170 / 109     50 / 81        13 / 19
-       192 x 103 tokens, training  725 / 1255  1957 / 1376   667 / 2933     146 / 350
-         8 x 513 tokens, training   307 / 607    453 / 592   426 / 1031      86 / 301
-        16 x 103 tokens, forward      17 / 27      12 / 26    16 / 32         5 / 11
-        12 x 513 tokens, forward    138 / 293     87 / 239   344 / 796       55 / 170
+        16 x 103 tokens, training    17 / 31      94 / 51      25 / 53         5 / 12
+       192 x 103 tokens, training   206 / 344   1112 / 720    424 / 1004      64 / 165
+         8 x 513 tokens, training   135 / 282    222 / 299    239 / 507       44 / 179
+        16 x 103 tokens, forward      6 / 11       7 / 14       9 / 13         2 / 5
+        12 x 513 tokens, forward     62 / 116     48 / 126    141 / 356       27 / 91
 
     Explicit's many small steps wait for each other's threads, so it loses most where other programs keep the cores
     busy; a process of one thread, as with a rank a core, does not wait.
