@@ -278,6 +278,9 @@ class OptimizerConfig(Section):
     warmup_steps: Count
     lr: PositiveFloat
     min_lr: NonNegative = 0.0
+    # Of a layer whose rate objective.layer_decay scales, the floor is scaled alike, or the same for all ("absolute", as
+    # fairseq has it: where that is above a layer's peak, the layer's rate is constant)
+    lr_floor: Literal["scaled", "absolute"] = "scaled"
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegative = 0.05

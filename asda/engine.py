@@ -267,10 +267,10 @@ def was_applied(engine: Any) -> bool:
     return engine.was_step_applied()
 
 
-def set_learning_rate(engine: Any, lr: float) -> None:
-    """Set the rate of every parameter group, each by its own scale."""
+def set_learning_rate(engine: Any, rate_of: Callable[[float], float]) -> None:
+    """Set the rate of every parameter group from its scale."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = rate_of(group["lr_scale"])
 
 
 def gradient_norm(engine: Any) -> float:
@@ -318,9 +318,17 @@ def _hash(parameter: Tensor) -> int:
     return xxhash.xxh3_64_intdigest(raw.data) - (1 << 63)  # as a signed number
 
 
-def learning_rate(config: OptimizerConfig, step: int) -> float:
-    """The rate of update `step` (0 is the first): linear from 0 to lr, then a cosine to min_lr at the end."""
+def learning_rate(config: OptimizerConfig, step: int, scale: float = 1.0) -> float:
+    """The rate of update `step` (0 is the first): linear from 0 to the peak, then a cosine to the floor at the end.
+
+    Args:
+        config: the schedule.
+        step: updates before this one.
+        scale: of the layer: its peak is scale * lr. What its floor is, config.lr_floor says.
+    """
+    peak = config.lr * scale
     if step < config.warmup_steps:
-        return config.lr * step / config.warmup_steps
+        return peak * step / config.warmup_steps
+    floor = config.min_lr * scale if config.lr_floor == "scaled" else min(config.min_lr, peak)
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))

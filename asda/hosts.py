@@ -1,22 +1,28 @@
-"""Several machines: who is who under SLURM's srun, and a run folder that all of them see.
+"""Several machines: who is who under SLURM's srun, and a run folder that all of them see and no other run writes to.
 
 deepspeed and torchrun give every process RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. srun gives numbers
 of its own, from which the same follow: docs/slurm.sh is a job.
 """
 
+import fcntl
 import os
 import re
 import secrets
 import socket
+import time
 from collections.abc import Mapping
 from contextlib import suppress
+from errno import EACCES, EAGAIN
 from pathlib import Path
+from typing import IO
 
 import torch.distributed as dist
 
 from asda.errors import UserError
 
 FIRST_PORT, NUM_PORTS = 20_000, 20_000  # a job's meeting point, by its number: below what systems hand out themselves
+LOCK_FILE = ".lock"
+LOCK_PATIENCE_S = 20.0  # for a run that is about to end: a job that is queued again may begin before its last end
 FIRST_HOST = re.compile(r"^([^\[,]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?")  # of node[01-03,07],login
 TASKS_OF_NODES = re.compile(r"(\d+)(?:\(x(\d+)\))?")  # of 4(x2),1
 
@@ -97,3 +103,47 @@ def check_folder_is_shared(folder: Path, rank: int, world_size: int) -> None:
             f"run.folder {folder} is not one folder for all ranks: what rank 0 on {verdicts[0][1]} writes there is not "
             f"seen on {', '.join(blind)}; give a folder on a disk that all hosts share"
         )
+
+
+def claim_folder(folder: Path, rank: int) -> IO[str] | None:
+    """Keep other runs out of a run folder, which is made if it is not there. All ranks call this together.
+
+    Returns:
+        What the first rank must keep open: the lock ends with it, and with the process however that ends.
+
+    Raises:
+        UserError: on all ranks alike, when another run writes there, or nobody may.
+    """
+    lock, failure = None, [""]
+    if rank == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / LOCK_FILE).open("a+")
+            failure = [_lock(lock, folder)]
+        except OSError as error:
+            failure = [f"cannot write to {folder}: {error.strerror}; give another run.folder"]
+    dist.broadcast_object_list(failure)
+    if failure[0]:
+        raise UserError(failure[0])
+    return lock
+
+
+def _lock(file: IO[str], folder: Path) -> str:
+    """Lock the file and write who did; returns what stands against it, or nothing."""
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (EAGAIN, EACCES):
+                return ""  # a file system without locks
+            if time.monotonic() > deadline:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                return f"{folder} is being written to by {holder}; wait for it or stop it, or give another run.folder"
+            time.sleep(0.2)
+            continue
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        return ""

@@ -10,6 +10,7 @@ whose loss or gradient had no finite value: those change nothing.
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from asda.engine import (
 )
 from asda.errors import Stopped, UserError, say
 from asda.evaluate import evaluate_weights, held_out
-from asda.hosts import check_folder_is_shared
+from asda.hosts import check_folder_is_shared, claim_folder
 from asda.meter import Meter
 from asda.objectives import DTYPES, Pretraining, make_objective
 from asda.partitions import optimizer_file, restore
@@ -111,6 +112,7 @@ class Trainer:
         costs = network_costs(config.model, config.objective, config.data.frames, len(dataset.vocabulary))
         rate = gemm_rate(processes.device, DTYPES[config.engine.precision])
         about = derived_numbers(config, dataset, processes, self.micro_batch, costs, rate, self.progress.step)
+        self.lock = claim_folder(self.folder, processes.rank)  # before the writer sweeps away what is unfinished
         self.log = self._open_log(about + changes)
         self.writer = CheckpointWriter(self.folder, config, processes)
         self.meter = Meter(processes, sum(costs.flops.values()), rate, self.progress.skipped_steps)
@@ -152,8 +154,7 @@ class Trainer:
     def _step(self, batches: Iterator[tuple[Tensor, Batch]]) -> dict[str, float]:
         """One batch: forward, backward, and an update if loss and gradient are finite on all ranks."""
         config, progress, engine = self.config, self.progress, self.engine
-        lr = learning_rate(config.optimizer, progress.applied_steps)
-        set_learning_rate(engine, lr)
+        set_learning_rate(engine, partial(learning_rate, config.optimizer, progress.applied_steps))
         # Noise and drop path follow from (seed, step, rank): a resumed step repeats them without stored state.
         torch.manual_seed(int(hash_of(config.run.seed, progress.step, self.processes.rank)))
         engine.train()
@@ -172,6 +173,7 @@ class Trainer:
         progress.step += 1
         progress.applied_steps += applied
         progress.bad_in_a_row = 0 if applied else progress.bad_in_a_row + 1
+        lr = learning_rate(config.optimizer, progress.applied_steps - applied)
         figures = {"lr": lr, "grad_norm": gradient_norm(engine)}
         if applied:
             return figures | self.objective.after_update(progress.applied_steps)

@@ -5,6 +5,7 @@ import os
 import pickle
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,7 +93,7 @@ def train_step(objective: Any, engine: Any, processes: Any, step: int, applied: 
     """
     from asda.engine import guarded, learning_rate, set_learning_rate, was_applied
 
-    set_learning_rate(engine, learning_rate(objective._config.optimizer, applied + 1))
+    set_learning_rate(engine, partial(learning_rate, objective._config.optimizer, applied + 1))
     accumulation = engine.gradient_accumulation_steps()
     for part, (patches, batch) in enumerate(micro_batches(step, processes.rank, processes.world_size, accumulation), 1):
         kind = bad if part == accumulation else ""

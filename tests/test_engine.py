@@ -278,7 +278,7 @@ def accumulated(processes: Any) -> dict[int, list[str]]:
             options = ("engine.precision=bf16", f"engine.zero_stage={stage}", "engine.micro_batch=1")
             config = tiny_config(*options, f"optimizer.batch={size}", "optimizer.clip=0")
             objective, engine = make_run(config, processes)
-            set_learning_rate(engine, 1e-3)
+            set_learning_rate(engine, lambda scale: 1e-3)
             for _ in range(size):
                 engine.backward(guarded(objective.loss(engine, patches, batch)[0]))
                 engine.step()

@@ -18,6 +18,7 @@ from fault_table import Count
 from launching import BIN, ROOT, environment
 from tiny_runs import EVERY, TinyRun
 
+from asda import hosts as hosts_module
 from asda.engine import free_port
 from asda.errors import LOST_PEER_EXIT, STOPPED_EXIT, UserError
 from asda.hosts import slurm_ranks
@@ -61,6 +62,34 @@ def test_a_batch_script_without_srun_is_one_process() -> None:
 def test_a_job_that_names_no_host_is_refused() -> None:
     with pytest.raises(UserError, match="neither MASTER_ADDR nor SLURM_JOB_NODELIST says where rank 0 is"):
         slurm_ranks(STEP | {"SLURM_NTASKS": "8"})
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from asda import hosts
+folder = Path(sys.argv[1])
+with (folder / hosts.LOCK_FILE).open("a+") as file:
+    print(repr(hosts._lock(file, folder)), flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_folder_is_one_run_s_alone_until_that_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    paths = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    holder = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=paths)
+    assert holder.stdout
+    assert holder.stdout.readline().strip() == "''"
+    monkeypatch.setattr(hosts_module, "LOCK_PATIENCE_S", 0.3)
+    with (tmp_path / hosts_module.LOCK_FILE).open("a+") as file:
+        complaint = hosts_module._lock(file, tmp_path)
+        assert complaint.startswith(f"{tmp_path} is being written to by process {holder.pid} on ")
+        holder.kill()
+        holder.communicate()
+        monkeypatch.setattr(hosts_module, "LOCK_PATIENCE_S", 20.0)
+        assert not hosts_module._lock(file, tmp_path)
+    assert f"process {os.getpid()} on " in (tmp_path / hosts_module.LOCK_FILE).read_text()
 
 
 def run_of(shards: Path, folder: Path, *more: str) -> TinyRun:

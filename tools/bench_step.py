@@ -124,7 +124,7 @@ class Ours:
         self._objective = objective
         self._engine = make_engine(config, objective.module, objective.lr_scales, self._processes.world_size)
         objective.follow(self._engine)
-        set_learning_rate(self._engine, LEARNING_RATE)
+        set_learning_rate(self._engine, lambda scale: LEARNING_RATE)
         self._patches_BNP, visible_BMK = inputs_of(config)
         self._batch, self._num_updates = Batch([], visible_BMK.numpy()), 0
         self._folder = tempfile.TemporaryDirectory()

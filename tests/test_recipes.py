@@ -1,0 +1,99 @@
+"""The configurations of the papers hold the papers' numbers, and say where those come from."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asda.config import ClassifyConfig, Config, OptimizerConfig, PretrainConfig, load_config
+from asda.engine import learning_rate
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+STORY = {"what", "source", "expected", "hardware", "command"}
+
+# Steps, warm-up, peak rate, clips a step; frames; mixup's alpha; SpecAugment's shares of mel bins and of frames; loss,
+# smoothing; seed: as the released fine-tuning scripts have them.
+FINE_TUNING = {
+    "as2m_asda": (600_000, 60_000, 5e-5, 48, 1024, 0.8, 0.2, 0.2, "bce", 0.0, 1),
+    "as20k_asda": (60_000, 6_000, 5e-5, 32, 1024, 0.8, 0.2, 0.2, "bce", 0.0, 1),
+    "esc50_asda": (4_000, 400, 5e-5, 48, 512, 0.0, 0.4, 0.4, "ce", 0.1, 1),
+    "spc2_asda": (80_000, 8_000, 2e-4, 256, 128, 0.8, 0.2, 0.2, "bce", 0.0, 42),
+}
+# Steps, warm-up, clips a step, weight of the utterance loss over 12 clips x 16 students, softmax maps
+PRE_TRAINING = {"as2m": (800_000, 106_666, 48, 0.5, 2), "as2m_eat": (400_000, 53_333, 48, 1.0, 1)}
+LOG_MEL = {1024: (-4.268, 4.569), 512: (-6.627, 5.359), 128: (-6.846, 5.565)}  # of AudioSet, ESC-50, Speech Commands
+
+
+def config_of(name: str) -> Config:
+    return load_config(CONFIGS / f"{name}.json", [])
+
+
+@pytest.mark.parametrize("name", FINE_TUNING)
+def test_a_fine_tuning_is_the_released_one(name: str) -> None:
+    steps, warmup, lr, batch, frames, alpha, mel, time, loss, smoothing, seed = FINE_TUNING[name]
+    config = config_of(name)
+    optimizer, data, augment = config.optimizer, config.data, config.data.augment
+    assert isinstance(config.objective, ClassifyConfig)
+    assert (optimizer.steps, optimizer.warmup_steps, optimizer.lr, optimizer.batch) == (steps, warmup, lr, batch)
+    assert (optimizer.betas, optimizer.eps, optimizer.weight_decay, optimizer.clip) == ((0.9, 0.95), 1e-8, 0.05, 0.0)
+    assert (optimizer.min_lr, optimizer.lr_floor) == (1e-6, "absolute")
+    assert (data.frames, data.pad_log_mel, config.run.seed) == (frames, 0.0, seed)
+    assert (augment.mixup.alpha, augment.mixup.probability if alpha else 0.9) == (alpha, 0.9)
+    spec_augment = augment.spec_augment
+    assert (spec_augment.mel_ratio, spec_augment.frame_ratio, spec_augment.order) == (mel, time, "after_mixup")
+    assert (augment.roll, augment.magnitude) == (True, 10.0)
+    assert (augment.frame_noise, augment.frame_roll) == ((0.1, 10) if name == "spc2_asda" else (0.0, 0))
+    objective = config.objective
+    assert (objective.loss, objective.label_smoothing, objective.pooling) == (loss, smoothing, "cls")
+    assert (objective.layer_decay, objective.drop_path, objective.init_weights) == (0.65, 0.1, "student")
+    balanced = ("balanced", 200_000, False)
+    order = (data.order.mode, data.order.draws_per_epoch, data.order.replacement)
+    assert order == (balanced if name == "as2m_asda" else ("shuffled", None, False))
+
+
+@pytest.mark.parametrize("name", PRE_TRAINING)
+def test_a_pre_training_is_the_released_one(name: str) -> None:
+    steps, warmup, batch, utterance, maps = PRE_TRAINING[name]
+    config = config_of(name)
+    optimizer, objective, model = config.optimizer, config.objective, config.model
+    assert isinstance(objective, PretrainConfig)
+    assert (optimizer.steps, optimizer.warmup_steps, optimizer.batch) == (steps, warmup, batch)
+    assert (optimizer.lr, optimizer.min_lr, optimizer.weight_decay, optimizer.clip) == (5e-4, 0.0, 0.05, 4.0)
+    assert (optimizer.betas, optimizer.eps, config.run.seed) == ((0.9, 0.95), 1e-8, 1)
+    assert (objective.students, objective.utterance_weight) == (16, utterance * 12 * 16)
+    assert (objective.mask.ratio, objective.mask.adjust, objective.mask.block) == (0.8, 0.07, 5)
+    ema, decoder = objective.ema, objective.decoder
+    assert (ema.decay, ema.end_decay, ema.anneal_steps) == (0.9998, 0.99999, 100_000)
+    assert (decoder.layers, decoder.kernel, decoder.groups, decoder.noise_std) == (6, 3, 16, 0.01)
+    assert (model.width, model.depth, model.heads) == (768, 12, 12)
+    assert (1 if model.attention_lambda == "absent" else 2, model.mlp_ratio) == (maps, 3.5 if maps == 2 else 4.0)
+
+
+@pytest.mark.parametrize("name", [*FINE_TUNING, *PRE_TRAINING])
+def test_a_published_configuration_tells_its_story_and_its_front_end(name: str) -> None:
+    config = config_of(name)
+    assert set(config.about) == STORY
+    assert f"configs/{name}.json" in config.about["command"]
+    assert "not reproduced here" in config.about["expected"]
+    assert config.data.log_mel != "dataset"
+    assert (config.data.log_mel.mean, config.data.log_mel.std) == LOG_MEL[config.data.frames]
+    given: dict[str, Any] = json.loads((CONFIGS / f"{name}.json").read_text())
+    assert config.run.folder == f"runs/{name}" == given["run"]["folder"]
+
+
+def test_the_floor_of_the_rate_is_scaled_with_its_layer_or_the_same_for_all() -> None:
+    settings = {"steps": 1000, "warmup_steps": 100, "lr": 5e-5, "min_lr": 1e-6, "batch": 1}
+    scaled, absolute = OptimizerConfig(**settings), OptimizerConfig(**settings, lr_floor="absolute")
+    for step in (0, 50, 100, 550, 999, 1000):
+        for scale in (1.0, 0.65, 0.65**9, 0.65**10, 0.65**12):
+            peak = 5e-5 * scale
+            cosine = 0.5 * (1 + math.cos(math.pi * (step - 100) / 900))
+            floor = min(1e-6, peak)  # fairseq lowers the floor to the peak, so that the rate stays there
+            expected = peak * step / 100 if step < 100 else floor + (peak - floor) * cosine
+            assert learning_rate(absolute, step, scale) == pytest.approx(expected, rel=1e-12)
+            assert learning_rate(scaled, step, scale) == pytest.approx(learning_rate(scaled, step) * scale, rel=1e-12)
+    # The lowest three of twelve blocks, as released
+    constant = [block for block in range(12) if learning_rate(absolute, 1000, 0.65 ** (12 - block)) < 1e-6]
+    assert constant == [0, 1, 2]
