@@ -210,7 +210,7 @@ def test_workers_end_with_a_trainer_that_is_killed(tmp_path: Path) -> None:
         "from test_reader import in_two_processes, slow_square\n"
         "if __name__ == '__main__':\n"
         "    results = in_two_processes(range(100), slow_square)\n"
-        "    next(results)\n"
+        "    next(results), next(results)  # one of each: both have started\n"
         "    print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -224,3 +224,11 @@ def test_workers_end_with_a_trainer_that_is_killed(tmp_path: Path) -> None:
     while any(worker.exists() for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not any(worker.exists() for worker in workers)
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_worker_whose_trainer_ended_before_it_began_ends_too(lives: bool) -> None:
+    trainer = os.getpid() if lives else 1 << 30
+    program = f"from asda.data.reader import _prepare_worker\n_prepare_worker(True, {trainer}, 0)\nprint('works')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == (("works\n", 0) if lives else ("", 1))

@@ -8,6 +8,7 @@ A stall is named on stderr while the caller waits, and ends the run after `timeo
 import atexit
 import ctypes
 import multiprocessing
+import os
 import queue
 import signal
 import sys
@@ -185,7 +186,7 @@ def read_ahead_in_processes(
         timeout=timeout_s,
         generator=torch.Generator(),  # for a seed that nobody uses: the trainer's numbers must not depend on our start
         multiprocessing_context="spawn",  # a fork would copy the locks that other threads hold
-        worker_init_fn=partial(_prepare_worker, threading.current_thread() is threading.main_thread()),
+        worker_init_fn=partial(_prepare_worker, threading.current_thread() is threading.main_thread(), os.getpid()),
     )
     results = iter(loader)
     at_exit = partial(_kill_all_but, others)  # they ignore SIGTERM, by which Python would end them
@@ -256,9 +257,11 @@ def _deaf_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _prepare_worker(ends_with_parent: bool, worker: int) -> None:
+def _prepare_worker(ends_with_parent: bool, trainer: int, worker: int) -> None:
     """Have a worker process end with the trainer, whatever ends that. Linux watches the thread that started it."""
     keep_freed_memory()
     c_library = ctypes.CDLL(None)
     if ends_with_parent and hasattr(c_library, "prctl"):
         c_library.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # else torch looks every five seconds
+    if os.getppid() != trainer:  # it ended while this process started: nobody would notice any more, torch neither
+        os._exit(1)
