@@ -40,7 +40,7 @@ def demo(audio: Path | None, out: Path) -> None:
     _train("demo_pretrain.json", pretrained, f"data.train={shards}:{unlabelled}")
     data = (f"data.train={shards}:{labelled}", f"data.valid={shards}:test")
     _train("demo_finetune.json", finetuned, *data, f"objective.init_from={pretrained}")
-    _train("demo_finetune.json", scratch, *data, "objective.init_from=")
+    _train("demo_finetune.json", scratch, *data, "objective.init_from=", "optimizer.lr=0.001")  # where it does best
     for run in (finetuned, scratch):
         _run(*_launch("evaluate.py"), "--checkpoint", run)
 
