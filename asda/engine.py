@@ -12,6 +12,7 @@ DeepSpeed has nothing else there, and ranks in fp32.
 import math
 import os
 import socket
+import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from asda.partitions import fragments, set_masters, start_moments, whole
 
 # Elements of gradients that travel at once. Stages 1 to 3 keep a buffer of so many; of DeepSpeed's 5e8 it has 2 GB.
 BUCKET = 1 << 25
+LAST_RELEASE_S = 0.2  # gloo's threads need microseconds
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,14 @@ def join_processes(timeout_s: float = 600.0) -> Processes:
 
 
 def leave_processes() -> None:
-    """Part from the others at a regular end, so that no thread of the group outlives what it uses."""
+    """Part from the others at a regular end, so that no thread of the group outlives what it uses.
+
+    DeepSpeed keeps references to groups, so that gloo's threads live on; they let go of the last exchange's tensors
+    with Python's lock, and one that asks for it while Python ends aborts the process (pytorch/pytorch#179291).
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(LAST_RELEASE_S)
 
 
 def _complete_environment() -> None:

@@ -105,8 +105,13 @@ def check_folder_is_shared(folder: Path, rank: int, world_size: int) -> None:
         )
 
 
-def claim_folder(folder: Path, rank: int) -> IO[str] | None:
-    """Keep other runs out of a run folder, which is made if it is not there. All ranks call this together.
+def claim_folder(folder: Path, rank: int, *, make: bool) -> IO[str] | None:
+    """Keep other runs out of a run folder. All ranks call this together.
+
+    Args:
+        folder: which.
+        rank: of this process.
+        make: whether a folder that is not there is made; otherwise there is nothing to be kept out of.
 
     Returns:
         What the first rank must keep open: the lock ends with it, and with the process however that ends.
@@ -115,7 +120,7 @@ def claim_folder(folder: Path, rank: int) -> IO[str] | None:
         UserError: on all ranks alike, when another run writes there, or nobody may.
     """
     lock, failure = None, [""]
-    if rank == 0:
+    if rank == 0 and (make or folder.is_dir()):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = (folder / LOCK_FILE).open("a+")

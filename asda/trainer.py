@@ -100,6 +100,9 @@ class Trainer:
         self.clips: list[Clip] = []  # this rank's part of the last step
 
         check_folder_is_shared(self.folder, processes.rank, processes.world_size)
+        # Before the newest checkpoint is looked for, which a run that is about to end may yet write. A new folder is
+        # made later. Both are kept open: closing either would end the lock.
+        self.locks = [claim_folder(self.folder, processes.rank, make=False)]
         start_from = checkpoint.newest_for_all(self.folder, warn=say)
         changes = self._continue_from(start_from) if start_from else []
         self.objective = make_objective(config, dataset.vocabulary, processes.device)
@@ -112,7 +115,7 @@ class Trainer:
         costs = network_costs(config.model, config.objective, config.data.frames, len(dataset.vocabulary))
         rate = gemm_rate(processes.device, DTYPES[config.engine.precision])
         about = derived_numbers(config, dataset, processes, self.micro_batch, costs, rate, self.progress.step)
-        self.lock = claim_folder(self.folder, processes.rank)  # before the writer sweeps away what is unfinished
+        self.locks.append(claim_folder(self.folder, processes.rank, make=True))
         self.log = self._open_log(about + changes)
         self.writer = CheckpointWriter(self.folder, config, processes)
         self.meter = Meter(processes, sum(costs.flops.values()), rate, self.progress.skipped_steps)
