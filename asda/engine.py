@@ -236,8 +236,8 @@ def _refuse_squares_beyond_fp32(optimizer: DeepSpeedZeroOptimizer_Stage3) -> Non
 def _begin_sums_with_the_first_gradient(optimizer: BF16_Optimizer) -> None:
     """Have bf16 stage 1 write an update's first gradients over its fp32 sums, and add only the others to them.
 
-    It would set the sums to zero, twice, and add an fp32 copy of each gradient: a fifth of the time that a step on two
-    cores spends outside products of matrices. `has` tells which sums are of this update.
+    It would set the sums to zero, twice, and add an fp32 copy of each gradient: 0.07 s of a step of ASDA-base on two
+    cores. `has` tells which sums are of this update.
     """
     sums, has = optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients
 
