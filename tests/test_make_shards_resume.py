@@ -204,7 +204,7 @@ def test_a_failure_ends_the_workers_before_anybody_cleans_up_behind_them():
         with pytest.raises(ZeroDivisionError), workers.ended_by_failure():
             raise ZeroDivisionError
         assert not multiprocessing.active_children()
-    assert all(future.exception() for future in asleep)
+    assert all(future.cancelled() or future.exception() for future in asleep)  # cancelled: had not reached a worker yet
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(clips, monkeypatch, tmp_path):
