@@ -1,0 +1,73 @@
+"""Runs over held-out splits and seeds: all of them, once, and summed up as the textbook does."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sounds_dataset  # noqa: F401  # puts tools/ on the path
+from crossval import STUDENT, Cell, interval, table
+from launching import ROOT, TINY, environment
+from scipy import stats
+
+TOOL = ROOT / "tools" / "crossval.py"
+CONFIG = ROOT / "configs" / "demo_finetune.json"
+
+
+def crossval(*arguments: object) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, TOOL, "--config", CONFIG, *arguments]
+    return subprocess.run(list(map(str, argv)), capture_output=True, text=True, env=environment(), check=False)
+
+
+def test_the_quantiles_are_those_of_student() -> None:
+    expected = [stats.t.ppf(0.975, freedom) for freedom in range(1, len(STUDENT) + 1)]
+    np.testing.assert_allclose(STUDENT, expected, atol=0.0005)  # three digits
+
+
+def test_the_interval_is_that_of_the_textbook() -> None:
+    values = np.random.default_rng(1).normal(size=12)
+    low, high = stats.t.interval(0.95, 11, loc=values.mean(), scale=stats.sem(values))
+    assert interval(values.tolist()) == pytest.approx((high - low) / 2, rel=0.0005 / 2.201)
+
+
+def test_folds_are_averaged_over_seeds_before_they_deviate() -> None:
+    figures = {Cell(f"fold{fold}", seed): {"mAP": fold / 10 + seed / 100} for fold in (1, 2, 3) for seed in (1, 3)}
+    lines = table(figures, "mAP")
+    means = {line.split()[0]: line.split()[1] for line in lines}
+    assert means == {"fold1": "0.120", "fold2": "0.220", "fold3": "0.320", "mean": "0.220"}
+    assert lines[-1].endswith("(deviation over folds 0.100)")
+
+
+@pytest.mark.launch
+def test_every_fold_is_held_out_once_a_seed_and_nothing_is_done_twice(shards: Path, tmp_path: Path) -> None:
+    tiny = [*TINY, "optimizer.steps=2", "objective.init_from=", "engine.micro_batch=8"]
+    out = tmp_path / "all"
+    done = crossval("--data", shards, "--out", out, "--jobs", 2, *tiny)
+    assert done.returncode == 0, done.stderr
+    cells = {(run["fold"], run["seed"]) for run in json.loads((out / "crossval.json").read_text())["runs"]}
+    assert cells == {("test", 1), ("train", 1)}
+    used = [json.loads((out / f"{fold}-seed1" / "config.json").read_text())["data"] for fold in ("test", "train")]
+    assert [(data["train"][-6:], data["valid"][-6:]) for data in used] == [(":train", "s:test"), ("s:test", ":train")]
+
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl")}
+    again = crossval("--data", shards, "--out", out, "--against", out, *tiny)
+    assert again.returncode == 0, again.stderr
+    assert "difference   0.0 % +- 0.0 %  of 2" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+    other = crossval("--data", shards, "--out", out, *tiny, "optimizer.lr=0.1")
+    assert (other.returncode, "holds runs whose overrides was" in other.stderr) == (2, True)
+    unpaired = crossval("--data", shards, "--out", tmp_path / "b", "--against", out, "--hold-out", "nonsense", *tiny)
+    assert (unpaired.returncode, "has the splits test, train" in unpaired.stderr) == (2, True)
+
+
+@pytest.mark.launch
+def test_a_training_that_fails_is_one_sentence_with_its_reason(shards: Path, tmp_path: Path) -> None:
+    failing = ["--hold-out", "test", "objective.init_from=/nowhere", *TINY]
+    done = crossval("--data", shards, "--out", tmp_path / "x", *failing)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") < 4
+    assert "test-seed1 ended with exit code 2" in done.stderr
+    assert "/nowhere" in done.stderr

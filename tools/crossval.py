@@ -1,0 +1,313 @@
+"""A configuration over held-out splits and seeds: mean, deviation and interval, and the difference to another such run.
+
+    python tools/crossval.py --config configs/esc50_asda.json --data shards/esc50 --out runs/esc50
+
+Each split of the dataset is held out in turn, and the others train. Every training is a run of asda/train.py in a
+folder of its own; what is judged is its last step. Stopped, the same command goes on; finished, it only prints.
+"""
+
+import argparse
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Lock
+
+from tqdm import tqdm
+
+from asda.config import Config, load_config
+from asda.data.shards import load_dataset
+from asda.errors import STOPPED_EXIT, Stopped, UserError, exit_with_sentence
+from asda.runlog import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = "crossval.json"
+METRICS = ("accuracy", "mAP")  # a run reports one or both
+# Quantiles 0.975 of Student's t with 1, 2, ... 29 degrees of freedom; beyond, the normal one is off by less than 5 %
+STUDENT = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045,
+)  # fmt: skip
+NORMAL = 1.960
+
+EXAMPLES = """examples:
+  python tools/crossval.py --config configs/esc50_asda.json --data shards/esc50 --out runs/esc50
+      the five folds of ESC-50; prints each, then their mean and deviation
+  python tools/crossval.py --config configs/real_finetune.json --data shards/words --hold-out valid --seeds 1,2,3 \\
+      --out runs/words objective.init_from=runs/a
+      trains on all splits but valid, with three seeds
+  python tools/crossval.py ... --out runs/scratch objective.init_from= --against runs/words
+      as well, and then the difference of the two, run by run
+  python tools/crossval.py ... --seeds 1,2,3 'objective.init_from=runs/pretrained-{seed}'
+      {seed} and {fold} in an override stand for those of the run
+
+The interval is Student's, 95 %, over all runs, or over all differences of runs with equal fold and seed. Runs share
+clips: it says how far the mean moves with fold and seed, not with other recordings."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: what it holds out, and its seed."""
+
+    fold: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.fold}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All trainings of one call."""
+
+    config: Path
+    overrides: tuple[str, ...]
+    data: str
+    splits: tuple[str, ...]
+    cells: tuple[Cell, ...]
+    out: Path
+
+    def arguments(self, cell: Cell) -> list[str]:
+        """Overrides of one training."""
+        own = [text.replace("{seed}", str(cell.seed)).replace("{fold}", cell.fold) for text in self.overrides]
+        train = "+".join(split for split in self.splits if split != cell.fold)
+        places = [f"data.train={self.data}:{train}", f"data.valid={self.data}:{cell.fold}"]
+        return [*own, *places, f"run.seed={cell.seed}", f"run.folder={self.out / cell.name}"]
+
+    def resolved(self, cell: Cell) -> Config:
+        """The configuration of one training, checked."""
+        return load_config(self.config, self.arguments(cell))
+
+
+def run(plan: Plan, jobs: int, ranks: int) -> dict[Cell, dict[str, float]]:
+    """Do every training that is not finished, and return the figures of all.
+
+    Raises:
+        UserError: a training failed; its message is the last line of its log.
+        Stopped: this process was asked to; so were the trainings, which have saved.
+    """
+    steps = plan.resolved(plan.cells[0]).optimizer.steps
+    waiting = [cell for cell in plan.cells if figures_of(plan.out / cell.name, steps) is None]
+    bar = tqdm(total=len(plan.cells), initial=len(plan.cells) - len(waiting), unit="run", disable=None)
+    trainings = Trainings(plan, ranks)
+    with ThreadPoolExecutor(jobs) as pool, trainings:
+        for cell, seconds in pool.map(trainings.finish, waiting):
+            bar.update()
+            tqdm.write(f"{cell.name}: {in_words(figures_of(plan.out / cell.name, steps) or {})}  {seconds:.0f} s")
+    bar.close()
+    return {cell: figures_of(plan.out / cell.name, steps) or {} for cell in plan.cells}
+
+
+class Trainings:
+    """The processes that train. As a context it ends them, once, when it is left by an error or a signal."""
+
+    def __init__(self, plan: Plan, ranks: int):
+        self._plan, self._ranks = plan, ranks
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock, self._over = Lock(), False
+
+    def __enter__(self) -> None:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        with self._lock:
+            self._over = kind is not None
+            for process in self._running if self._over else ():
+                process.terminate()
+        if kind is KeyboardInterrupt:
+            raise Stopped(f"stopped; the same command goes on with the trainings in {self._plan.out}")
+
+    def finish(self, cell: Cell) -> tuple[Cell, float]:
+        """Train to the last step; the cell and its seconds."""
+        started, log = time.monotonic(), self._plan.out / f"{cell.name}.log"
+        with log.open("ab") as output:
+            with self._lock:
+                if self._over:
+                    raise Stopped("another training has failed")
+                process = subprocess.Popen(self._command(cell), stdout=output, stderr=output, cwd=Path.cwd())
+                self._running.add(process)
+            code = process.wait()
+        with self._lock:
+            self._running.discard(process)
+        if code == STOPPED_EXIT or (code and self._over):
+            raise Stopped(f"{cell.name} was stopped; the same command goes on")
+        if code:
+            raise UserError(f"{cell.name} ended with exit code {code}; all it said is in {log}: {_last_line(log)}")
+        return cell, time.monotonic() - started
+
+    def _command(self, cell: Cell) -> list[str]:
+        launch = [sys.executable]
+        if self._ranks > 1:
+            from asda.engine import free_port  # takes seconds
+
+            launcher = str(Path(sys.executable).with_name("deepspeed"))
+            launch = [launcher, "--num_accelerators", str(self._ranks), "--master_port", str(free_port())]
+        training = [str(ROOT / "asda/train.py"), "--config", str(self._plan.config)]
+        return [*launch, *training, *self._plan.arguments(cell)]
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n")
+    errors = [line for line in lines if "error: " in line]
+    return (errors or [line for line in lines if line.strip()] or ["nothing"])[-1]
+
+
+def figures_of(folder: Path, steps: int) -> dict[str, float] | None:
+    """What a finished run reached on its held-out clips; None where it is not finished."""
+    if not (folder / "metrics.jsonl").is_file():
+        return None
+    entries = [entry for entry in read_metrics(folder, "valid") if entry["step"] == steps]
+    return {name: entries[-1][name] for name in METRICS if name in entries[-1]} if entries else None
+
+
+def in_words(figures: dict[str, float]) -> str:
+    """One line: accuracy 81.2 %  mAP 0.873."""
+    words = {"accuracy": lambda value: f"{100 * value:.1f} %", "mAP": lambda value: f"{value:.3f}"}
+    return "  ".join(f"{name} {words[name](figures[name])}" for name in METRICS if name in figures)
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half the width of Student's 95 % interval of the mean of two values or more."""
+    freedom = len(values) - 1
+    quantile = STUDENT[freedom - 1] if freedom <= len(STUDENT) else NORMAL
+    return quantile * statistics.stdev(values) / len(values) ** 0.5
+
+
+def table(figures: dict[Cell, dict[str, float]], metric: str) -> list[str]:
+    """A row for every fold, over its seeds, then the mean over all."""
+    folds = list(dict.fromkeys(cell.fold for cell in figures))
+    of_fold = {fold: [f[metric] for cell, f in figures.items() if cell.fold == fold] for fold in folds}
+    lines = [f"{fold:12} {_spread(values, metric)}" for fold, values in of_fold.items()]
+    means = [statistics.fmean(values) for values in of_fold.values()]
+    deviation = f"  (deviation over folds {_shown(statistics.stdev(means), metric)})" if len(means) > 1 else ""
+    return [*lines, f"{'mean':12} {_spread([v for values in of_fold.values() for v in values], metric)}{deviation}"]
+
+
+def _spread(values: Sequence[float], metric: str) -> str:
+    half = f" +- {_shown(interval(values), metric)}" if len(values) > 1 else ""
+    return f"{_shown(statistics.fmean(values), metric)}{half}  of {len(values)}"
+
+
+def _shown(value: float, metric: str) -> str:
+    return f"{100 * value:.1f} %" if metric == "accuracy" else f"{value:.3f}"
+
+
+def claim(plan: Plan) -> None:
+    """Make the folder of the runs, unless it holds runs of another call.
+
+    Raises:
+        UserError: it does; what is finished there would pass for this call's.
+    """
+    plan.out.mkdir(parents=True, exist_ok=True)
+    path = plan.out / RECORD
+    if not path.exists():
+        write(plan, {})
+    theirs = json.loads(path.read_text())
+    for name, value in _about(plan).items():
+        if theirs[name] != value:
+            raise UserError(
+                f"{plan.out} holds runs whose {name} was {json.dumps(theirs[name])}, not {json.dumps(value)}; give "
+                "another --out"
+            )
+
+
+def write(plan: Plan, figures: dict[Cell, dict[str, float]]) -> Path:
+    """The figures of every run as JSON, in the folder of all."""
+    path = plan.out / RECORD
+    runs = [asdict(cell) | of_cell for cell, of_cell in figures.items()]
+    path.write_text(json.dumps(_about(plan) | {"runs": runs}, indent=1) + "\n")
+    return path
+
+
+def read(folder: Path) -> dict[Cell, dict[str, float]]:
+    """What `write` has written."""
+    path = folder / RECORD
+    if not path.is_file():
+        raise UserError(f"{path} is missing; --against names the --out of another call of this tool")
+    runs = json.loads(path.read_text())["runs"]
+    return {Cell(run["fold"], run["seed"]): {name: run[name] for name in METRICS if name in run} for run in runs}
+
+
+def _about(plan: Plan) -> dict[str, object]:
+    return {"config": str(plan.config), "data": plan.data, "overrides": list(plan.overrides)}
+
+
+def planned(args: argparse.Namespace) -> Plan:
+    """The trainings that the command line asks for.
+
+    Raises:
+        UserError: the dataset has no such split, or nothing would be left to train on; the configuration is wrong.
+    """
+    splits = tuple(load_dataset(Path(args.data)).splits)
+    folds = tuple(args.hold_out or splits)
+    for fold in folds:
+        if fold not in splits or len(splits) < 2:
+            raise UserError(
+                f"--hold-out {fold}: {args.data} has the splits {', '.join(splits)}; name one or more of at least two"
+            )
+    cells = tuple(Cell(fold, seed) for seed in args.seeds for fold in folds)
+    plan = Plan(args.config, tuple(args.overrides), args.data, splits, cells, args.out)
+    for cell in cells:
+        plan.resolved(cell)
+    return plan
+
+
+def main() -> None:
+    """Parse the command line, train, and print."""
+    parser = argparse.ArgumentParser(
+        prog="tools/crossval.py",
+        description="Train a configuration once for every held-out split and seed, and sum up.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--config", required=True, type=Path, help="a run with objective.kind classify")
+    add("--data", required=True, help="folder of a dataset with at least two splits")
+    add("--hold-out", metavar="A,B", type=names, help="splits to hold out, one after another (default: every split)")
+    add("--seeds", metavar="1,2", type=numbers, default=[1], help="values of run.seed (default: 1)")
+    add("--out", required=True, type=Path, help="folder of the runs, their logs and crossval.json")
+    add("--against", type=Path, help="--out of another call with the same folds and seeds: prints the difference")
+    add("--jobs", type=int, default=1, help="trainings at a time (default: 1)")
+    add("--ranks", type=int, default=1, help="ranks of each training, by deepspeed (default: 1, plain python)")
+    add("overrides", nargs="*", metavar="section.key=value", help="as for asda/train.py")
+    args = parser.parse_args()
+    plan = planned(args)
+    claim(plan)
+    figures = run(plan, args.jobs, args.ranks)
+    print(f"{write(plan, figures)}: {len(figures)} runs")
+    theirs = _paired(figures, args.against) if args.against else {}
+    for metric in METRICS:
+        if not all(metric in of_cell for of_cell in figures.values()):
+            continue
+        print(f"\n{metric}", *table(figures, metric), sep="\n")
+        if theirs:
+            values = [figures[cell][metric] - theirs[cell][metric] for cell in figures]
+            print(f"{'difference':12} {_spread(values, metric)}  to {args.against}")
+
+
+def names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in names(text)]
+
+
+def _paired(figures: dict[Cell, dict[str, float]], against: Path) -> dict[Cell, dict[str, float]]:
+    theirs = read(against)
+    missing = [cell.name for cell in figures if cell not in theirs]
+    if missing:
+        raise UserError(f"--against {against} has no finished run {missing[0]}; give it the same folds and seeds")
+    return theirs
+
+
+if __name__ == "__main__":
+    exit_with_sentence(main)
