@@ -294,10 +294,12 @@ def main() -> None:
 
 
 def names(text: str) -> list[str]:
+    """Parts between commas."""
     return text.split(",")
 
 
 def numbers(text: str) -> list[int]:
+    """Whole numbers between commas."""
     return [int(number) for number in names(text)]
 
 
