@@ -1,0 +1,38 @@
+# What the scripts beside this one share. Each is run from the checkout, goes on where it was stopped, and does nothing
+# when all is finished. JOBS trainings run at a time, one core each: JOBS=2 is the default.
+#
+#   AUDIO=../shared/data bash runs/transfer.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
+AUDIO=${AUDIO:-../shared/data}
+JOBS=${JOBS:-2}
+ESC10_FOLDS=fold1,fold2,fold3,fold4
+UNLABELLED='{"data":"shards/pile:train","share":0.8},{"data":"shards/esc50x:fold1+fold2+fold3+fold4","share":0.2}'
+
+# shards NAME TABLE [options]: a dataset of shards from a table, once
+shards() {
+    [ -f "shards/$1/dataset.json" ] || python tools/make_shards.py --source csv --input "$AUDIO/$2" --out "shards/$1" "${@:3}"
+}
+
+all_shards() {
+    shards pile pile/pile.csv --no-labels
+    for task in esc10 esc50x us8k; do shards "$task" env/env.csv --where "task=$task"; done
+    for words in speech_commands arabic_sc; do shards "$words" kws/kws.csv --where "source=$words"; done
+}
+
+# train NAME CONFIG [overrides]: one training in runs/NAME beside others, at most JOBS at a time
+train() {
+    [ -e "runs/$1/finished" ] && return
+    while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n; done
+    echo "runs/$1"
+    mkdir -p "runs/$1"
+    { python asda/train.py --config "configs/$2.json" "run.folder=runs/$1" run.keep=1 "${@:3}" >> "runs/$1/log.txt" 2>&1 \
+        && touch "runs/$1/finished" || echo "runs/$1 has not finished; see runs/$1/log.txt" >&2; } &
+}
+
+# crossval NAME CONFIG DATA SPLITS SEEDS [arguments]: held-out splits and seeds, in runs/NAME
+crossval() {
+    python tools/crossval.py --config "configs/$2.json" --data "shards/$3" --hold-out "$4" --seeds "$5" --jobs "$JOBS" \
+        --out "runs/$1" run.keep=1 run.eval_every=100000 run.save_every=100000 "${@:6}" | tee "runs/$1.txt"
+}
