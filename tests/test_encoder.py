@@ -23,6 +23,18 @@ def test_tokens_do_not_depend_on_the_order_in_which_patches_are_listed():
     torch.testing.assert_close(shuffled[:, 0], in_order[:, 0])
 
 
+def test_the_place_of_the_cls_token_makes_no_difference():
+    # It has no position, and attention, norms and MLPs do not see the order of tokens.
+    torch.manual_seed(0)
+    encoder = Encoder(golden.TINY).eval()
+    head_BND = encoder.embed(torch.randn(2, 64, 256))
+    middle_N = torch.cat([torch.arange(1, 33), torch.tensor([0]), torch.arange(33, 65)])
+    middle_BND = head_BND[:, middle_N]
+    for block in encoder.blocks:
+        head_BND, middle_BND = block(head_BND)[0], block(middle_BND)[0]
+    torch.testing.assert_close(middle_BND, head_BND[:, middle_N])
+
+
 def test_ffn_outputs_are_what_the_mlps_give():
     torch.manual_seed(0)
     encoder, seen = Encoder(golden.TINY).eval(), []
