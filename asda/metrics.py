@@ -57,7 +57,7 @@ def accuracy(scores_NC: np.ndarray, targets_NC: np.ndarray) -> float:
     """Share of clips whose highest score is at one of their labels."""
     if np.isnan(scores_NC).any():
         return math.nan
-    return float(targets_NC[np.arange(len(scores_NC)), scores_NC.argmax(axis=1)].mean())
+    return float(targets_NC[np.arange(len(scores_NC)), scores_NC.argmax(axis=1)].mean(dtype=np.float64))
 
 
 def confusion(scores_NC: np.ndarray, targets_NC: np.ndarray) -> np.ndarray:

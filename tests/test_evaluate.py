@@ -192,7 +192,7 @@ def test_averaged_weights_are_the_mean_and_an_ensemble_the_mean_of_probabilities
 @pytest.mark.launch
 def test_the_command_on_two_ranks_leaves_figures_table_and_picture(lengths: Path, tmp_path: Path) -> None:
     config = config_of(lengths)
-    run = write_run(tmp_path / "run", config, 4, 5)
+    run = write_run(tmp_path / "run", config, 13, 14)
     told = launch(2, "evaluate.py", "--checkpoint", str(run), "--last", "2", "--average", "--chunks")
     figures = json.loads((run / "evaluation_average.json").read_text())
     assert f"mAUC      {figures['mAUC']:.4f}" in told
@@ -200,8 +200,8 @@ def test_the_command_on_two_ranks_leaves_figures_table_and_picture(lengths: Path
     mean = averaged(members([run], last=2))
     expected_NC = np.stack([probabilities(config, mean, clip) for clip in clips_of(lengths)])
     targets_NC = np.stack([np.eye(4)[clip.labels[0]] for clip in clips_of(lengths)])
-    # No two of these few probabilities are as near as the rounding: then the ranks, and all figures, are equal.
-    assert np.diff(np.sort(expected_NC, axis=0), axis=0).min() > CLOSE["atol"] / 4
+    # No two of these few probabilities are as near as the rounding: then clips are in the same order.
+    assert np.diff(np.sort(expected_NC, axis=0), axis=0).min() > 2 * CLOSE["atol"]
     expected = summary(expected_NC, targets_NC, single_label=True)
     assert {key: figures[key] for key in expected} == pytest.approx(expected, abs=1e-12)
     rows = list(csv.DictReader((run / "evaluation_average_classes.csv").open()))

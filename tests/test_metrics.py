@@ -73,7 +73,7 @@ def test_the_means_of_thousands_of_clips_equal_scikit_learn(levels: int | None) 
 def test_accuracy_and_confusion_equal_scikit_learn() -> None:
     rng = np.random.default_rng(1)
     scores_NC, labels_N = rng.random((300, 7)), rng.integers(6, size=300)
-    targets_NC = np.eye(7)[labels_N]
+    targets_NC = np.eye(7, dtype=np.float32)[labels_N]
     assert accuracy(scores_NC, targets_NC) == accuracy_score(labels_N, scores_NC.argmax(axis=1))
     expected_CC = confusion_matrix(labels_N, scores_NC.argmax(axis=1), labels=np.arange(7))
     assert (confusion(scores_NC, targets_NC) == expected_CC).all()
