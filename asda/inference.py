@@ -266,6 +266,11 @@ class Model:
         sizes = f"{self.depth} blocks of width {self.width}, {len(self.labels)} classes"
         return f"asda Model ({self.description.preset}, {sizes}, on {self._device})"
 
+    @property
+    def encoder(self) -> Encoder:
+        """The network without its classifier, on its device, in eval mode; for reading, nothing trains it."""
+        return self._encoder
+
     @torch.inference_mode()
     def _encode(self, mel_BTM: Tensor, depth: int, present_BN: Tensor | None = None) -> Tensor:
         """The output of block number `depth`, counted from 1, on the CPU."""
