@@ -7,12 +7,13 @@
         teacher.safetensors                  the EMA teacher, whole, fp32 (pre-training only)
         optimizer-00000-of-00002.safetensors each rank's part of Adam's moments, fp32
         manifest.json                        sizes and hashes of all of them; written last
-    <run>/checkpoints/latest                 the name of the newest, for people and scripts
+    <run>/checkpoints/latest, best           the names of the newest and of the best, for people and scripts
 
 A checkpoint is written to a temporary folder, every file is synced to the disk, then the folder gets its name in one
 rename (asda/checkpoint_writer.py). So a name exists only for whole checkpoints, and the newest whose files match its
-manifest is the one to use. asda never reads `latest`: the folders themselves say which is the newest, and a pointer
-could be damaged. Nothing here is a pickle, and reading runs nothing that a file contains.
+manifest is the one to use. asda never reads `latest` and `best`: the folders themselves say which is the newest, its
+state which is the best, and a pointer could be damaged. Nothing here is a pickle, and reading runs nothing that a file
+contains.
 """
 
 import re
@@ -64,6 +65,8 @@ class State:
     applied_steps: int = 0  # updates of the weights; the schedules follow from it
     skipped_steps: int = 0  # attempted, but without a finite loss and gradient
     bad_steps_in_a_row: int = 0  # the last of them without an update between
+    best_step: int = 0  # whose checkpoint run.keep_best keeps; 0: none
+    best_figure: float | None = None  # of that step, on data.valid
     order_version: int = ORDER_VERSION
     format: int = FORMAT
 
@@ -108,6 +111,25 @@ def _damage_on_any_rank(folder: Path) -> str | None:
     dist.all_gather_object(complaints, damage(folder, dist.get_rank(), dist.get_world_size()))
     found = ((rank, complaint) for rank, complaint in enumerate(complaints) if complaint)
     return next((f"{complaint}, says rank {rank}" for rank, complaint in found), None)
+
+
+def best(run: Path) -> Path:
+    """The checkpoint of a run that run.keep_best has kept, intact or not, as its newest intact one knows it.
+
+    Raises:
+        UserError: the run has no checkpoint, or has kept none as the best.
+    """
+    _, state = read_state(resolve(run))
+    if not state.best_step:
+        raise UserError(
+            f"{run} has kept no checkpoint as its best; train it with run.keep_best=accuracy or mAP, and data.valid"
+        )
+    return step_folder(run, state.best_step)
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / "checkpoints" / f"step-{step:07d}"
 
 
 def resolve(path: Path) -> Path:
@@ -181,6 +203,11 @@ def read_description(folder: Path) -> Description:
     if not (folder / "state.json").is_file():
         return load_description(folder / "config.json")
     config, state = read_state(folder)
+    return description_of(config, state.vocabulary)
+
+
+def description_of(config: Config, labels: tuple[str, ...]) -> Description:
+    """What of a run concerns its network."""
     assert config.data.log_mel != "dataset", "a run resolves it before it saves"
     return Description(
         _about=config.about,
@@ -194,7 +221,7 @@ def read_description(folder: Path) -> Description:
             padding=config.data.padding,
         ),
         model=config.model,
-        labels=state.vocabulary,
+        labels=labels,
     )
 
 

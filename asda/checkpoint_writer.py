@@ -17,7 +17,7 @@ One thread on every rank copies the tensors, writes and hashes its files and tel
     2  first rank: collect sizes and hashes, write and sync config.json and state.json
     3  first rank: write and sync manifest.json, sync the folder
     4  first rank: rename .tmp-step-N to step-N, sync their folder
-    5  first rank: replace the file `latest`; remove what is older than the newest intact run.keep
+    5  first rank: replace the file `latest`; remove what is older than the newest intact run.keep, but for the best
     6  tell all ranks how it ended
 
 A process may die anywhere in it: up to 4 there is no new checkpoint, from 4 on there is a whole one. The thread talks
@@ -43,7 +43,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from asda.checkpoint import TEMPORARY, State, checkpoints, commit, remove
+from asda.checkpoint import TEMPORARY, State, checkpoints, commit, remove, step_folder
 from asda.config import Config, dump_config
 from asda.disk import sync
 from asda.errors import UserError
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from asda.engine import Processes  # that imports DeepSpeed, which takes seconds
 
 Files = dict[str, dict[str, Tensor]]  # file stem -> tensor name -> tensor
-POINTER = "latest"
+POINTER, BEST_POINTER = "latest", "best"
 NICENESS = 15  # of the writing thread: beside busy cores it gets 36 parts of 1024, 3.4 % of one (sched(7))
 
 
@@ -157,7 +157,7 @@ class CheckpointWriter:
             self._images = _images(files, self._images, self._stream, ready)
         finally:
             self._copied.set()
-        folder = self._run / "checkpoints" / f"step-{state.step:07d}"
+        folder = step_folder(self._run, state.step)
         temporary = folder.with_name(TEMPORARY + folder.name)
         reports = self._gather(_failure_or(lambda: _write_files(temporary, self._images)))
         outcome = None
@@ -191,7 +191,10 @@ class CheckpointWriter:
                 commit(temporary, folder, manifest)
                 sync(self._run)  # of which `checkpoints` may be new
             point_to(folder)
-            prune(self._run, self._config.run.keep, just_written=folder)
+            best = step_folder(self._run, state.best_step) if state.best_step else None
+            if best == folder:
+                point_to(folder, BEST_POINTER)
+            prune(self._run, self._config.run.keep, just_written=folder, spare=best)
         return sum(entry.bytes for entry in files.values())
 
     def _gather(self, value: Any) -> list[Any]:
@@ -217,18 +220,18 @@ def sweep(run: Path) -> None:
         remove(leftover)
 
 
-def point_to(folder: Path) -> None:
-    """Write the name of a checkpoint into the file `latest` beside it."""
-    pointer = folder.with_name(POINTER)
-    temporary = pointer.with_name(TEMPORARY + POINTER)
+def point_to(folder: Path, name: str = POINTER) -> None:
+    """Write the name of a checkpoint into a file beside it, `latest` or `best`."""
+    pointer = folder.with_name(name)
+    temporary = pointer.with_name(TEMPORARY + name)
     temporary.write_text(folder.name + "\n")
     sync(temporary)
     os.replace(temporary, pointer)
     sync(pointer.parent)
 
 
-def prune(run: Path, keep: int, just_written: Path | None = None) -> None:
-    """Remove what is older than the newest `keep` checkpoints that are intact.
+def prune(run: Path, keep: int, just_written: Path | None = None, spare: Path | None = None) -> None:
+    """Remove what is older than the newest `keep` checkpoints that are intact, but for the one to spare.
 
     Those that are to stay are read back first: a hash that was right when they were written says nothing about them
     now, and the last intact one must never go because a newer one looked as if it were. Only what was written, read
@@ -240,7 +243,8 @@ def prune(run: Path, keep: int, just_written: Path | None = None) -> None:
     num_intact = 0
     for folder in reversed(found):
         if num_intact == keep:
-            remove(folder)
+            if folder != spare:
+                remove(folder)
         elif folder == just_written or damage(folder, from_disk=True) is None:
             num_intact += 1
 

@@ -232,7 +232,8 @@ class DataConfig(Section):
     """Which shards, and what becomes of a clip."""
 
     train: TrainData  # as DataSpecs, joined to one dataset; or a mixture: [{"data": "FOLDER:SPLIT", "share": 0.7}, ...]
-    valid: DataSpecs = ""  # held-out shards of a classifier; "" evaluates nothing
+    valid: DataSpecs = ""  # held-out shards of a classifier, evaluated while training; "" evaluates nothing
+    test: DataSpecs = ""  # others, evaluated at the end only: the last weights, and the ones that run.keep_best chose
     frames: PositiveInt = 1024  # log-mel frames of 10 ms a clip is cut or padded to
     crop: Literal["start", "random"] = "start"  # where a longer clip is cut while training
     log_mel: LogMelStats | Literal["dataset"] = "dataset"  # "dataset" takes the figures of the training shards
@@ -309,6 +310,8 @@ class RunConfig(Section):
     save_every: PositiveInt = 1000
     eval_every: PositiveInt = 1000
     keep: PositiveInt = 2  # newest checkpoints kept
+    # By which figure on data.valid a checkpoint is saved and kept beside them as the best; "" keeps none
+    keep_best: Literal["", "accuracy", "mAP"] = ""
     on_failed_save: Literal["stop", "continue"] = "stop"  # when a checkpoint cannot be written (disk full)
     max_bad_steps: PositiveInt = 10  # in a row, without a finite loss and gradient; then the run ends
     check_replicas_every: Count = 1000  # steps between comparisons of all ranks' weights; 0 compares never

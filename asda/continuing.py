@@ -45,6 +45,7 @@ MAY_CHANGE = frozenset(
         "preset",  # with the size a name for values that are compared one by one
         "size",
         "data.valid",  # seen by evaluations alone
+        "data.test",
         "data.device",  # two ways to compute the same log-mel
         "data.workers",
         "data.threads",
@@ -64,6 +65,7 @@ MAY_CHANGE = frozenset(
         "run.save_every",
         "run.eval_every",
         "run.keep",
+        "run.keep_best",
         "run.on_failed_save",
         "run.max_bad_steps",
         "run.check_replicas_every",

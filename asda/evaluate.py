@@ -1,12 +1,14 @@
 """Evaluate on held-out shards: deepspeed asda/evaluate.py --checkpoint runs/x --data shards/y:test
 
-Streams every clip exactly once over any number of ranks (plain `python asda/evaluate.py` is one rank), prints accuracy
-or mean average precision and writes a JSON file.
+Streams every clip exactly once over any number of ranks (plain `python asda/evaluate.py` is one rank), prints the
+figures of docs/evaluation.md, and writes them with a table of classes and a picture of the confusions.
+
+Shapes: B clips of a batch, N clips or patches, P pixels of a patch, X figures of a clip, K checkpoints, C classes.
 """
 
 import argparse
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +16,35 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import log_softmax
 
 from asda import checkpoint
-from asda.config import ClassifyConfig, Config
+from asda.averaging import Member, averaged, check_same_classes, members
+from asda.config import ClassifyConfig, Config, DataSpecs
+from asda.data.audio import SAMPLE_RATE_HZ
 from asda.data.batches import Batch
 from asda.data.cache import CacheConfig
 from asda.data.clips import ClipDataset
 from asda.data.stream import evaluation_batches, patch_maker, with_patches
 from asda.engine import Processes, join_processes, leave_processes
 from asda.errors import UserError, exit_with_sentence
+from asda.evaluation_files import write_evaluation
+from asda.inference import Model, mean_logits
 from asda.metrics import summary
 from asda.models.attention import set_attention_path
 from asda.models.classifier import Classifier
 
+Weights = dict[str, Tensor]
+
 
 def evaluate_weights(
-    config: Config, weights: dict[str, Tensor], vocabulary: tuple[str, ...], processes: Processes
+    config: Config,
+    weights: Weights,
+    vocabulary: tuple[str, ...],
+    processes: Processes,
+    data: DataSpecs | None = None,
 ) -> dict[str, float | int]:
-    """Figures of a classifier on config.data.valid. All ranks call this together.
+    """Figures of a classifier on these clips, config.data.valid by default. All ranks call this together.
 
     Weights come whole rather than inside a ZeRO engine, so ranks may have different numbers of batches, and the
     figures are those of the weights that a checkpoint holds.
@@ -40,35 +53,54 @@ def evaluate_weights(
         UserError: the shards are damaged, or have other classes than the classifier.
     """
     assert isinstance(config.objective, ClassifyConfig)
-    dataset = held_out(config, vocabulary)
-    model = Classifier(config.model, config.objective, len(vocabulary))
+    logits_NC, targets_NC = logits_of_clips(config, weights, held_out(config, vocabulary, data), processes)
+    return summary(logits_NC, targets_NC, single_label=config.objective.loss == "ce")
+
+
+def logits_of_clips(
+    config: Config, weights: Weights, dataset: ClipDataset, processes: Processes, *, chunks: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """A classifier's logits of every clip, and the targets: fp32 [N, C], equal on all ranks. All call this together.
+
+    Args:
+        config: the run; engine.micro_batch, precision and attention are used.
+        weights: of its Classifier.
+        dataset: labelled clips.
+        processes: among which the clips are dealt.
+        chunks: whether a clip longer than data.frames is heard to its end, as asda.inference.Model.logits does;
+            otherwise its beginning stands for it.
+    """
+    assert isinstance(config.objective, ClassifyConfig)
+    model = Classifier(config.model, config.objective, len(dataset.vocabulary))
     model.load_state_dict(weights)
     set_attention_path(model, config.engine.attention)
     model = model.to(processes.device).eval()
+    if chunks:
+        return _over_whole_clips(dataset, config, processes, model)
 
-    def scores_of(patches_BNP: Tensor, clips: Batch) -> Tensor:
+    def logits_of(patches_BNP: Tensor, clips: Batch) -> Tensor:
         return model(patches_BNP, clips.present(config, processes.device))
 
-    scores_NC, targets_NC = over_clips(dataset, config, processes, scores_of)
-    return summary(scores_NC, targets_NC, single_label=config.objective.loss == "ce")
+    return over_clips(dataset, config, processes, logits_of)
 
 
-def held_out(config: Config, vocabulary: tuple[str, ...]) -> ClipDataset:
-    """The clips of config.data.valid.
+def held_out(config: Config, vocabulary: tuple[str, ...], data: DataSpecs | None = None) -> ClipDataset:
+    """The clips that a classifier is judged on: config.data.valid by default.
 
     Raises:
         UserError: the shards are missing, have no labels, or other classes than the classifier.
     """
     cache = CacheConfig(config.data.cache, config.data.cache_gib)
-    dataset = ClipDataset(config.data.valid, labelled=True, cache=cache)
+    data = data or config.data.valid
+    dataset = ClipDataset(data, labelled=True, cache=cache)
     if not dataset.num_labels:
         raise UserError(
-            f"{config.data.valid} has no labels on its {len(dataset)} clips, so there is nothing to measure; name a "
+            f"{data} has no labels on its {len(dataset)} clips, so there is nothing to measure; name a "
             "split of labelled clips"
         )
     if dataset.vocabulary != vocabulary:
         raise UserError(
-            f"{config.data.valid} has {len(dataset.vocabulary)} classes that are not the {len(vocabulary)} the "
+            f"{data} has {len(dataset.vocabulary)} classes that are not the {len(vocabulary)} the "
             "classifier was trained on; make the shards with the same --labels FILE"
         )
     return dataset
@@ -88,21 +120,63 @@ def over_clips(
     Returns:
         fp32, [clips, X] and [clips, classes].
     """
-    batch, device = config.engine.micro_batch, processes.device
-    stream = evaluation_batches(
+    device = processes.device
+    stream = _batches(dataset, config, processes, patches=patch_maker(config, device))
+    with with_patches(stream, config, config.engine.micro_batch, device) as batches, _inference(config, device):
+        return _gathered(
+            ((rows_of(patches_BNP.to(device), clips), clips) for patches_BNP, clips in batches), dataset, processes
+        )
+
+
+def _over_whole_clips(
+    dataset: ClipDataset, config: Config, processes: Processes, classifier: Classifier
+) -> tuple[np.ndarray, np.ndarray]:
+    """As over_clips, of clips in their whole length: logits of the mean probabilities of their chunks.
+
+    Those of a single-label classifier are logarithms of probabilities for clips of one chunk too, so that all clips
+    are ranked by the same thing.
+    """
+    assert isinstance(config.objective, ClassifyConfig)
+    one_label = config.objective.loss == "ce"
+    description = checkpoint.description_of(config, dataset.vocabulary)
+    model = Model(Path(config.run.folder), description, classifier.encoder, classifier, processes.device)
+
+    def rows() -> Iterator[tuple[Tensor, Batch]]:
+        for batch in _batches(dataset, config, processes):
+            logits_BC = torch.stack(model.logits([clip.samples for clip in batch.clips], SAMPLE_RATE_HZ))
+            yield (log_softmax(logits_BC.double(), dim=1) if one_label else logits_BC), batch
+
+    with _inference(config, processes.device):
+        return _gathered(rows(), dataset, processes)
+
+
+def _batches(dataset: ClipDataset, config: Config, processes: Processes, **options: Any) -> Iterator[Batch]:
+    """What this rank has to do."""
+    return evaluation_batches(
         dataset,
         config.data,
-        batch=batch,
+        batch=config.engine.micro_batch,
         rank=processes.rank,
         world_size=processes.world_size,
-        patches=patch_maker(config, device),
+        **options,
     )
+
+
+@contextmanager
+def _inference(config: Config, device: torch.device) -> Iterator[None]:
+    """Without gradients, in the run's precision."""
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision == "bf16"):
+        yield
+
+
+def _gathered(
+    made: Iterable[tuple[Tensor, Batch]], dataset: ClipDataset, processes: Processes
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and targets of this rank's batches, then of all ranks', in the dataset's order; fp32."""
     rows, targets = [], []
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision == "bf16")
-    with with_patches(stream, config, batch, device) as batches, torch.inference_mode(), autocast:
-        for patches_BNP, clips in batches:
-            rows.append(rows_of(patches_BNP.to(device), clips).float().cpu().numpy())
-            targets.append(clips.targets(len(dataset.vocabulary)))
+    for rows_BX, clips in made:
+        rows.append(rows_BX.float().cpu().numpy())
+        targets.append(clips.targets(len(dataset.vocabulary)))
     parts: list[Any] = [None] * processes.world_size
     dist.all_gather_object(parts, (rows, targets))
     all_rows, all_targets = (np.concatenate([a for some in lists for a in some]) for lists in zip(*parts, strict=True))
@@ -110,27 +184,54 @@ def over_clips(
     return all_rows, all_targets
 
 
-def evaluate(path: Path, data: str | None, out: Path | None) -> None:
-    """Evaluate a checkpoint, print its figures and write them as JSON."""
-    folder = checkpoint.resolve(path)
-    config, state = checkpoint.read_state(folder)
-    if not isinstance(config.objective, ClassifyConfig):
-        raise UserError(f"{folder} is a pre-training checkpoint and has no classes; fine-tune it first")
-    valid = data or config.data.valid
+def combined_logits(
+    several: list[Member], dataset: ClipDataset, processes: Processes, *, ensemble: bool, chunks: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of one checkpoint, of the mean of several weights, or of the mean of several checkpoints' probabilities.
+
+    Returns:
+        As logits_of_clips.
+    """
+    if not ensemble:
+        weights = averaged(several) if len(several) > 1 else several[0].weights()
+        return logits_of_clips(several[-1].config, weights, dataset, processes, chunks=chunks)
+    each = [logits_of_clips(one.config, one.weights(), dataset, processes, chunks=chunks) for one in several]
+    logits_KNC = torch.from_numpy(np.stack([logits_NC for logits_NC, _ in each])).double()
+    return mean_logits(logits_KNC, torch.ones(len(several), dtype=torch.float64), several[0].loss).numpy(), each[0][1]
+
+
+def evaluate(several: list[Member], data: str | None, out: Path | None, *, ensemble: bool, chunks: bool) -> None:
+    """Evaluate checkpoints, print the figures and write the files of asda.evaluation_files."""
+    newest = several[-1]
+    valid = data or newest.config.data.valid
     if not valid:
-        raise UserError(f"{folder} names no held-out data; give --data FOLDER:SPLIT")
-    config = config.model_copy(update={"data": config.data.model_copy(update={"valid": valid})})
+        raise UserError(f"{newest.folder} names no held-out data; give --data FOLDER:SPLIT")
     processes = join_processes()
-    figures = evaluate_weights(config, checkpoint.read_weights(folder, "model"), state.vocabulary, processes)
+    dataset = held_out(newest.config, newest.state.vocabulary, valid)
+    logits_NC, targets_NC = combined_logits(several, dataset, processes, ensemble=ensemble, chunks=chunks)
     leave_processes()
+    _check_values(logits_NC, newest.folder)
     if not processes.is_first:
         return
-    out = out or folder.parent.parent / "evaluation.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(
-        json.dumps({"checkpoint": str(folder), "data": valid, "step": state.step, **figures}, indent=2) + "\n"
-    )
-    print(_in_words(figures, valid), f"written to {out}", sep="\n")
+    figures = summary(logits_NC, targets_NC, single_label=newest.loss == "ce")
+    about = {"checkpoint": str(newest.folder), "data": valid, "step": newest.state.step, "chunks": chunks}
+    name = "evaluation"
+    if len(several) > 1:
+        way = "ensemble" if ensemble else "average"
+        name += f"_{way}"  # beside the figures of a run's checkpoint alone, which a report may need
+        about |= {"combined": way, "of": [str(one.folder) for one in several]}
+    out = out or newest.folder.parent.parent / f"{name}.json"
+    lines = write_evaluation(out, about, figures, logits_NC, targets_NC, dataset.vocabulary)
+    print(_in_words(figures, valid), *lines, sep="\n")
+
+
+def _check_values(logits_NC: np.ndarray, folder: Path) -> None:
+    bad = int(np.isnan(logits_NC).any(axis=1).sum())
+    if bad:
+        raise UserError(
+            f"{folder} gives no value (nan) for {bad} of {len(logits_NC)} clips, so there are no figures; is a weight "
+            "not finite? evaluate an earlier checkpoint"
+        )
 
 
 def _in_words(figures: dict[str, float | int], data: str | list[str]) -> str:
@@ -138,23 +239,65 @@ def _in_words(figures: dict[str, float | int], data: str | list[str]) -> str:
     if "accuracy" in figures:
         lines.append(f"accuracy  {100 * figures['accuracy']:.2f} %  (chance {100 / figures['classes']:.2f} %)")
     lines.append(f"mAP       {figures['mAP']:.4f}  ({figures['classes_without_positives']} classes without positives)")
+    lines.append(f"mAUC      {figures['mAUC']:.4f}")
+    lines.append(f"d-prime   {figures['d_prime']:.3f}")
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Parse the command line and evaluate."""
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; sys.argv by default."""
     parser = argparse.ArgumentParser(
         prog="asda/evaluate.py",
-        description="Accuracy or mean average precision of a fine-tuned checkpoint on held-out shards.",
-        epilog="example:\n  deepspeed --num_accelerators 2 asda/evaluate.py --checkpoint runs/x --data shards/y:test",
+        description="Accuracy, mAP, mAUC and d-prime of fine-tuned checkpoints on held-out shards.",
+        epilog="examples:\n"
+        "  deepspeed --num_accelerators 2 asda/evaluate.py --checkpoint runs/x --data shards/y:test\n"
+        "  python asda/evaluate.py --checkpoint runs/x --best --chunks\n"
+        "  python asda/evaluate.py --checkpoint runs/x --last 5 --average     (the run needs run.keep=5)\n"
+        "  python asda/evaluate.py --checkpoint runs/a runs/b --ensemble",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--checkpoint", required=True, type=Path, help="a run folder (its newest), or one checkpoint")
+    parser.add_argument(
+        "--checkpoint", required=True, type=Path, nargs="+", help="run folders (the newest of each), or checkpoints"
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--last", type=_positive, default=0, metavar="N", help="the newest N checkpoints of the run")
+    which.add_argument("--best", action="store_true", help="of each run the one that run.keep_best has kept")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--average", action="store_true", help="one network with the mean of all their weights")
+    how.add_argument("--ensemble", action="store_true", help="the mean of all their probabilities")
+    parser.add_argument(
+        "--chunks",
+        action="store_true",
+        help="hear long clips to the end, in chunks of data.frames, by the mean of their probabilities",
+    )
     parser.add_argument("--data", help="FOLDER:SPLIT; default: the run's own data.valid")
-    parser.add_argument("--out", type=Path, help="the JSON file; default: evaluation.json in the run folder")
+    parser.add_argument(
+        "--out", type=Path, help="the JSON file, beside which the table and the picture go; default: evaluation.json "
+        "in the run folder, or evaluation_average.json, evaluation_ensemble.json"
+    )  # fmt: skip
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
-    args = parser.parse_args()
-    evaluate(args.checkpoint, args.data, args.out)
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def main() -> None:
+    """Evaluate what the command line asks for."""
+    args = parse_args()
+    several = members(args.checkpoint, last=args.last, best=args.best)
+    if len(several) > 1 and not (args.average or args.ensemble):
+        raise UserError(
+            f"{len(several)} checkpoints are named; say how to combine them: --average of their weights, or --ensemble "
+            "of their probabilities"
+        )
+    if args.ensemble:
+        check_same_classes(several)
+    evaluate(several, args.data, args.out, ensemble=args.ensemble, chunks=args.chunks)
 
 
 if __name__ == "__main__":

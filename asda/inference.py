@@ -266,6 +266,11 @@ class Model:
         sizes = f"{self.depth} blocks of width {self.width}, {len(self.labels)} classes"
         return f"asda Model ({self.description.preset}, {sizes}, on {self._device})"
 
+    @property
+    def encoder(self) -> Encoder:
+        """The network without its classifier, on its device, in eval mode; for reading, nothing trains it."""
+        return self._encoder
+
     @torch.inference_mode()
     def _encode(self, mel_BTM: Tensor, depth: int, present_BN: Tensor | None = None) -> Tensor:
         """The output of block number `depth`, counted from 1, on the CPU."""
@@ -336,16 +341,10 @@ class Model:
         return Features(patches_TFD, patches_TFD.mean(1), utterance_D, (centre_T / SAMPLE_RATE_HZ).float())
 
     def _merge(self, logits: list[Tensor], chunks: list[Tensor]) -> Tensor:
-        """Logits of the mean probabilities; logarithms throughout, because fp32 has no probability near 1 but 1."""
         if len(logits) == 1:
             return logits[0]
-        frames_K1 = torch.tensor([[num_frames(len(chunk_S))] for chunk_S in chunks])
-        log_weight_K1 = (frames_K1 / frames_K1.sum()).log()
-        logits_KC = torch.stack(logits)
-        if self._loss == "ce":
-            return (log_weight_K1 + log_softmax(logits_KC, dim=1)).logsumexp(0)
-        log_yes_C, log_no_C = ((log_weight_K1 + logsigmoid(sign * logits_KC)).logsumexp(0) for sign in (1, -1))
-        return log_yes_C - log_no_C
+        frames_K = torch.tensor([num_frames(len(chunk_S)) for chunk_S in chunks])
+        return mean_logits(torch.stack(logits), frames_K, self._loss)
 
     def _probabilities(self, logits_C: Tensor) -> Tensor:
         return logits_C.softmax(0) if self._loss == "ce" else logits_C.sigmoid()
@@ -391,6 +390,18 @@ class Model:
             raise UserError(
                 f"the log-mel has {frames} frames; give a multiple of a patch's {self._patch}, and at most {most}"
             )
+
+
+def mean_logits(logits: Tensor, weight_K: Tensor, loss: str) -> Tensor:
+    """Logits of the weighted mean probabilities, [K, ..., C] -> [..., C]: log-odds (bce), or logarithms (ce).
+
+    Logarithms throughout, because fp32 has no probability near 1 but 1.
+    """
+    log_weight = (weight_K / weight_K.sum()).log().reshape(-1, *[1] * (logits.ndim - 1))
+    if loss == "ce":
+        return (log_weight + log_softmax(logits, dim=-1)).logsumexp(0)
+    log_yes, log_no = ((log_weight + logsigmoid(sign * logits)).logsumexp(0) for sign in (1, -1))
+    return log_yes - log_no
 
 
 def cut(wave_S: Tensor, window: int, hop: int) -> list[Tensor]:

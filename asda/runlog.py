@@ -45,8 +45,8 @@ class Board(Protocol):
 class RunLog:
     """The record of one run in its folder.
 
-    metrics.jsonl holds one object a line with at least "step" and "kind" ("train", "valid", "probe", "warning"). A
-    resumed run drops the lines of steps that it will do again.
+    metrics.jsonl holds one object a line with at least "step" and "kind" ("train", "valid", "test", "test_best",
+    "probe", "warning"). A resumed run drops the lines of steps that it will do again.
     """
 
     def __init__(

@@ -22,7 +22,8 @@ from torch import Tensor
 from asda import checkpoint
 from asda.checkpoint import State
 from asda.checkpoint_writer import CheckpointWriter, Outcome
-from asda.config import ClassifyConfig, Config, dump_config
+from asda.choosing import Best, best_so_far, check_choice
+from asda.config import ClassifyConfig, Config, DataSpecs, dump_config
 from asda.continuing import check_continuation
 from asda.costs import gemm_rate, network_costs
 from asda.data.batches import Batch
@@ -60,6 +61,7 @@ BAD_STEPS = "bad_steps.jsonl"  # in the run folder: the clips of steps that chan
 def train(config: Config) -> None:
     """Run a configuration to its last step, from its newest checkpoint if it has one."""
     check_wandb(config.run.wandb)
+    check_choice(config)
     dataset = _open_data(config)
     if config.data.log_mel == "dataset":
         config = config.model_copy(update={"data": config.data.model_copy(update={"log_mel": dataset.log_mel})})
@@ -94,9 +96,9 @@ class Trainer:
         self.accumulation = config.optimizer.batch // processes.world_size // self.micro_batch
         self.budget = DamageBudget(int(config.data.max_damaged * len(dataset)))
         self.probe = Probe(config) if config.probe else None
-        if config.data.valid:
-            held_out(config, dataset.vocabulary)  # a mistake in it shows now, not after hours
-        self.progress = Progress()
+        for data in filter(None, (config.data.valid, config.data.test)):
+            held_out(config, dataset.vocabulary, data)  # a mistake in it shows now, not after hours
+        self.progress, self.best = Progress(), Best()
         self.clips: list[Clip] = []  # this rank's part of the last step
 
         check_folder_is_shared(self.folder, processes.rank, processes.world_size)
@@ -237,15 +239,47 @@ class Trainer:
         """Held-out figures of a classifier, or of the teacher's features, every run.eval_every steps and at the end."""
         if not self._is_due(self.config.run.eval_every):
             return
-        if self.config.data.valid:
+        if isinstance(self.config.objective, ClassifyConfig):
             with self.meter.paused():
-                weights = self.objective.weights(everywhere=True)["model"]
-                figures = evaluate_weights(self.config, weights, self.dataset.vocabulary, self.processes)
-            self.log.record("valid", self.progress.step, figures)
+                self._judge_classifier()
         if self.probe and isinstance(self.objective, Pretraining):
             with self.meter.paused():
                 figures = self.probe.figures(self.objective.teacher.encoder, self.processes)
             self.log.record("probe", self.progress.step, figures)
+
+    def _judge_classifier(self) -> None:
+        """Figures on data.valid, which may choose the best step, and at the end on data.test, which chooses nothing."""
+        data, step = self.config.data, self.progress.step
+        if not data.valid and not (data.test and self._is_last):
+            return
+        weights = self.objective.weights(everywhere=True)["model"]
+        if data.valid:
+            self.log.record("valid", step, figures := self._figures(weights, data.valid))
+            if name := self.config.run.keep_best:
+                self._tell(self.writer.finish())  # so that all ranks know what became of the best
+                self.best.see(step, figures[name])
+        if self._is_last and self.best.step:
+            chosen = f"step {self.best.step}, {self.config.run.keep_best} {self.best.figure:.4f}"
+            self.log.say(f"best on {data.valid}, which chose it: {chosen}")
+        if self._is_last and data.test:
+            self._judge_on_test(weights)
+
+    def _judge_on_test(self, weights: dict[str, Tensor]) -> None:
+        """What the last weights, and those of the best step, come to on clips that did not choose them."""
+        step, best, test = self.progress.step, self.best.step, self.config.data.test
+        self.log.record("test", step, figures := self._figures(weights, test))
+        if not best:
+            return
+        if best != step:
+            folder = checkpoint.step_folder(self.folder, best)
+            if complaint := next(filter(None, self._from_all(checkpoint.damage(folder))), None):
+                self.log.warn(f"{folder} is not evaluated on {test}: {complaint}")
+                return
+            figures = self._figures(checkpoint.read_weights(folder, "model"), test)
+        self.log.record("test_best", step, figures | {"best_step": best})
+
+    def _figures(self, weights: dict[str, Tensor], data: DataSpecs) -> dict[str, float | int]:
+        return evaluate_weights(self.config, weights, self.dataset.vocabulary, self.processes, data)
 
     def _save_or_stop(self) -> None:
         """Begin a checkpoint where one is due; leave where any rank was asked to, or could not save.
@@ -254,11 +288,12 @@ class Trainer:
             Stopped, UserError: on all ranks alike.
         """
         self._tell(self.writer.poll())
-        wish = agree(self.processes, stop=bool(self.stop.asked), fail=self.writer.failure is not None)
+        is_best = self.best.step == self.progress.step
+        wish = agree(self.processes, stop=bool(self.stop.asked), fail=self.writer.failure is not None, save=is_best)
         if wish["fail"]:
             self._tell(self.writer.finish())
             raise UserError(self.writer.failure)
-        if self._is_due(self.config.run.save_every) or wish["stop"]:
+        if self._is_due(self.config.run.save_every) or wish["stop"] or wish["save"]:
             self._save()
         if wish["stop"] or self._is_last:
             self._tell(self.writer.finish())
@@ -281,6 +316,8 @@ class Trainer:
             applied_steps=self.progress.applied_steps,
             skipped_steps=self.progress.skipped_steps,
             bad_steps_in_a_row=self.progress.bad_in_a_row,
+            best_step=self.best.step,
+            best_figure=self.best.figure,
         )
         with self.meter.paused():
             stem, moments = optimizer_file(self.engine)
@@ -292,6 +329,7 @@ class Trainer:
         while outcome is not None:
             if outcome.failure:
                 self.log.warn(f"step {outcome.step} could not be saved: {outcome.failure}")
+                self.best.forget(outcome.step)
             else:
                 gib, seconds = outcome.bytes / 2**30, outcome.seconds
                 self.log.say(f"saved {outcome.folder} ({gib:.2f} GiB in {seconds:.1f} s, beside the training)")
@@ -315,6 +353,7 @@ class Trainer:
                 "run.folder"
             )
         self.progress = Progress(state.step, state.applied_steps, state.bad_steps_in_a_row)
+        self.best = best_so_far(saved, state, self.config)
         self.budget.met.update(state.damaged_clips)
         if state.world_size != self.processes.world_size:
             changes.append(f"changed since {folder.name}: ranks {state.world_size} -> {self.processes.world_size}")

@@ -5,6 +5,7 @@
     python tools/bench.py memory          bytes a rank holds and sends, by ZeRO stage (minutes)
     python tools/bench.py attention       the ways to compute attention, by shape and dtype (minutes)
     python tools/bench.py step            a training step of ASDA-base, beside a plain one (minutes)
+    python tools/bench.py metrics         mAP of 20,000 x 527 scores, beside torchmetrics and scikit-learn
 
 Machines are shared and noisy: quote the ratios, not the rates.
 """
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from bench_data import CLIP_SECONDS, ROUNDS, Figures, bench_data, kaldi_log_mel
 from bench_memory import bench_memory
+from bench_metrics import bench_metrics
 from bench_step import bench_step
 
 from asda.data.audio import SAMPLE_RATE_HZ
@@ -132,6 +134,7 @@ BENCHMARKS = {
     "attention": bench_attention,
     "step": bench_step,
     "memory": bench_memory,
+    "metrics": bench_metrics,
 }
 
 

@@ -1,0 +1,306 @@
+"""Evaluation against definitions written out here: chunks, averages, ensembles, tables, and what the command says.
+
+Runs are made of random weights by the checkpoint writer, because what is measured does not depend on training.
+"""
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from launching import ROOT, TINY, launch
+from ranks import run_ranks
+from sklearn.metrics import average_precision_score, precision_recall_fscore_support, roc_auc_score
+from tiny_checkpoints import ALONE
+from tiny_tools import noise, wav
+
+from asda import evaluate as command
+from asda.averaging import averaged, members
+from asda.checkpoint import State
+from asda.checkpoint_writer import CheckpointWriter
+from asda.config import ClassifyConfig, Config, load_config
+from asda.data.clips import Clip, ClipDataset, read_clips
+from asda.data.fbank import FRAME_SHIFT, log_mel, num_samples
+from asda.data.order import Draw
+from asda.engine import Processes
+from asda.errors import UserError
+from asda.evaluate import combined_logits, logits_of_clips
+from asda.evaluation_files import write_evaluation
+from asda.metrics import summary
+from asda.models.classifier import Classifier
+
+CLASSES = ("clock", "dog", "rain", "siren")
+CHUNK = 64  # frames, as TINY says
+SECONDS = (0.3, 0.655, 0.665, 1.29, 1.31, 2.0, 3.2)  # a part of a chunk, one, one and a frame, two, ...
+MEAN, STD = -7.0, 4.0
+
+# fp32 with sums of at most 512 terms of magnitude 1 in another order (one clip at a time, batches of several), through
+# two blocks: 1e-5 of logits of about 1. The log-mel is the same function on both sides.
+CLOSE = {"rtol": 0, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def lengths(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 14 clips in four classes, from less than a chunk to five of them; split test, in two shards."""
+    folder = tmp_path_factory.mktemp("lengths")
+    rows = ["path,label"]
+    for number, seconds in enumerate(SECONDS * 2):
+        path = wav(folder / "audio" / f"{number:02}.wav", noise(seconds, seed=number))
+        rows.append(f"{path},{CLASSES[number % 4]}")
+    (folder / "clips.csv").write_text("\n".join(rows))
+    (folder / "labels.txt").write_text("\n".join(CLASSES) + "\n")
+    tool = [sys.executable, ROOT / "tools" / "make_shards.py", "--source", "csv", "--input", folder / "clips.csv"]
+    tool += ["--labels", folder / "labels.txt", "--out", folder / "shards", "--split", "test", "--clips-per-shard", "9"]
+    subprocess.run(tool, check=True, capture_output=True)
+    return folder / "shards"
+
+
+@pytest.fixture
+def alone() -> Iterator[Processes]:
+    """A run of this process only."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield Processes(0, 1, torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+def config_of(shards: Path, *overrides: str) -> Config:
+    own = [
+        "run.folder=nowhere",
+        f"data.valid={shards}:test",
+        "engine.micro_batch=3",
+        "run.keep=9",
+        "objective.pooling=mean",
+    ]
+    stats = f'data.log_mel={{"mean": {MEAN}, "std": {STD}}}'
+    return load_config(ROOT / "configs" / "demo_finetune.json", [*TINY, *own, stats, *overrides])
+
+
+def weights_of(config: Config, seed: int) -> dict[str, torch.Tensor]:
+    assert isinstance(config.objective, ClassifyConfig)
+    torch.manual_seed(seed)
+    model = Classifier(config.model, config.objective, len(CLASSES))
+    torch.nn.init.normal_(model.head.weight, std=0.3)  # so that clips differ
+    return model.state_dict()
+
+
+def write_run(run: Path, config: Config, *seeds: int, **state: object) -> Path:
+    """A run with a checkpoint for each seed, at steps 1, 2, ..."""
+    with CheckpointWriter(run, config, ALONE) as writer:
+        for step, seed in enumerate(seeds, 1):
+            writer.save(replace(State(step, CLASSES, "", 1), **state), {"model": weights_of(config, seed)})
+            outcome = writer.finish()
+            assert outcome is not None
+            assert outcome.failure is None
+    return run
+
+
+def probabilities(config: Config, weights: dict[str, torch.Tensor], clip: Clip) -> np.ndarray:
+    """By definition: the mean over chunks, weighted by frames; a chunk of a longer clip ends with its last patch."""
+    assert isinstance(config.objective, ClassifyConfig)
+    model = Classifier(config.model, config.objective, len(CLASSES)).eval()
+    model.load_state_dict(weights)
+    starts = range(0, max(1, len(clip.samples) - num_samples(1) + 1), CHUNK * FRAME_SHIFT)
+    chunks = [log_mel(clip.samples[start : start + num_samples(CHUNK)]) for start in starts]
+    rows = []
+    for mel_TM in chunks:
+        is_filled = len(chunks) == 1 and config.data.padding == "constant"
+        frames = CHUNK if is_filled else -(-len(mel_TM) // 16) * 16
+        x_TM = (np.pad(mel_TM, [(0, frames - len(mel_TM)), (0, 0)]) - MEAN) / (2 * STD)  # padding is a log-mel of 0
+        patches_NP = x_TM.reshape(-1, 16, 8, 16).swapaxes(1, 2).reshape(-1, 256)
+        with torch.inference_mode():
+            logits_C = model(torch.from_numpy(patches_NP.astype(np.float32))[None])[0].double()
+        rows.append((logits_C.softmax(0) if config.objective.loss == "ce" else logits_C.sigmoid()).numpy())
+    return np.average(rows, axis=0, weights=[len(mel_TM) for mel_TM in chunks])
+
+
+def clips_of(shards: Path) -> list[Clip]:
+    dataset = ClipDataset(f"{shards}:test", labelled=True)
+    return read_clips(dataset, [Draw(0, number) for number in range(len(dataset))])
+
+
+def heard_whole(processes: Processes, jobs: list[tuple[Config, dict[str, torch.Tensor]]]) -> list[np.ndarray]:
+    """Logits of all clips by several networks."""
+    logits = []
+    for config, weights in jobs:
+        dataset = ClipDataset(config.data.valid, labelled=True)
+        logits_NC, targets_NC = logits_of_clips(config, weights, dataset, processes, chunks=True)
+        assert targets_NC.sum(0).tolist() == [4, 4, 3, 3]
+        logits.append(logits_NC)
+    return logits
+
+
+def to_probabilities(config: Config, logits_NC: np.ndarray) -> np.ndarray:
+    logits = torch.from_numpy(logits_NC).double()
+    assert isinstance(config.objective, ClassifyConfig)
+    return (logits.softmax(1) if config.objective.loss == "ce" else logits.sigmoid()).numpy()
+
+
+@pytest.mark.launch
+def test_long_clips_by_chunks_on_two_ranks_equal_one_clip_at_a_time(lengths: Path) -> None:
+    bce = ["objective.loss=bce", "objective.label_smoothing=0"]
+    kinds = (["data.workers=1"], bce, [*bce, "data.padding=masked"])
+    jobs = [(config := config_of(lengths, *overrides), weights_of(config, 1)) for overrides in kinds]
+    on_ranks = run_ranks(2, heard_whole, jobs)
+    for number, (config, weights) in enumerate(jobs):
+        expected_NC = np.stack([probabilities(config, weights, clip) for clip in clips_of(lengths)])
+        assert expected_NC.std(axis=0).min() > 100 * CLOSE["atol"], "clips differ"
+        for logits in on_ranks:
+            np.testing.assert_allclose(to_probabilities(config, logits[number]), expected_NC, **CLOSE)
+
+
+def test_a_clip_that_fits_into_one_chunk_has_the_same_probabilities_with_and_without_chunks(
+    lengths: Path, alone: Processes
+) -> None:
+    config = config_of(lengths)
+    weights, dataset = weights_of(config, 1), ClipDataset(f"{lengths}:test", labelled=True)
+    whole_NC, starts_NC = (
+        to_probabilities(config, logits_of_clips(config, weights, dataset, alone, chunks=chunks)[0])
+        for chunks in (True, False)
+    )
+    fits_N = np.array([len(clip.samples) < num_samples(CHUNK + 1) for clip in clips_of(lengths)])
+    assert fits_N.sum() == 4
+    np.testing.assert_allclose(whole_NC[fits_N], starts_NC[fits_N], **CLOSE)
+    assert (np.abs(whole_NC - starts_NC)[~fits_N].max(axis=1) > 10 * CLOSE["atol"]).all(), "the rest of a clip counts"
+
+
+def test_averaged_weights_are_the_mean_and_an_ensemble_the_mean_of_probabilities(
+    lengths: Path, alone: Processes, tmp_path: Path
+) -> None:
+    config = config_of(lengths)
+    three = members([write_run(tmp_path / "run", config, 4, 5, 6)], last=3)
+    assert [one.state.step for one in three] == [1, 2, 3]
+    mean = averaged(three)
+    for name, tensor in mean.items():
+        expected = np.mean([weights_of(config, seed)[name].double().numpy() for seed in (4, 5, 6)], axis=0)
+        assert (tensor.numpy() == expected.astype(np.float32)).all(), name
+    dataset = ClipDataset(f"{lengths}:test", labelled=True)
+    each = [logits_of_clips(config, weights_of(config, seed), dataset, alone)[0] for seed in (4, 5, 6)]
+    expected_NC = np.mean([to_probabilities(config, logits_NC) for logits_NC in each], axis=0)
+    logits_NC, _ = combined_logits(three, dataset, alone, ensemble=True, chunks=False)
+    np.testing.assert_allclose(np.exp(logits_NC), expected_NC, rtol=0, atol=1e-12)  # fp64 on both sides
+    logits_NC, _ = combined_logits(three, dataset, alone, ensemble=False, chunks=False)
+    assert (logits_NC == logits_of_clips(config, mean, dataset, alone)[0]).all()
+
+
+@pytest.mark.launch
+def test_the_command_on_two_ranks_leaves_figures_table_and_picture(lengths: Path, tmp_path: Path) -> None:
+    config = config_of(lengths)
+    run = write_run(tmp_path / "run", config, 13, 14)
+    told = launch(2, "evaluate.py", "--checkpoint", str(run), "--last", "2", "--average", "--chunks")
+    figures = json.loads((run / "evaluation_average.json").read_text())
+    assert f"mAUC      {figures['mAUC']:.4f}" in told
+    assert (figures["clips"], figures["classes"], figures["combined"], figures["step"]) == (14, 4, "average", 2)
+    mean = averaged(members([run], last=2))
+    expected_NC = np.stack([probabilities(config, mean, clip) for clip in clips_of(lengths)])
+    targets_NC = np.stack([np.eye(4)[clip.labels[0]] for clip in clips_of(lengths)])
+    # No two of these few probabilities are as near as the rounding: then clips are in the same order.
+    assert np.diff(np.sort(expected_NC, axis=0), axis=0).min() > 2 * CLOSE["atol"]
+    expected = summary(expected_NC, targets_NC, single_label=True)
+    assert {key: figures[key] for key in expected} == pytest.approx(expected, abs=1e-12)
+    rows = list(csv.DictReader((run / "evaluation_average_classes.csv").open()))
+    assert [(row["class"], row["clips"]) for row in rows] == list(zip(CLASSES, "4433", strict=True))
+    assert (run / "evaluation_average_confusion.png").read_bytes()[:4] == b"\x89PNG"
+    assert not (run / "evaluation.json").exists()
+
+
+def predictions() -> tuple[np.ndarray, np.ndarray]:
+    """Scores and one label a clip, of 40 clips and five classes; the last class has no clip, but is predicted."""
+    rng = np.random.default_rng(3)
+    labels_N = rng.integers(4, size=40)
+    return rng.standard_normal((40, 5)) + 1.5 * np.eye(5)[labels_N], np.eye(5)[labels_N]
+
+
+def test_the_table_of_classes_equals_scikit_learn(tmp_path: Path) -> None:
+    scores_NC, targets_NC = predictions()
+    figures = summary(scores_NC, targets_NC, single_label=True)
+    out = tmp_path / "new" / "figures.json"
+    lines = write_evaluation(out, {"data": "x"}, figures, scores_NC, targets_NC, (*CLASSES, "a, comma"))
+    assert len(lines) == 3
+    assert json.loads(out.read_text())["mAP"] == figures["mAP"]
+    rows = list(csv.DictReader((tmp_path / "new" / "figures_classes.csv").open()))
+    precision_C, recall_C, _, clips_C = precision_recall_fscore_support(
+        targets_NC.argmax(1), scores_NC.argmax(1), labels=range(5), zero_division=0
+    )
+    for c, row in enumerate(rows[:4]):
+        expected = {
+            "average_precision": average_precision_score(targets_NC[:, c], scores_NC[:, c]),
+            "auc": roc_auc_score(targets_NC[:, c], scores_NC[:, c]),
+            "recall": recall_C[c],
+            "precision": precision_C[c],
+        }
+        assert {key: float(row[key]) for key in expected} == pytest.approx(expected, abs=5e-7)  # six digits
+        assert int(row["clips"]) == clips_C[c]
+    assert rows[4] | {"precision": ""} == dict.fromkeys(rows[4], "") | {"class": "a, comma", "clips": "0"}
+
+
+def test_several_labels_a_clip_have_a_table_and_no_picture(tmp_path: Path) -> None:
+    scores_NC, targets_NC = predictions()
+    figures = summary(scores_NC, np.maximum(targets_NC, np.roll(targets_NC, 1, axis=1)), single_label=False)
+    assert len(write_evaluation(tmp_path / "e.json", {}, figures, scores_NC, targets_NC, (*CLASSES, "e"))) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.json", "e_classes.csv"]
+    assert (tmp_path / "e_classes.csv").read_text().startswith("class,clips,average_precision,auc\n")
+
+
+def test_without_matplotlib_the_evaluation_says_so_and_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    scores_NC, targets_NC = predictions()
+    figures = summary(scores_NC, targets_NC, single_label=True)
+    lines = write_evaluation(tmp_path / "e.json", {}, figures, scores_NC, targets_NC, (*CLASSES, "e"))
+    assert lines[-1] == "no picture of the confusions: that needs matplotlib, pip install 'asda[report]'"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.json", "e_classes.csv"]
+
+
+def test_figures_without_a_value_are_null_in_the_file(tmp_path: Path) -> None:
+    scores_NC = np.array([[1.0, 0.0], [0.0, 1.0]])
+    figures = summary(scores_NC, np.eye(2), single_label=False)
+    write_evaluation(tmp_path / "e.json", {}, figures, scores_NC, np.eye(2), ("a", "b"))
+    written = json.loads((tmp_path / "e.json").read_text(), parse_constant=pytest.fail)
+    assert (written["mAUC"], written["d_prime"]) == (1.0, None)  # infinite
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["{a}", "{b}"], "2 checkpoints are named; say how to combine them: --average .* or --ensemble"),
+        (["{a}", "{wide}", "--average"], r"they differ in model\.width, model\.heads; take"),
+        (["{a}", "{other}", "--average"], r"they differ in data\.log_mel; take"),
+        (["{a}", "{bce}", "--ensemble"], "they differ in loss; take"),
+        (["{a}", "--last", "2", "--average"], "holds 1 checkpoints of a run, --last asks for 2; ask for fewer"),
+        (["{a}", "{b}", "--last", "2", "--average"], "--last 2 is for one run, and --checkpoint names 2 folders"),
+        (["{a}", "--best"], "has kept no checkpoint as its best; train it with run.keep_best"),
+        (["{nan}"], r"step-0000001 gives no value \(nan\) for 14 of 14 clips, so there are no figures"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_sentence(
+    arguments: list[str], sentence: str, lengths: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = {
+        "a": [], "b": [], "wide": ["model.width=64", "model.heads=4"], "nan": [],
+        "bce": ["objective.loss=bce", "objective.label_smoothing=0"],
+        "other": ['data.log_mel={"mean": -6.0, "std": 4.0}'],
+    }  # fmt: skip
+    needed = [name for name in overrides if f"{{{name}}}" in arguments]
+    if needed == ["nan"]:
+        monkeypatch.setattr(sys.modules[__name__], "weights_of", nan_weights)
+    runs = {name: write_run(tmp_path / name, config_of(lengths, *overrides[name]), 1) for name in needed}
+    argv = ["evaluate.py", "--checkpoint", *[text.format(**runs) for text in arguments]]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(UserError, match=sentence):
+        command.main()
+    assert not list(tmp_path.glob("*/*evaluation*"))
+
+
+def nan_weights(config: Config, seed: int) -> dict[str, torch.Tensor]:
+    assert isinstance(config.objective, ClassifyConfig)
+    weights = Classifier(config.model, config.objective, len(CLASSES)).state_dict()
+    weights["head.bias"].fill_(float("nan"))
+    return weights

@@ -1,0 +1,96 @@
+"""What the frozen features of any encoder tell about labels: nearest neighbours and a linear layer.
+
+The judges of `probe` in pre-training (asda/probe.py) on a run, a checkpoint or converted weights, because fine-tuning
+hides how good features are. Nothing is trained by gradient descent, so the figures follow from the weights alone.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from asda import checkpoint
+from asda.config import Config, DataConfig, Description, EngineConfig, OptimizerConfig, ProbeConfig, RunConfig
+from asda.engine import join_processes, leave_processes
+from asda.errors import UserError, exit_with_sentence
+from asda.inference import load
+from asda.models.encoder import Encoder
+from asda.probe import Probe
+
+EXAMPLES = """examples:
+  python tools/probe.py --checkpoint runs/mine --train shards/esc10:fold1+fold2 --test shards/esc10:fold3 --random
+  deepspeed --num_accelerators 2 tools/probe.py --checkpoint weights/eat --train shards/x:train --test shards/x:valid
+"""
+
+
+def probe(args: argparse.Namespace) -> None:
+    """Judge, print a line for each encoder, and write the JSON file if one is asked for."""
+    folder = checkpoint.resolve(args.checkpoint)
+    description = checkpoint.read_description(folder)
+    weights = args.weights or ("teacher" if (folder / "teacher.safetensors").is_file() else "student")
+    encoders = {weights: load(folder, weights, "cpu").encoder}
+    if args.random:
+        encoders["random"] = _fresh(description, args.seed)
+    judge = Probe(_config(description, args))
+    processes = join_processes()
+    rows = {name: judge.figures(encoder.to(processes.device), processes) for name, encoder in encoders.items()}
+    leave_processes()
+    if not processes.is_first:
+        return
+    print(f"{folder}: {args.neighbours} neighbours and a linear layer, from {args.train}, judged on {args.test}")
+    for name, figures in rows.items():
+        print(f"  {name:8}" + "".join(f"  {key} {value:.4f}" for key, value in figures.items()))
+    if args.out:
+        settings = {"train": args.train, "test": args.test, "neighbours": args.neighbours}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({"checkpoint": str(folder), **settings, **rows}, indent=2) + "\n")
+
+
+def _config(description: Description, args: argparse.Namespace) -> Config:
+    """A run that has the network's input, in fp32; its own training data, optimizer and folder are never used."""
+    config = Config(
+        objective=description.objective,
+        data=DataConfig(train=args.train, **description.data.model_dump()),
+        model=description.model,
+        optimizer=OptimizerConfig(steps=1, warmup_steps=0, lr=1.0, batch=1),
+        engine=EngineConfig(precision="fp32"),
+        run=RunConfig(folder="unused"),
+    )
+    wanted = ProbeConfig(train=args.train, test=args.test, neighbours=args.neighbours)
+    return config.model_copy(update={"probe": wanted})  # which the encoder of a classifier may have here
+
+
+def _fresh(description: Description, seed: int) -> Encoder:
+    """The same network as training begins with it: what its shape alone makes of the spectra."""
+    torch.manual_seed(seed)
+    return Encoder(description.model).requires_grad_(False).eval()
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; sys.argv by default."""
+    parser = argparse.ArgumentParser(
+        prog="tools/probe.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", required=True, type=Path, help="a run, a checkpoint, or converted weights")
+    parser.add_argument("--train", required=True, metavar="FOLDER:SPLIT", help="labelled clips to compare with")
+    parser.add_argument("--test", required=True, metavar="FOLDER:SPLIT", help="labelled clips that are judged")
+    parser.add_argument(
+        "--weights", choices=["teacher", "student"], help="default: the teacher where there is one, as in pre-training"
+    )
+    parser.add_argument("--random", action="store_true", help="also the same network with fresh weights: the baseline")
+    parser.add_argument("--seed", type=int, default=1, help="of the fresh weights (default 1)")
+    parser.add_argument("--neighbours", type=int, default=10, help="nearest clips that vote (default 10)")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures there too")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
+    args = parser.parse_args(argv)
+    if args.neighbours < 1:
+        raise UserError(f"--neighbours {args.neighbours} must be 1 or more")
+    return args
+
+
+if __name__ == "__main__":
+    exit_with_sentence(lambda: probe(parse_args()))
