@@ -1,6 +1,6 @@
 """What the pictures of the tools share: matplotlib without a display, and log-mel levels over s and Hz.
 
-Shapes: T frames, M mel bins.
+Shapes: T frames (or time patches), M mel bins, F mel patches.
 """
 
 import io
@@ -64,6 +64,23 @@ def show_levels(
     )
     axes.set_yticks([mel_bin(hz) for hz in TICKS_HZ], [f"{hz:,}" for hz in TICKS_HZ])
     axes.set_xlim(0, last_s)
+    return image
+
+
+def show_patches(axes: "Axes", value_TF: np.ndarray, num_frames: int, **colours: Any) -> "AxesImage":
+    """Draw a value of each patch over the seconds and Hz of `show_levels`; `colours` as for imshow."""
+    first_s = (FRAME_WINDOW_S - FRAME_SHIFT_S) / 2
+    extent = (first_s, first_s + num_frames * FRAME_SHIFT_S, -0.5, NUM_MEL_BINS - 0.5)
+    image = axes.imshow(
+        value_TF.T,
+        origin="lower",
+        aspect="auto",
+        interpolation="nearest",
+        extent=extent,
+        **{"cmap": "viridis"} | colours,
+    )
+    axes.set_yticks([mel_bin(hz) for hz in TICKS_HZ], [f"{hz:,}" for hz in TICKS_HZ])
+    axes.set_xlim(0, extent[1])
     return image
 
 
