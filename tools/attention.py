@@ -122,7 +122,7 @@ def _draw_row(figure: Any, axes: Any, name: str, network: Network, mixture: Mixt
     for one, (label, map_HKK) in zip(axes[1:], maps.items(), strict=False):
         row_N = map_HKK[:, 1:, 1:][:, stayed].mean((0, 1))
         frames = len(mixture.own_TM)
-        figure.colorbar(show_patches(one, on_patches(row_N, network), frames, vmin=0), ax=one)
+        figure.colorbar(show_patches(one, on_patches(row_N, network), frames), ax=one)
         one.set_title(f"{label}, times the mean", fontsize=9, parse_math=False)
     for one in axes:
         one.axvline(len(mixture.own_TM) / 200, color="white", linewidth=1.5, linestyle="--")

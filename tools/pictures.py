@@ -67,20 +67,28 @@ def show_levels(
     return image
 
 
-def show_patches(axes: "Axes", value_TF: np.ndarray, num_frames: int, **colours: Any) -> "AxesImage":
-    """Draw a value of each patch over the seconds and Hz of `show_levels`; `colours` as for imshow."""
+def show_patches(
+    axes: "Axes",
+    value_TF: np.ndarray,
+    num_frames: int,
+    low: float = 0,
+    high: float | None = None,
+    cmap: str = "viridis",
+) -> "AxesImage":
+    """Draw a value of each patch, [T, F], over the seconds and Hz of `show_levels`."""
     first_s = (FRAME_WINDOW_S - FRAME_SHIFT_S) / 2
-    extent = (first_s, first_s + num_frames * FRAME_SHIFT_S, -0.5, NUM_MEL_BINS - 0.5)
     image = axes.imshow(
         value_TF.T,
         origin="lower",
         aspect="auto",
         interpolation="nearest",
-        extent=extent,
-        **{"cmap": "viridis"} | colours,
+        cmap=cmap,
+        vmin=low,
+        vmax=high,
+        extent=(first_s, first_s + num_frames * FRAME_SHIFT_S, -0.5, NUM_MEL_BINS - 0.5),
     )
     axes.set_yticks([mel_bin(hz) for hz in TICKS_HZ], [f"{hz:,}" for hz in TICKS_HZ])
-    axes.set_xlim(0, extent[1])
+    axes.set_xlim(0, first_s + num_frames * FRAME_SHIFT_S)
     return image
 
 
