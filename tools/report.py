@@ -20,10 +20,12 @@ from attention_noise import choose_clips, make_mixtures, measure, ratio_estimate
 from report_figures import (
     CLASSIFYING,
     MOST_POINTS,
+    NUMBERED_CLASSES,
     PRETRAINING,
     Curve,
     attention_panels,
     block_panel,
+    confusion_inches,
     confusion_picture,
     curve_panels,
     look,
@@ -49,6 +51,7 @@ asda/evaluate.py where it has been run, else the newest of the training.
 LOOKED_THROUGH = 24  # clips, of which the liveliest is pictured
 MIXTURES = 16  # clips for the measure of irrelevant context
 MOST_CONFUSIONS = 8  # pairs of classes that are named
+PIXELS_AN_INCH = 96  # of CSS, at which letters are as large as they were drawn
 LONG_VALUE = 48  # characters of a configuration's value; longer ones are folded
 NONE = "&ndash;"
 
@@ -201,12 +204,12 @@ def _curves(title: str, runs: dict[int, Run], curves: Sequence[Curve]) -> str:
 
 
 def _throughput_section(runs: Sequence[Run]) -> str:
-    header = ["run", "clips/s", "ms a step", "TFLOP/s", "of the products' rate", "waiting for data", "memory, GiB",
-              "GPU, GiB", "skipped steps", "warnings"]  # fmt: skip
+    header = ["run", "clips/s", "ms a step", "TFLOP/s", "of product rate", "data wait", "memory, GiB",
+              "GPU, GiB", "skipped", "warnings"]  # fmt: skip
     note = (
         "Medians over the lines of training, of all ranks together. TFLOP/s count useful operations; their share is of "
-        "the rate of matrix products that was measured before the first step. Memory is the peak of the rank that has "
-        "most."
+        "the rate of matrix products that was measured before the first step. Data wait is time without a batch, memory "
+        "the peak of the rank that has most, and skipped counts steps whose loss or gradient was not finite."
     )
     return f'<h2>Throughput and memory</h2>\n{_table(header, map(_throughput_row, runs))}\n<p class="soft">{note}</p>'
 
@@ -264,10 +267,12 @@ def _confusion_section(run: Run) -> str:
     wrong_CC = counts_CC - np.diag(np.diag(counts_CC))
     worst = [divmod(int(place), len(labels)) for place in np.argsort(-wrong_CC, axis=None, kind="stable")]
     rows = [[labels[t], labels[p], int(wrong_CC[t, p]), int(counts_CC[t].sum())] for t, p in worst if wrong_CC[t, p]]
+    caption = f"Held-out clips of {html.escape(str(run.evaluation.get('data', '')))}: rows true, columns predicted."
+    width = PIXELS_AN_INCH * confusion_inches(len(labels))
+    least = "100%" if len(labels) <= NUMBERED_CLASSES else f"{width:.0f}px"  # a phone shows few classes whole
     return (
-        f'<h2>Confusion: {name}</h2>\n<figure class="wide">{confusion_picture(counts_CC, labels)}<figcaption>Held-out '
-        f"clips of {html.escape(str(run.evaluation.get('data', '')))}: rows are true classes, columns predicted ones."
-        "</figcaption></figure>\n"
+        f'<h2>Confusion: {name}</h2>\n<div class="scroll"><figure style="width: {width:.0f}px; max-width: {least}">'
+        f'{confusion_picture(counts_CC, labels)}</figure></div>\n<p class="soft">{caption}</p>\n'
         + (_table(["true", "taken for", "clips", "of"], rows[:MOST_CONFUSIONS], "words") if rows else "")
     )
 

@@ -234,10 +234,15 @@ def block_panel(ratios: dict[str, list[Any]]) -> str:
     return to_svg(draw, f"weight on unrelated context of {', '.join(ratios)} in each block", (4.4, 3.0))
 
 
+def confusion_inches(num_classes: int) -> float:
+    """Width at which the names beside a confusion matrix can be read."""
+    return min(9.0, max(4.0, 2.5 + 0.2 * num_classes))
+
+
 def confusion_picture(counts_CC: np.ndarray, labels: Sequence[str]) -> str:
     """Rows true, columns predicted; the colour is the share of the row."""
     share_CC = counts_CC / np.maximum(1, counts_CC.sum(1, keepdims=True))
-    inches = min(9.0, max(4.0, 1.6 + 0.32 * len(labels)))
+    inches = confusion_inches(len(labels))
 
     def draw(figure: Any, axes: Any) -> None:
         image = axes.imshow(100 * share_CC, cmap="viridis", vmin=0, vmax=100, interpolation="nearest")
