@@ -213,9 +213,12 @@ def test_the_confusions_are_named_by_how_often_they_happen(judged: Path, tmp_pat
     assert rows[first + 1] == ["dog", "rain &amp; &lt;wind&gt;", "1", "4"]
 
 
-def test_a_matrix_that_does_not_fit_its_labels_is_left_out(judged: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    "wrong", [{"labels": LABELS[:2]}, {"labels": None}, {"confusion": [[1], [2, 3]]}, {"confusion": "none"}]
+)
+def test_a_matrix_that_does_not_fit_its_labels_is_left_out(judged: Path, tmp_path: Path, wrong: dict[str, Any]):
     path = judged / "evaluation.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"labels": LABELS[:2]}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
     assert "does not fit its labels" in page_of(tmp_path / "page.html", judged).words
 
 
@@ -289,7 +292,14 @@ def test_what_is_no_run_is_one_sentence_and_no_page(judged: Path, tmp_path: Path
     twice = report(judged, judged, "--out", out)
     (judged / "evaluation.json").write_text("{")
     damaged = report(judged, "--out", out)
-    sentences = ("is not the folder of a run", "is given twice", "is not valid JSON")
-    for done, words in zip((no_run, twice, damaged), sentences, strict=True):
+    (judged / "evaluation.json").write_text('{"accuracy": "good"}')
+    no_number = report(judged, "--out", out)
+    sentences = (
+        "is not the folder of a run",
+        "is given twice",
+        "is not valid JSON",
+        "accuracy is 'good' and no number",
+    )
+    for done, words in zip((no_run, twice, damaged, no_number), sentences, strict=True):
         assert (done.code, words in done.err, done.err.count("\n")) == (2, True, 1), done.err
     assert not out.exists()

@@ -32,7 +32,7 @@ from report_figures import (
     mask_panels,
     swatch,
 )
-from report_runs import Run, differences, held_out, median, read_runs, training_hours
+from report_runs import Run, confusions, differences, held_out, median, read_runs, training_hours
 
 from asda.config import ClassifyConfig, PretrainConfig, dump_config
 from asda.data.cache import CacheConfig
@@ -208,8 +208,8 @@ def _throughput_section(runs: Sequence[Run]) -> str:
               "GPU, GiB", "skipped", "warnings"]  # fmt: skip
     note = (
         "Medians over the lines of training, of all ranks together. TFLOP/s count useful operations; their share is of "
-        "the rate of matrix products that was measured before the first step. Data wait is time without a batch, memory "
-        "the peak of the rank that has most, and skipped counts steps whose loss or gradient was not finite."
+        "the rate of matrix products that was measured before the first step. Data wait is time without a batch; "
+        "memory is the peak of the rank that has most; skipped are steps whose loss or gradient was not finite."
     )
     return f'<h2>Throughput and memory</h2>\n{_table(header, map(_throughput_row, runs))}\n<p class="soft">{note}</p>'
 
@@ -260,10 +260,10 @@ def _folded(value: Any) -> Any:
 
 def _confusion_section(run: Run) -> str:
     """The matrix of evaluation.json: rows true, columns predicted."""
-    name, labels = html.escape(run.name), run.evaluation.get("labels")
-    counts_CC = np.array(run.evaluation["confusion"])
-    if not labels or counts_CC.shape != (len(labels), len(labels)):
+    name, found = html.escape(run.name), confusions(run)
+    if found is None:
         return f"<h2>Confusion: {name}</h2>\n<p>evaluation.json holds a matrix that does not fit its labels.</p>"
+    counts_CC, labels = found
     wrong_CC = counts_CC - np.diag(np.diag(counts_CC))
     worst = [divmod(int(place), len(labels)) for place in np.argsort(-wrong_CC, axis=None, kind="stable")]
     rows = [[labels[t], labels[p], int(wrong_CC[t, p]), int(counts_CC[t].sum())] for t, p in worst if wrong_CC[t, p]]

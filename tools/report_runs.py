@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from asda import checkpoint
 from asda.config import Config, PretrainConfig, load_config
 from asda.errors import UserError
 from asda.runlog import read_metrics
 
 KINDS = ("train", "valid", "probe")
+FIGURES = ("accuracy", "mAP", "clips", "classes", "step")  # of evaluation.json, all numbers
 Entry = dict[str, Any]  # a line of metrics.jsonl
 
 
@@ -84,7 +87,21 @@ def _read_evaluation(path: Path) -> Entry:
         raise UserError(f"{path} is not valid JSON ({error}); write it again with asda/evaluate.py") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} holds no JSON object; write it again with asda/evaluate.py")
+    for key in FIGURES:
+        if not isinstance(found.get(key, 0), int | float):
+            raise UserError(f"{path}: {key} is {found[key]!r} and no number; write it again with asda/evaluate.py")
     return found
+
+
+def confusions(run: Run) -> tuple[np.ndarray, list[str]] | None:
+    """The matrix of evaluation.json, [true, predicted] clips, and its labels; None where the two do not fit."""
+    labels, rows = run.evaluation.get("labels"), run.evaluation.get("confusion")
+    try:
+        counts_CC = np.array(rows, dtype=np.int64)
+    except (ValueError, TypeError):
+        return None
+    fits = isinstance(labels, list) and counts_CC.shape == (len(labels), len(labels))
+    return (counts_CC, [str(label) for label in labels]) if fits else None
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
