@@ -264,17 +264,24 @@ def _confusion_section(run: Run) -> str:
     if found is None:
         return f"<h2>Confusion: {name}</h2>\n<p>evaluation.json holds a matrix that does not fit its labels.</p>"
     counts_CC, labels = found
-    wrong_CC = counts_CC - np.diag(np.diag(counts_CC))
-    worst = [divmod(int(place), len(labels)) for place in np.argsort(-wrong_CC, axis=None, kind="stable")]
-    rows = [[labels[t], labels[p], int(wrong_CC[t, p]), int(counts_CC[t].sum())] for t, p in worst if wrong_CC[t, p]]
-    caption = f"Held-out clips of {html.escape(str(run.evaluation.get('data', '')))}: rows true, columns predicted."
     width = PIXELS_AN_INCH * confusion_inches(len(labels))
-    least = "100%" if len(labels) <= NUMBERED_CLASSES else f"{width:.0f}px"  # a phone shows few classes whole
-    return (
-        f'<h2>Confusion: {name}</h2>\n<div class="scroll"><figure style="width: {width:.0f}px; max-width: {least}">'
-        f'{confusion_picture(counts_CC, labels)}</figure></div>\n<p class="soft">{caption}</p>\n'
-        + (_table(["true", "taken for", "clips", "of"], rows[:MOST_CONFUSIONS], "words") if rows else "")
-    )
+    most = "100%" if len(labels) <= NUMBERED_CLASSES else f"{width:.0f}px"  # a phone shows few classes whole
+    parts = [
+        f'<h2>Confusion: {name}</h2>\n<div class="scroll"><figure style="width: {width:.0f}px; max-width: {most}">'
+        f"{confusion_picture(counts_CC, labels)}</figure></div>",
+        f'<p class="soft">Held-out clips of {html.escape(str(run.evaluation.get("data", "")))}: rows true, columns '
+        "predicted.</p>",
+    ]
+    rows = _worst(counts_CC, labels)
+    return "\n".join([*parts, _table(["true", "taken for", "clips", "of"], rows, "words")] if rows else parts)
+
+
+def _worst(counts_CC: np.ndarray, labels: Sequence[str]) -> list[list[Any]]:
+    """The pairs of classes that are taken for each other most: true, predicted, clips, clips of the true class."""
+    wrong_CC = counts_CC - np.diag(np.diag(counts_CC))
+    places = np.argsort(-wrong_CC, axis=None, kind="stable")[:MOST_CONFUSIONS]
+    pairs = [divmod(int(place), len(labels)) for place in places]
+    return [[labels[t], labels[p], int(wrong_CC[t, p]), int(counts_CC[t].sum())] for t, p in pairs if wrong_CC[t, p]]
 
 
 def _picture_sections(run: Run) -> str:
@@ -282,31 +289,34 @@ def _picture_sections(run: Run) -> str:
     name, objective = html.escape(run.name), run.config.objective
     assert isinstance(objective, PretrainConfig)
     try:
-        if run.complaint:
-            raise UserError(run.complaint)
-        network = load_network(run.folder)
-        data = run.config.data
-        cache = CacheConfig(data.cache, data.cache_gib)
-        dataset = ClipDataset(*(part.data for part in data.datasets), labelled=False, cache=cache)
-        clip = _liveliest(dataset, network)
-        masks = mask_panels(clip, network, objective.mask, run.config.run.seed)
-        attention = attention_panels(clip, network)
-        noise = _noise_panel(dataset, network, run)
+        network, masks, attention = _pictures(run, objective)
     except UserError as error:
         return f"<h2>Pictures of {name}</h2>\n<p>There are none: {html.escape(str(error))}.</p>"
-    patch = run.config.model.patch
-    return "\n".join(
-        [
-            f"<h2>What students see: {name}</h2>",
-            _grid(masks),
-            f'<p class="soft">Log-mel in dB of a clip, and what three of its {objective.students} students see of it: '
-            f"{100 * objective.mask.ratio:g} % of the {patch} x {patch} patches are hidden, and predicted from the "
-            "others.</p>",
-            f"<h2>Where the teacher looks: {name}</h2>",
-            _grid([*attention, *noise]),
-            f'<p class="soft">{_attention_caption(network)}</p>',
-        ]
+    return (
+        f'<h2>What students see: {name}</h2>\n{_grid(masks)}\n<p class="soft">{_mask_caption(run, objective)}</p>\n'
+        f"<h2>Where the teacher looks: {name}</h2>\n{_grid(attention)}\n"
+        f'<p class="soft">{_attention_caption(network)}</p>'
     )
+
+
+def _mask_caption(run: Run, objective: PretrainConfig) -> str:
+    patch, hidden = run.config.model.patch, f"{100 * objective.mask.ratio:g} %"
+    return (
+        f"Log-mel in dB of a clip, and what some of its {objective.students} students see of it: {hidden} of the "
+        f"{patch} x {patch} patches are hidden (grey), and predicted from the others."
+    )
+
+
+def _pictures(run: Run, objective: PretrainConfig) -> tuple[Network, list[str], list[str]]:
+    """The teacher, and the panels of masks and of attention; raises UserError where weights or data are not there."""
+    if run.complaint:
+        raise UserError(run.complaint)
+    network, data = load_network(run.folder), run.config.data
+    cache = CacheConfig(data.cache, data.cache_gib)
+    dataset = ClipDataset(*(part.data for part in data.datasets), labelled=False, cache=cache)
+    clip = _liveliest(dataset, network)
+    masks = mask_panels(clip, network, objective, run.config.run.seed)
+    return network, masks, [*attention_panels(clip, network), *_noise_panel(dataset, network)]
 
 
 def _attention_caption(network: Network) -> str:
@@ -335,7 +345,7 @@ def _liveliest(dataset: ClipDataset, network: Network) -> Clip:
     return max(read_clips(dataset, [Draw(0, n) for n in range(min(LOOKED_THROUGH, len(dataset)))]), key=liveliness)
 
 
-def _noise_panel(dataset: ClipDataset, network: Network, run: Run) -> list[str]:
+def _noise_panel(dataset: ClipDataset, network: Network) -> list[str]:
     """The measure of irrelevant context; nothing where the clips do not allow it."""
     try:
         mixtures = make_mixtures(choose_clips(dataset, MIXTURES, seed=0), [network], "clip", seed=0)

@@ -26,7 +26,7 @@ from attention_maps import (
 from pictures import DB_PER_NEPER, mel_bin, pyplot, show_levels, show_patches
 from report_runs import Run
 
-from asda.config import MaskConfig
+from asda.config import PretrainConfig
 from asda.data.clips import Clip
 from asda.data.order import clip_rng
 from asda.models.masks import inverse_block_masks
@@ -157,12 +157,13 @@ def _scale(axes: Any, log: bool) -> None:
         axes.set_ylim(0, None)
 
 
-def mask_panels(clip: Clip, network: Network, mask: MaskConfig, seed: int) -> list[str]:
-    """The clip, and the same as the first students of its first visit see it."""
+def mask_panels(clip: Clip, network: Network, objective: PretrainConfig, seed: int) -> list[str]:
+    """The clip, and the same through the masks that its first students have at that visit in training."""
     model = network.description.model
     mel_TM = clip_log_mel(clip, network.description)
     grid = (len(mel_TM) // model.patch, model.mel_bins // model.patch)
-    visible_SN = inverse_block_masks(clip_rng(seed, clip.draw, "masks"), NUM_STUDENTS, grid, mask)
+    rng = clip_rng(seed, clip.draw, "masks")
+    visible_SN = inverse_block_masks(rng, objective.students, grid, objective.mask)[:NUM_STUDENTS]
     patch = np.ones((model.patch, model.patch), dtype=bool)
     panels = [_spectrogram(mel_TM, f"clip {clip.key}")]
     for number, visible_N in enumerate(visible_SN, start=1):

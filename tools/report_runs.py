@@ -100,8 +100,9 @@ def confusions(run: Run) -> tuple[np.ndarray, list[str]] | None:
         counts_CC = np.array(rows, dtype=np.int64)
     except (ValueError, TypeError):
         return None
-    fits = isinstance(labels, list) and counts_CC.shape == (len(labels), len(labels))
-    return (counts_CC, [str(label) for label in labels]) if fits else None
+    if not isinstance(labels, list) or counts_CC.shape != (len(labels), len(labels)):
+        return None
+    return counts_CC, [str(label) for label in labels]
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
