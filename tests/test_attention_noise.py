@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import attention_maps
 import attention_noise
@@ -186,6 +187,14 @@ def test_of_a_pre_training_the_teacher_is_looked_at_and_of_a_classifier_its_enco
         weights = attention_maps.checkpoint.read_weights(folder, stem)
         state = load_network(folder).encoder.state_dict()
         assert all(tensor.equal(weights[prefix + name]) for name, tensor in state.items())
+
+
+def test_a_network_without_such_maps_is_refused_by_name(tmp_path: Path, monkeypatch):
+    tagger = write_tagger(tmp_path / "tagger")
+    other = SimpleNamespace(model=SimpleNamespace(kind="another"))
+    monkeypatch.setattr(attention_maps.checkpoint, "read_description", lambda folder: other)
+    with pytest.raises(UserError, match="tagger holds a network of another kind"):
+        load_network(tagger)
 
 
 def test_the_tool_writes_figures_and_a_picture_of_all_runs(shards: Path, tmp_path: Path):
