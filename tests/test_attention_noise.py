@@ -214,6 +214,15 @@ def test_the_tool_writes_figures_and_a_picture_of_all_runs(shards: Path, tmp_pat
     assert "more than the first, clip by clip" in done.out
 
 
+def test_a_figure_that_is_none_is_null_in_the_file(shards: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(attention_noise, "net_relative_share", lambda weights_HQN, irrelevant_N: np.nan)
+    out = tmp_path / "figures.json"
+    tagger = write_tagger(tmp_path / "tagger")
+    assert run("attention", tagger, "--data", f"{shards}:test", "--clips", 4, "--out", out).code == 0
+    (maps,) = json.loads(out.read_text(), parse_constant=pytest.fail)["runs"].values()
+    assert maps[SIGNED][0]["own"] == {"value": None, "low": None, "high": None}
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -8,6 +8,7 @@ Half of each clip is replaced by half of an unrelated one; docs/attention_measur
 import argparse
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def compare(args: argparse.Namespace) -> None:
     record["runs"] = {name: figures(found) for name, found in shares.items()}
     picture = draw(networks, mixtures[:PICTURED])
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=2, default=vars) + "\n")
+    args.out.write_text(json.dumps(record, indent=2, default=_as_json) + "\n")
     args.out.with_suffix(".png").write_bytes(picture)
     print(f"\nwritten {args.out} and {args.out.with_suffix('.png')}")
 
@@ -89,6 +90,11 @@ def comparison(networks: dict[str, Network], shares: dict[str, dict[str, np.ndar
         lines.append(f"{'':35}{_in_words(ratio_estimate(*values_2B))}  {name}")
         lines.append(f"{'':35}{_in_words(difference)}  more than the first, clip by clip")
     return lines
+
+
+def _as_json(estimate: Estimate) -> dict[str, float | None]:
+    """With null where there is no figure, which JSON has no other word for."""
+    return {name: value if math.isfinite(value) else None for name, value in vars(estimate).items()}
 
 
 def _in_words(estimate: Estimate) -> str:
