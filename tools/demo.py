@@ -45,8 +45,7 @@ def demo(audio: Path | None, out: Path) -> None:
         _run(*_launch("evaluate.py"), "--checkpoint", run)
 
     report = out / "report.html"
-    runs = ("--pretrained", pretrained, "--finetuned", finetuned, "--scratch", scratch)
-    _run(_tool("report.py"), *runs, "--out", report)
+    _run(_tool("report.py"), pretrained, finetuned, scratch, "--out", report)
     _print_table(finetuned, scratch)
     print(f"\n{report}  (curves, masks and attention; open it in a browser)\n{time.monotonic() - started:.0f} s in all")
 

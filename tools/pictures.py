@@ -1,6 +1,6 @@
 """What the pictures of the tools share: matplotlib without a display, and log-mel levels over s and Hz.
 
-Shapes: T frames, M mel bins.
+Shapes: T frames (or time patches), M mel bins, F mel patches.
 """
 
 import io
@@ -64,6 +64,31 @@ def show_levels(
     )
     axes.set_yticks([mel_bin(hz) for hz in TICKS_HZ], [f"{hz:,}" for hz in TICKS_HZ])
     axes.set_xlim(0, last_s)
+    return image
+
+
+def show_patches(
+    axes: "Axes",
+    value_TF: np.ndarray,
+    num_frames: int,
+    low: float = 0,
+    high: float | None = None,
+    cmap: str = "viridis",
+) -> "AxesImage":
+    """Draw a value of each patch, [T, F], over the seconds and Hz of `show_levels`."""
+    first_s = (FRAME_WINDOW_S - FRAME_SHIFT_S) / 2
+    image = axes.imshow(
+        value_TF.T,
+        origin="lower",
+        aspect="auto",
+        interpolation="nearest",
+        cmap=cmap,
+        vmin=low,
+        vmax=high,
+        extent=(first_s, first_s + num_frames * FRAME_SHIFT_S, -0.5, NUM_MEL_BINS - 0.5),
+    )
+    axes.set_yticks([mel_bin(hz) for hz in TICKS_HZ], [f"{hz:,}" for hz in TICKS_HZ])
+    axes.set_xlim(0, first_s + num_frames * FRAME_SHIFT_S)
     return image
 
 

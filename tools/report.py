@@ -1,247 +1,412 @@
-"""One HTML page about a pre-training run, what it was fine-tuned to, and the same network from scratch.
+"""One HTML page about a run, or about several beside each other.
 
-    python tools/report.py --pretrained runs/a --finetuned runs/b --scratch runs/c --out report.html
+    python tools/report.py RUN [RUN ...] --out report.html
 
-Curves, a spectrogram as a student sees it, attention with both of its maps, and the table of held-out figures; the
-pictures are inside the page, so it can be mailed.
+Pre-trainings and fine-tunings, mixed at will: what each is, held-out figures, curves, pace and memory, how the
+configurations differ, confusions, what students see, where the teacher looks. Everything is inside the page, so it can
+be mailed; nothing in it runs.
 """
 
 import argparse
-import base64
 import html
-import io
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-import torch
-from matplotlib.axes import Axes
-from matplotlib.colors import Colormap
-from matplotlib.figure import Figure
+from attention_maps import SIGNED, Network, clip_log_mel, load_network
+from attention_noise import choose_clips, make_mixtures, measure, ratio_estimate
+from report_figures import (
+    CLASSIFYING,
+    MOST_POINTS,
+    NUMBERED_CLASSES,
+    PRETRAINING,
+    Curve,
+    attention_panels,
+    block_panel,
+    confusion_inches,
+    confusion_picture,
+    curve_panels,
+    look,
+    mask_panels,
+    swatch,
+)
+from report_runs import Run, confusions, differences, held_out, median, read_runs, training_hours
 
-from asda import checkpoint
-from asda.config import Config, PretrainConfig
+from asda.config import ClassifyConfig, PretrainConfig, dump_config
+from asda.data.cache import CacheConfig
 from asda.data.clips import Clip, ClipDataset, read_clips
-from asda.data.fbank import log_mel
-from asda.data.order import Draw, clip_rng
+from asda.data.order import Draw
 from asda.errors import UserError, exit_with_sentence
-from asda.models.attention import Attention
-from asda.models.encoder import Block, Encoder
-from asda.models.masks import inverse_block_masks
-from asda.runlog import read_metrics
+from asda.presets import departures
 
-FRAME_SHIFT_S = 0.01
-BLUE, ORANGE, GREY = "#2a6f97", "#e07a1f", "#8d99ae"
-HEAD = """<!doctype html>
-<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>asda</title><style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; } figure { margin: 1rem 0; }
-img { max-width: 100%; } figcaption { color: #555; font-size: .9rem; } table { border-collapse: collapse; }
-td, th { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; } td:first-child { text-align: left; }
-</style>
+EPILOG = """examples:
+  python tools/report.py runs/mine
+  python tools/report.py runs/pretrain runs/finetune runs/scratch --out comparison.html
+
+A run whose data or checkpoints are not there has no pictures, and the page says why. Held-out figures are those of
+asda/evaluate.py where it has been run, else the newest of the training.
 """
+LOOKED_THROUGH = 24  # clips, of which the liveliest is pictured
+MIXTURES = 16  # clips for the measure of irrelevant context
+MOST_CONFUSIONS = 8  # pairs of classes that are named
+PIXELS_AN_INCH = 96  # of CSS, at which letters are as large as they were drawn
+LONG_VALUE = 48  # characters of a configuration's value; longer ones are folded
+NONE = "&ndash;"
 
 
-def write_report(pretrained: Path, finetuned: Path, scratch: Path, out: Path) -> None:
-    """Write the page. Raises UserError when a run has no intact checkpoint or no evaluation.json."""
-    folder = checkpoint.resolve(pretrained)
-    config, state = checkpoint.read_state(folder)
-    objective = config.objective
-    if not isinstance(objective, PretrainConfig):
-        raise UserError(f"{pretrained} is not a pre-training run; give one whose objective.kind is pretrain")
-    dataset = ClipDataset(*(part.data for part in config.data.datasets), labelled=False)
-    clip = _liveliest(read_clips(dataset, [Draw(0, number) for number in range(min(24, len(dataset)))]), config)
-    teacher = Encoder(config.model)
-    teacher.load_state_dict(checkpoint.read_weights(folder, "teacher"))
-
-    page = [
-        f"<h1>{html.escape(pretrained.name)}: {state.step:,} steps of pre-training, then fine-tuning</h1>",
-        "<h2>Held-out clips</h2>",
-        _table({"pre-trained, then fine-tuned": finetuned, "the same network from scratch": scratch}),
-        "<h2>Curves</h2>",
-        _figure(
-            _curves(pretrained, finetuned, scratch),
-            "Left: what the students fail to predict of the teacher (frame loss, logarithmic). Middle: the spread of "
-            "the teacher's targets and of the predictions over patches; a spread of 0 would be collapse. Right: the "
-            "classifier's loss on its training clips, with and without pre-training.",
-        ),
-        "<h2>What a student sees</h2>",
-        _figure(
-            _masked_spectrogram(clip, config, objective),
-            f"Log-mel of the clip {html.escape(clip.key)}, and the same clip through one student's mask: "
-            f"{100 * objective.mask.ratio:.0f} % of the {config.model.patch} x {config.model.patch} patches are hidden "
-            "(grey). The student predicts the teacher's features there.",
-        ),
-        "<h2>Where the teacher looks</h2>",
-        _figure(
-            _attention(clip, config, teacher),
-            "Attention of the CLS token in the last block, mean over heads, laid over the patches of the same clip: "
-            "the first map, the second map, and the first minus lambda times the second, which mixes the values "
-            "(one map where there is no lambda). Red adds and blue subtracts. The numbers are multiples of what a "
-            "patch would get if attention were spread evenly.",
-        ),
-    ]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(HEAD + "\n".join(page) + "</html>\n", encoding="utf-8")
+class Html(str):
+    """Text that is HTML already; all other text is escaped."""
 
 
-def _liveliest(clips: list[Clip], config: Config) -> Clip:
-    """The clip whose patches change most over time: a picture of it shows more than one of steady noise."""
-
-    def liveliness(clip: Clip) -> float:
-        patch = config.model.patch
-        means_tf = _image(clip, config).reshape(-1, patch, config.model.mel_bins // patch, patch).mean((1, 3))
-        return float(means_tf.std(0).mean())
-
-    return max(clips, key=liveliness)
-
-
-def _table(runs: dict[str, Path]) -> str:
-    rows = ["<table><tr><th></th><th>accuracy</th><th>mAP</th><th>clips</th><th>classes</th><th>chance</th></tr>"]
-    for name, run in runs.items():
-        figures = _evaluation(run)
-        accuracy = f"{100 * figures['accuracy']:.1f} %" if "accuracy" in figures else ""
-        rows.append(
-            f"<tr><td>{name}</td><td>{accuracy}</td><td>{figures['mAP']:.3f}</td><td>{figures['clips']}</td>"
-            f"<td>{figures['classes']}</td><td>{100 / figures['classes']:.1f} %</td></tr>"
-        )
-    return "".join(rows) + "</table>"
-
-
-def _evaluation(run: Path) -> dict:
-    path = run / "evaluation.json"
-    if not path.is_file():
-        raise UserError(f"{path} is missing; write it with: python asda/evaluate.py --checkpoint {run}")
-    return json.loads(path.read_text())
-
-
-def _figure(figure: Figure, caption: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    plt.close(figure)
-    encoded = base64.b64encode(buffer.getvalue()).decode()
-    return f"<figure><img alt='' src='data:image/png;base64,{encoded}'><figcaption>{caption}</figcaption></figure>"
-
-
-def _curves(pretrained: Path, finetuned: Path, scratch: Path) -> Figure:
-    figure, (loss, spread, labels) = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    entries = read_metrics(pretrained, "train")
-    steps = [entry["step"] for entry in entries]
-    loss.semilogy(steps, [entry["frame_loss"] for entry in entries], color=BLUE)
-    loss.set(title="pre-training: frame loss", xlabel="step")
-    loss.yaxis.set_major_formatter("{x:g}")
-    loss.yaxis.set_minor_formatter("{x:g}")
-    spread.plot(steps, [entry["target_variance"] for entry in entries], color=BLUE, label="targets")
-    spread.plot(steps, [entry["prediction_variance"] for entry in entries], color=ORANGE, label="predictions")
-    spread.set(title="pre-training: spread", xlabel="step", ylim=(0, None))
-    spread.legend()
-    for run, colour, name in ((finetuned, BLUE, "pre-trained"), (scratch, GREY, "from scratch")):
-        entries = read_metrics(run, "train")
-        labels.plot([e["step"] for e in entries], [e["loss"] for e in entries], color=colour, label=name)
-    labels.set(title="fine-tuning: loss", xlabel="step", ylim=(0, None))
-    labels.legend()
-    for axes in (loss, spread, labels):
-        axes.grid(alpha=0.3, which="both")
-    return figure
-
-
-def _masked_spectrogram(clip: Clip, config: Config, objective: PretrainConfig) -> Figure:
-    image_TF = _image(clip, config)
-    patch = config.model.patch
-    grid = (config.data.frames // patch, config.model.mel_bins // patch)
-    visible_N = inverse_block_masks(clip_rng(config.run.seed, clip.draw, "masks"), 1, grid, objective.mask)[0]
-    hidden_TF = ~np.kron(visible_N.reshape(grid), np.ones((patch, patch), dtype=bool))
-    figure, axes = plt.subplots(1, 2, figsize=(13, 3.2), layout="constrained", sharey=True)
-    palette = plt.get_cmap("magma").copy()
-    palette.set_bad("#b8bec7")
-    for one, shown, title in (
-        (axes[0], image_TF, "the clip"),
-        (axes[1], np.ma.array(image_TF, mask=hidden_TF), "what one student sees"),
-    ):
-        _show(one, shown, palette, image_TF.min(), image_TF.max())
-        one.set_title(title)
-    axes[0].set_ylabel("mel bin")
-    return figure
-
-
-@torch.inference_mode()
-def _attention(clip: Clip, config: Config, encoder: Encoder) -> Figure:
-    image_TF = _image(clip, config)
-    maps_TF = [_cls_row(one, config) for one in _last_block(encoder).maps(_last_input(image_TF, config, encoder))]
-    figure, axes = plt.subplots(1, 4 if len(maps_TF) > 1 else 2, figsize=(13, 2.8), layout="constrained", sharey=True)
-    _show(axes[0], image_TF, "magma", image_TF.min(), image_TF.max())
-    axes[0].set(title="the clip", ylabel="mel bin")
-    top = max(map_TF.max() for map_TF in maps_TF)
-    for one, shown, title in zip(axes[1:], maps_TF, ("first map", "second map"), strict=False):
-        _show(one, shown, "viridis", 0, top, bar=True)
-        one.set_title(title)
-    if len(maps_TF) > 1:
-        lam = float(_last_block(encoder).current_lambda())
-        difference_TF = maps_TF[0] - lam * maps_TF[1]
-        limit = np.abs(difference_TF).max()
-        _show(axes[3], difference_TF, "RdBu_r", -limit, limit, bar=True)
-        axes[3].set_title(f"first - {lam:.3g} x second")
-    return figure
-
-
-def _last_block(encoder: Encoder) -> Attention:
-    last = encoder.blocks[-1]
-    assert isinstance(last, Block)
-    return last.attn
-
-
-def _last_input(image_TF: np.ndarray, config: Config, encoder: Encoder) -> torch.Tensor:
-    """The tokens that enter the last block for one clip, [1, 1 + N, D]."""
-    patch = config.model.patch
-    patches_BNP = torch.from_numpy(image_TF).unfold(0, patch, patch).unfold(1, patch, patch).reshape(1, -1, patch**2)
-    return encoder.layers(patches_BNP)[-2]
-
-
-def _cls_row(map_BHNN: torch.Tensor, config: Config) -> np.ndarray:
-    """What CLS takes from each patch, in the shape of the spectrogram, times the number of patches: 1 is the mean."""
-    patch = config.model.patch
-    row_N = map_BHNN[0, :, 0, 1:].mean(0)
-    grid_TF = (row_N * row_N.numel()).reshape(-1, config.model.mel_bins // patch).numpy()
-    return np.kron(grid_TF, np.ones((patch, patch)))
-
-
-def _image(clip: Clip, config: Config) -> np.ndarray:
-    """Normalised log-mel of one clip, padded or cut to data.frames, [frames, mel bins] float32."""
-    stats = config.data.log_mel
-    assert stats != "dataset", "a run's own configuration has the figures"
-    image_TF = np.full((config.data.frames, config.model.mel_bins), config.data.pad_log_mel, dtype=np.float32)
-    values_TF = log_mel(clip.samples)[: config.data.frames]
-    image_TF[: len(values_TF)] = values_TF
-    return (image_TF - np.float32(stats.mean)) / np.float32(2 * stats.std)
-
-
-def _show(
-    axes: Axes, image_TF: np.ndarray, palette: str | Colormap, low: float, high: float, bar: bool = False
-) -> None:
-    extent = (0, len(image_TF) * FRAME_SHIFT_S, 0, image_TF.shape[1])
-    drawn = axes.imshow(image_TF.T, origin="lower", aspect="auto", cmap=palette, vmin=low, vmax=high, extent=extent)
-    axes.set_xlabel("seconds")
-    if bar:
-        axes.figure.colorbar(drawn, ax=axes, shrink=0.8)
-
-
-def main() -> None:
-    """Parse the command line and write the page."""
-    parser = argparse.ArgumentParser(
-        prog="tools/report.py", description="One HTML page about a pre-training run and its use."
-    )
-    parser.add_argument("--pretrained", required=True, type=Path, help="the pre-training run's folder")
-    parser.add_argument("--finetuned", required=True, type=Path, help="run fine-tuned from it, with evaluation.json")
-    parser.add_argument("--scratch", required=True, type=Path, help="the same from scratch, with evaluation.json")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: report.html)")
-    args = parser.parse_args()
-    write_report(args.pretrained, args.finetuned, args.scratch, args.out)
+def write_report(args: argparse.Namespace) -> None:
+    """Write the page."""
+    page = build_page(read_runs(args.runs))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(page, encoding="utf-8")
     print(f"written {args.out}")
 
 
+def build_page(runs: Sequence[Run]) -> str:
+    """The whole page."""
+    title = html.escape(runs[0].name if len(runs) == 1 else f"{len(runs)} runs: {', '.join(run.name for run in runs)}")
+    parts = [
+        "" if len(runs) == 1 else f"<h1>{len(runs)} runs</h1>",
+        _cards(runs),
+        _held_out_section(runs),
+        _curve_sections(runs),
+        _throughput_section(runs),
+        _configuration_section(runs),
+        *(_confusion_section(run) for run in runs if "confusion" in run.evaluation),
+        *(_picture_sections(run) for run in runs if run.pretrains),
+        *(_warnings(run) for run in runs if run.entries["warning"]),
+    ]
+    css = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
+    head = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
+        f"<style>\n{css}</style></head>\n<body>\n"
+    )
+    return head + "\n".join(parts) + "\n</body></html>\n"
+
+
+def _cards(runs: Sequence[Run]) -> str:
+    """What each run is, in its colour."""
+    cards = []
+    for number, run in enumerate(runs):
+        items = "".join(f"<dt>{name}</dt><dd>{_cell(value)}</dd>" for name, value in _facts(run).items())
+        colour, level = look(number)[0], "h1" if len(runs) == 1 else "h2"
+        cards.append(
+            f'<section class="card" style="border-color: {colour}"><{level}>{html.escape(run.name)}</{level}>'
+            f"<dl>{items}</dl></section>"
+        )
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    config, about = run.config, run.config.about
+    facts = {
+        "objective": _objective(run),
+        "steps": f"{run.steps_done:,} of {config.optimizer.steps:,}",
+        "clips/s": _number(median(run.of_training("clips_per_s")), ".1f"),
+        "training": f"{training_hours(run):.2f} h",
+        "ranks": f"{run.state.world_size}" if run.state else "not known",
+        "precision": config.engine.precision,
+        "data": str(config.data.train) if isinstance(config.data.train, str) else f"{len(config.data.train)} datasets",
+        "held out": _headline(run),
+    }
+    stories = {"about": about.get("what", ""), "meant for": about.get("hardware", "")}
+    return facts | {name: text for name, text in stories.items() if text}
+
+
+def _objective(run: Run) -> str:
+    objective = run.config.objective
+    if isinstance(objective, PretrainConfig):
+        return f"pre-training, {objective.students} students, {100 * objective.mask.ratio:g} % hidden"
+    start = f"from {objective.init_from}" if objective.init_from else "from scratch"
+    return f"classification ({objective.loss}), {start}"
+
+
+def _headline(run: Run) -> str:
+    figures, _ = held_out(run)
+    names = {"accuracy": "accuracy", "knn_accuracy": "nearest neighbours", "linear_accuracy": "linear layer"}
+    words = [f"{name} {100 * figures[key]:.1f} %" for key, name in names.items() if key in figures]
+    words += [
+        f"{key.replace('_', ' ')} {figures[key]:.3f}" for key in ("mAP", "knn_mAP", "linear_mAP") if key in figures
+    ]
+    return ", ".join(words) or "nothing measured"
+
+
+def _held_out_section(runs: Sequence[Run]) -> str:
+    tagged = [_classifier_row(run) for run in runs if not run.pretrains and held_out(run)[0]]
+    probed = [_probe_row(run) for run in runs if run.pretrains and held_out(run)[0]]
+    header = ["run", "accuracy", "mAP", "clips", "classes", "chance", "step", "source"]
+    parts = [_table(header, tagged)] if tagged else []
+    if probed:
+        note = "Pre-trainings, by labels they were not trained on (the probe of the newest evaluation):"
+        parts += [f"<p>{note}</p>", _table(["run", "nearest neighbours", "linear layer", "measure", "step"], probed)]
+    return "\n".join(
+        ["<h2>Held-out clips</h2>", *(parts or ["<p>None of the runs has been judged on labels yet.</p>"])]
+    )
+
+
+def _classifier_row(run: Run) -> list[Any]:
+    figures, source = held_out(run)
+    objective = run.config.objective
+    single = isinstance(objective, ClassifyConfig) and objective.loss == "ce"
+    return [
+        run.name,
+        _percent(figures.get("accuracy")),
+        _number(figures.get("mAP"), ".3f"),
+        figures.get("clips"),
+        figures.get("classes"),
+        _percent(1 / figures["classes"]) if single and figures.get("classes") else None,
+        figures.get("step"),
+        source.partition(",")[0],
+    ]
+
+
+def _probe_row(run: Run) -> list[Any]:
+    figures, _ = held_out(run)
+    measure = "accuracy" if "knn_accuracy" in figures else "mAP"
+    words = _percent if measure == "accuracy" else lambda value: _number(value, ".3f")
+    return [
+        run.name,
+        *(words(figures.get(f"{judge}_{measure}")) for judge in ("knn", "linear")),
+        measure,
+        figures["step"],
+    ]
+
+
+def _curve_sections(runs: Sequence[Run]) -> str:
+    numbered = dict(enumerate(runs))
+    kinds = (("Pre-training", PRETRAINING, True), ("Fine-tuning", CLASSIFYING, False))
+    parts = [
+        _curves(t, {n: r for n, r in numbered.items() if r.pretrains == kind}, curves) for t, curves, kind in kinds
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _curves(title: str, runs: dict[int, Run], curves: Sequence[Curve]) -> str:
+    panels = curve_panels(runs, curves)
+    if not panels:
+        return f"<h2>{title}: curves</h2>\n<p>There is no line of training on record yet.</p>" if runs else ""
+    legend = "".join(f"<li>{swatch(number)}{html.escape(run.name)}</li>" for number, run in runs.items())
+    every = " or ".join(f"{n:,}" for n in sorted({run.config.run.log_every for run in runs.values()}))
+    collapse = " A spread of 0 would be collapse." if curves is PRETRAINING else ""
+    note = (
+        f"A point stands for {every} steps: losses, spreads and rates are means over them, gradient norm and learning "
+        f"rate are those of the last. Nothing is smoothed, but of more than {MOST_POINTS} points neighbours are "
+        "averaged. Steps that a continued run did again count once; a gap is a figure that was not finite." + collapse
+    )
+    return f'<h2>{title}: curves</h2>\n<ul class="legend">{legend}</ul>\n{_grid(panels)}\n<p class="soft">{note}</p>'
+
+
+def _throughput_section(runs: Sequence[Run]) -> str:
+    header = ["run", "clips/s", "ms a step", "TFLOP/s", "of product rate", "data wait", "memory, GiB",
+              "GPU, GiB", "skipped", "warnings"]  # fmt: skip
+    note = (
+        "Medians over the lines of training, of all ranks together. TFLOP/s count useful operations; their share is of "
+        "the rate of matrix products that was measured before the first step. Data wait is time without a batch; "
+        "memory is the peak of the rank that has most; skipped are steps whose loss or gradient was not finite."
+    )
+    return f'<h2>Throughput and memory</h2>\n{_table(header, map(_throughput_row, runs))}\n<p class="soft">{note}</p>'
+
+
+def _throughput_row(run: Run) -> list[Any]:
+    rate, share = median(run.of_training("clips_per_s")), median(run.of_training("gemm_share"))
+    skipped = run.of_training("skipped_steps")
+    return [
+        run.name,
+        _number(rate, ".1f"),
+        _number(1000 * run.config.optimizer.batch / rate if rate else None, ".0f"),
+        _number(median(run.of_training("tflop_per_s")), ".3f"),
+        _percent(share),
+        _percent(median(run.of_training("data_wait_share"))),
+        _number(max(run.of_training("rss_gib"), default=None), ".2f"),
+        _number(max(run.of_training("cuda_gib"), default=None), ".2f"),
+        int(skipped[-1]) if skipped else None,
+        len(run.entries["warning"]),
+    ]
+
+
+def _configuration_section(runs: Sequence[Run]) -> str:
+    if len(runs) == 1:
+        (run,) = runs
+        items = "".join(f"<li>{html.escape(line)}</li>" for line in departures(run.config.model_dump(mode="json")))
+        base = f"preset {run.config.preset}, size {run.config.size}"
+        body = f"<p>Departures from {base}:</p><ul>{items}</ul>" if items else f"<p>As {base} have it.</p>"
+    else:
+        rows = [[key, *(_folded(value) for value in values)] for key, values in differences(runs).items()]
+        header = ["key", *(run.name for run in runs)]
+        body = _table(header, rows, "words") if rows else "<p>The configurations are equal.</p>"
+    whole = "".join(
+        _details(f"all of {run.name}", f"<pre>{html.escape(dump_config(run.config))}</pre>") for run in runs
+    )
+    title = "Configuration" if len(runs) == 1 else "How the configurations differ"
+    return f"<h2>{title}</h2>\n{body}\n{whole}"
+
+
+def _folded(value: Any) -> Any:
+    """A value of a configuration; what is long opens at a touch."""
+    if value is None:
+        return None
+    text = value if isinstance(value, str) else json.dumps(value)
+    if len(text) <= LONG_VALUE:
+        return text or '""'
+    return Html(_details(f"{text[: LONG_VALUE - 8]} ...", html.escape(text)))
+
+
+def _confusion_section(run: Run) -> str:
+    """The matrix of evaluation.json: rows true, columns predicted."""
+    name, found = html.escape(run.name), confusions(run)
+    if found is None:
+        return f"<h2>Confusion: {name}</h2>\n<p>evaluation.json holds a matrix that does not fit its labels.</p>"
+    counts_CC, labels = found
+    width = PIXELS_AN_INCH * confusion_inches(len(labels))
+    most = "100%" if len(labels) <= NUMBERED_CLASSES else f"{width:.0f}px"  # a phone shows few classes whole
+    parts = [
+        f'<h2>Confusion: {name}</h2>\n<div class="scroll"><figure style="width: {width:.0f}px; max-width: {most}">'
+        f"{confusion_picture(counts_CC, labels)}</figure></div>",
+        f'<p class="soft">Held-out clips of {html.escape(str(run.evaluation.get("data", "")))}: rows true, columns '
+        "predicted.</p>",
+    ]
+    rows = _worst(counts_CC, labels)
+    return "\n".join([*parts, _table(["true", "taken for", "clips", "of"], rows, "words")] if rows else parts)
+
+
+def _worst(counts_CC: np.ndarray, labels: Sequence[str]) -> list[list[Any]]:
+    """The pairs of classes that are taken for each other most: true, predicted, clips, clips of the true class."""
+    wrong_CC = counts_CC - np.diag(np.diag(counts_CC))
+    places = np.argsort(-wrong_CC, axis=None, kind="stable")[:MOST_CONFUSIONS]
+    pairs = [divmod(int(place), len(labels)) for place in places]
+    return [[labels[t], labels[p], int(wrong_CC[t, p]), int(counts_CC[t].sum())] for t, p in pairs if wrong_CC[t, p]]
+
+
+def _picture_sections(run: Run) -> str:
+    """Masks, attention and the measure, or the sentence why there are none."""
+    name, objective = html.escape(run.name), run.config.objective
+    assert isinstance(objective, PretrainConfig)
+    try:
+        network, masks, attention = _pictures(run, objective)
+    except UserError as error:
+        return f"<h2>Pictures of {name}</h2>\n<p>There are none: {html.escape(str(error))}.</p>"
+    return (
+        f'<h2>What students see: {name}</h2>\n{_grid(masks)}\n<p class="soft">{_mask_caption(run, objective)}</p>\n'
+        f"<h2>Where the teacher looks: {name}</h2>\n{_grid(attention)}\n"
+        f'<p class="soft">{_attention_caption(network)}</p>'
+    )
+
+
+def _mask_caption(run: Run, objective: PretrainConfig) -> str:
+    patch, hidden = run.config.model.patch, f"{100 * objective.mask.ratio:g} %"
+    return (
+        f"Log-mel in dB of a clip, and what some of its {objective.students} students see of it: {hidden} of the "
+        f"{patch} x {patch} patches are hidden (grey), and predicted from the others."
+    )
+
+
+def _pictures(run: Run, objective: PretrainConfig) -> tuple[Network, list[str], list[str]]:
+    """The teacher, and the panels of masks and of attention; raises UserError where weights or data are not there."""
+    if run.complaint:
+        raise UserError(run.complaint)
+    network, data = load_network(run.folder), run.config.data
+    cache = CacheConfig(data.cache, data.cache_gib)
+    dataset = ClipDataset(*(part.data for part in data.datasets), labelled=False, cache=cache)
+    clip = _liveliest(dataset, network)
+    masks = mask_panels(clip, network, objective, run.config.run.seed)
+    return network, masks, [*attention_panels(clip, network), *_noise_panel(dataset, network)]
+
+
+def _attention_caption(network: Network) -> str:
+    two = (
+        "the first map, the second, and the first minus lambda times the second, which mixes the values (red adds, "
+        "blue subtracts)"
+    )
+    maps = "the one map" if network.description.model.attention_lambda == "absent" else two
+    return (
+        f"Attention of the CLS token in the last block, mean over heads: {maps}. 1 is what a patch would get if "
+        f"attention were spread evenly. The points by block are from {MIXTURES} training clips of which one half was "
+        "replaced by half of another clip: how much weight the patches that stayed put on the replaced half, over what "
+        "they put on it before; below 1 they turn away from it. Bars cover 95 % (bootstrap over clips). "
+        "docs/attention_measure.md defines it, tools/attention.py measures it on other clips."
+    )
+
+
+def _liveliest(dataset: ClipDataset, network: Network) -> Clip:
+    """The clip whose patches change most over time: a picture of it shows more than one of steady noise."""
+    patch = network.description.model.patch
+
+    def liveliness(clip: Clip) -> float:
+        mel_TM = clip_log_mel(clip, network.description)
+        return float(mel_TM.reshape(-1, patch, mel_TM.shape[1] // patch, patch).mean((1, 3)).std(0).mean())
+
+    return max(read_clips(dataset, [Draw(0, n) for n in range(min(LOOKED_THROUGH, len(dataset)))]), key=liveliness)
+
+
+def _noise_panel(dataset: ClipDataset, network: Network) -> list[str]:
+    """The measure of irrelevant context; nothing where the clips do not allow it."""
+    try:
+        mixtures = make_mixtures(choose_clips(dataset, MIXTURES, seed=0), [network], "clip", seed=0)
+    except UserError:
+        return []
+    shares = {name: values for name, values in measure(network, mixtures).items() if name != SIGNED}
+    return [block_panel({name: [ratio_estimate(*block_2B) for block_2B in values] for name, values in shares.items()})]
+
+
+def _warnings(run: Run) -> str:
+    lines = "".join(
+        f"<li>step {e['step']:,}: {html.escape(str(e.get('text', '')))}</li>" for e in run.entries["warning"]
+    )
+    return _details(f"{len(run.entries['warning'])} warnings of {run.name}", f"<ul>{lines}</ul>")
+
+
+def _details(summary: str, body: str) -> str:
+    return f"<details><summary>{html.escape(summary)}</summary>{body}</details>"
+
+
+def _grid(panels: Iterable[str]) -> str:
+    return f'<div class="panels">{"".join(f"<figure>{panel}</figure>" for panel in panels)}</div>'
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "figures") -> str:
+    """A table that scrolls by itself where the screen is narrow."""
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in header)
+    body = "".join(f"<tr>{''.join(f'<td>{_cell(value)}</td>' for value in row)}</tr>" for row in rows)
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return NONE
+    if isinstance(value, Html):
+        return value
+    return html.escape(f"{value:,}" if isinstance(value, int) else str(value))
+
+
+def _number(value: float | None, form: str) -> str | None:
+    return None if value is None else format(value, form)
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{100 * share:.1f} %"
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="tools/report.py",
+        description="One HTML page about a run, or about several beside each other.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: report.html)")
+    return parser.parse_args(argv)
+
+
 if __name__ == "__main__":
-    exit_with_sentence(main)
+    exit_with_sentence(lambda: write_report(parse_args()))

@@ -1,0 +1,101 @@
+"""The attention maps of a trained encoder for one clip: of a pre-training its teacher's, of a fine-tuning its own.
+
+Shapes: T frames, M mel bins, N patches, P pixels of a patch, D width, H heads, K = 1 + N tokens with CLS first.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from asda import checkpoint
+from asda.config import Description
+from asda.data.clips import Clip
+from asda.data.fbank import log_mel
+from asda.errors import UserError
+from asda.models.attention import Attention
+from asda.models.encoder import Encoder
+
+ONLY, FIRST, SECOND = "A", "A1", "A2"
+ABSOLUTE, SIGNED = "|A1 - lambda A2|", "A1 - lambda A2"
+
+
+@dataclass(frozen=True)
+class Network:
+    """An encoder, and what makes its input."""
+
+    encoder: Encoder
+    description: Description
+
+    @property
+    def main_map(self) -> str:
+        """The map by which the network mixes values, without its sign."""
+        return ONLY if self.description.model.attention_lambda == "absent" else ABSOLUTE
+
+
+def load_network(path: Path) -> Network:
+    """The encoder of a run, a checkpoint or converted weights; of a pre-training the teacher's, where it is kept.
+
+    Raises:
+        UserError: there is no intact checkpoint, or its network has no such attention.
+    """
+    folder = checkpoint.resolve(path)
+    description = checkpoint.read_description(folder)
+    if not hasattr(description.model, "attention_lambda"):
+        raise UserError(f"{path} holds a network of another kind, whose attention is not looked into; leave it out")
+    encoder = Encoder(description.model)
+    encoder.load_state_dict(_weights(folder))
+    return Network(encoder.eval().requires_grad_(False), description)
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    if (folder / "teacher.safetensors").is_file():
+        return checkpoint.read_weights(folder, "teacher")
+    prefix = "encoder."
+    tensors = checkpoint.read_weights(folder, "model")
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def clip_log_mel(clip: Clip, description: Description) -> np.ndarray:
+    """Raw log-mel of a clip, [T, M], filled up or cut to the frames that the network was trained on."""
+    mel_TM = np.full((description.data.frames, description.model.mel_bins), description.data.pad_log_mel, np.float32)
+    found_TM = log_mel(clip.samples)[: len(mel_TM)]
+    mel_TM[: len(found_TM)] = found_TM
+    return mel_TM
+
+
+@torch.inference_mode()
+def block_inputs(network: Network, mel_TM: np.ndarray) -> list[Tensor]:
+    """The tokens that enter each block for raw log-mel, depth x [1, K, D]; T a multiple of the patch."""
+    stats, patch = network.description.data.log_mel, network.description.model.patch
+    normal_TM = torch.from_numpy((mel_TM - np.float32(stats.mean)) / np.float32(2 * stats.std))
+    patches_1NP = normal_TM.unfold(0, patch, patch).unfold(1, patch, patch).reshape(1, -1, patch**2)
+    return network.encoder.layers(patches_1NP)[:-1]
+
+
+@torch.inference_mode()
+def named_maps(attention: Attention, tokens_1KD: Tensor) -> dict[str, Tensor]:
+    """The maps of one block by name, each [H, K, K] in fp64: a single one, or both, and what mixes the values.
+
+    Rows of A, A1 and A2 sum to 1, of the signed difference to 1 - lambda; the absolute one is left as it is.
+    """
+    first, *second = (map_1HKK[0].double() for map_1HKK in attention.maps(tokens_1KD))
+    if not second:
+        return {ONLY: first}
+    difference = first - float(attention.current_lambda()) * second[0]
+    return {FIRST: first, SECOND: second[0], ABSOLUTE: difference.abs(), SIGNED: difference}
+
+
+def attention_of(network: Network, block: int) -> Attention:
+    """The attention of a block; -1 is the last."""
+    attention = network.encoder.blocks[block].get_submodule("attn")
+    assert isinstance(attention, Attention)
+    return attention
+
+
+def on_patches(row_N: Tensor, network: Network) -> np.ndarray:
+    """What patches are given, as multiples of their mean, in the shape of the clip's grid: [time, mel] patches."""
+    columns = network.description.model.mel_bins // network.description.model.patch
+    return (row_N / row_N.mean()).reshape(-1, columns).numpy()

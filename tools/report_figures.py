@@ -1,0 +1,268 @@
+"""The pictures of a report, each an SVG that takes its ink from the page: readable on light and dark paper.
+
+Shapes: T frames, M mel bins, N patches, K = 1 + N tokens with CLS first, C classes, S students.
+"""
+
+import html
+import io
+import re
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Any, NamedTuple
+
+import numpy as np
+from attention_maps import (
+    FIRST,
+    ONLY,
+    SECOND,
+    SIGNED,
+    Network,
+    attention_of,
+    block_inputs,
+    clip_log_mel,
+    named_maps,
+    on_patches,
+)
+from pictures import DB_PER_NEPER, mel_bin, pyplot, show_levels, show_patches
+from report_runs import Run
+
+from asda.config import PretrainConfig
+from asda.data.clips import Clip
+from asda.data.order import clip_rng
+from asda.models.masks import inverse_block_masks
+
+COLOURS = ("#3d85c6", "#e07a1f", "#3f9b57", "#b4559e", "#c39b16", "#d1495b", "#7b8794", "#1aa6b7")  # on any paper
+DASHES = ("-", "--", ":", "-.")  # one after the other, where there are more runs than colours
+MOST_POINTS = 400  # of a curve; what has more is shown as means of neighbours
+FEW_POINTS = 12  # that are marked
+NUM_STUDENTS = 3  # whose masks are shown
+TICKS_HZ = (250, 1000, 4000)  # of a picture as wide as a phone
+NUMBERED_CLASSES, NAMED_CLASSES = 12, 60  # most of a confusion matrix whose cells show numbers, or axes names
+PANEL_INCHES = (4.4, 2.7)
+INK = "#010203"  # becomes the page's colour of text
+HIDDEN = "#a9b0b8"  # a patch that a student does not see
+STYLE = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "asda",  # the same page for the same runs
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "savefig.transparent": True,
+} | {f"{part}color": INK for part in ("text.", "axes.edge", "axes.label", "xtick.", "ytick.")}
+
+_numbers = count()  # of pictures, so that no two have parts of one name
+
+
+class Curve(NamedTuple):
+    """A figure of metrics.jsonl over the steps."""
+
+    kind: str
+    key: str
+    title: str
+    log: bool = False
+    factor: float = 1.0
+
+
+RUNNING = (
+    Curve("train", "lr", "learning rate"),
+    Curve("train", "grad_norm", "gradient norm", log=True),
+    Curve("train", "clips_per_s", "throughput, clips/s"),
+    Curve("train", "data_wait_share", "waiting for data, % of time", factor=100),
+)
+PRETRAINING = (
+    Curve("train", "frame_loss", "frame loss", log=True),
+    Curve("train", "utterance_loss", "utterance loss", log=True),
+    Curve("train", "target_variance", "spread of the teacher's targets"),
+    Curve("train", "prediction_variance", "spread of the predictions"),
+    Curve("probe", "knn_accuracy", "probe: nearest neighbours, accuracy %", factor=100),
+    Curve("probe", "linear_accuracy", "probe: linear layer, accuracy %", factor=100),
+    Curve("probe", "knn_mAP", "probe: nearest neighbours, mAP"),
+    Curve("probe", "linear_mAP", "probe: linear layer, mAP"),
+    *RUNNING,
+)
+CLASSIFYING = (
+    Curve("train", "loss", "training loss"),
+    Curve("valid", "accuracy", "held-out accuracy, %", factor=100),
+    Curve("valid", "mAP", "held-out mAP"),
+    *RUNNING,
+)
+
+
+def look(number: int) -> tuple[str, str]:
+    """Colour and dash of a run, by its place among all."""
+    return COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
+
+
+def to_svg(draw: Callable[[Any, Any], None], alt: str, size: tuple[float, float] = PANEL_INCHES) -> str:
+    """A picture for a page of HTML: `draw` is given a figure of `size` inches and its axes; `alt` describes it."""
+    plt = pyplot("tools/report.py")
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=size, layout="constrained")
+        draw(figure, axes)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", dpi=144)
+        plt.close(figure)
+    return _inlined(buffer.getvalue(), alt)
+
+
+def _inlined(svg: str, alt: str) -> str:
+    """Without what only a file needs; ids of its own; the page's ink and letters."""
+    svg = re.sub(r"^.*?<svg[^>]*viewBox=(\"[^\"]*\")[^>]*>", r"<svg viewBox=\1>", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"font: (?:\w+ )?([\d.]+px)[^;\"]*", r"font-size: \1", svg)
+    svg = re.sub(r"(\bid=\"|href=\"#|url\(#)", rf"\g<1>p{next(_numbers)}-", svg)
+    svg = svg.replace(INK, "currentColor")
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" ', 1)
+
+
+def curve_panels(runs: dict[int, Run], curves: Sequence[Curve]) -> list[str]:
+    """An SVG of each figure that a run has; `runs` by their place among all, which gives the colour."""
+    present = [c for c in curves if any(c.key in entry for run in runs.values() for entry in run.entries[c.kind])]
+    return [_curve_panel(runs, curve) for curve in present]
+
+
+def _curve_panel(runs: dict[int, Run], curve: Curve) -> str:
+    def draw(figure: Any, axes: Any) -> None:
+        for number, run in runs.items():
+            colour, dash = look(number)
+            steps, values = points(run.entries[curve.kind], curve)
+            marker = "o" if len(steps) <= FEW_POINTS else None
+            axes.plot(steps, values, dash, color=colour, marker=marker, markersize=4, linewidth=1.4)
+        axes.set(title=curve.title, xlabel="step")
+        axes.grid(alpha=0.35, linewidth=0.6)
+        _scale(axes, curve.log)
+
+    return to_svg(draw, f"{curve.title} over steps of {', '.join(run.name for run in runs.values())}")
+
+
+def points(entries: Sequence[dict[str, Any]], curve: Curve) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a curve; of more than MOST_POINTS the means of neighbours."""
+    found = np.array([(e["step"], e[curve.key] * curve.factor) for e in entries if curve.key in e]).reshape(-1, 2)
+    if len(found) > MOST_POINTS:
+        found = np.stack([part.mean(0) for part in np.array_split(found, MOST_POINTS)])
+    return found[:, 0], found[:, 1]
+
+
+def _scale(axes: Any, log: bool) -> None:
+    """A logarithmic axis names 1, 2, 5 within a few decades; a linear one begins at 0 where that costs little."""
+    values = np.concatenate([line.get_ydata() for line in axes.lines])
+    values = values[np.isfinite(values)]
+    if log and values.size and (values > 0).all():
+        axes.set_yscale("log", subs=())
+        near = values.max() < 100 * values.min()
+        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5) if near else (1,))
+        axes.yaxis.set_major_formatter("{x:g}")
+    elif values.size and 0 <= values.min() < values.max() / 2:
+        axes.set_ylim(0, None)
+
+
+def mask_panels(clip: Clip, network: Network, objective: PretrainConfig, seed: int) -> list[str]:
+    """The clip, and the same through the masks that its first students have at that visit in training."""
+    model = network.description.model
+    mel_TM = clip_log_mel(clip, network.description)
+    grid = (len(mel_TM) // model.patch, model.mel_bins // model.patch)
+    rng = clip_rng(seed, clip.draw, "masks")
+    visible_SN = inverse_block_masks(rng, objective.students, grid, objective.mask)[:NUM_STUDENTS]
+    patch = np.ones((model.patch, model.patch), dtype=bool)
+    panels = [_spectrogram(mel_TM, f"clip {clip.key}")]
+    for number, visible_N in enumerate(visible_SN, start=1):
+        seen_TM = np.ma.array(mel_TM, mask=~np.kron(visible_N.reshape(grid), patch))
+        panels.append(_spectrogram(seen_TM, f"what student {number} sees", mel_TM))
+    return panels
+
+
+def _spectrogram(mel_TM: np.ndarray, title: str, scale_TM: np.ndarray | None = None) -> str:
+    """Levels in dB; the colours are those of `scale_TM` where only a part is shown."""
+
+    def draw(figure: Any, axes: Any) -> None:
+        scale = mel_TM if scale_TM is None else scale_TM
+        image = show_levels(axes, mel_TM * DB_PER_NEPER, 0, scale.min() * DB_PER_NEPER, scale.max() * DB_PER_NEPER)
+        image.set_interpolation("nearest")
+        image.set_cmap(image.get_cmap().with_extremes(bad=HIDDEN))
+        _label(figure, axes, image, title)
+
+    return to_svg(draw, f"spectrogram: {title}")
+
+
+def attention_panels(clip: Clip, network: Network) -> list[str]:
+    """What CLS takes from each patch in the last block, mean over heads: both maps and their difference, or the one."""
+    mel_TM = clip_log_mel(clip, network.description)
+    maps = named_maps(attention_of(network, -1), block_inputs(network, mel_TM)[-1])
+    shares = {name: on_patches(maps[name][:, 0, 1:].mean(0), network) for name in (ONLY, FIRST, SECOND) if name in maps}
+    top = max(float(share_TF.max()) for share_TF in shares.values())
+    panels = [_patch_map(share_TF, len(mel_TM), f"{name}, times the mean", 0, top) for name, share_TF in shares.items()]
+    if SIGNED in maps:
+        first_N, difference_N = (maps[name][:, 0, 1:].mean(0) for name in (FIRST, SIGNED))
+        difference_TF = (difference_N / first_N.mean()).reshape(shares[FIRST].shape).numpy()
+        limit = float(np.abs(difference_TF).max())
+        lam = float(attention_of(network, -1).current_lambda())
+        title = f"A1 - {lam:.3g} A2, times the mean of A1"
+        panels.append(_patch_map(difference_TF, len(mel_TM), title, -limit, limit, "RdBu_r"))
+    return [_spectrogram(mel_TM, f"clip {clip.key}"), *panels]
+
+
+def _patch_map(value_TF: np.ndarray, frames: int, title: str, low: float, high: float, cmap: str = "viridis") -> str:
+    def draw(figure: Any, axes: Any) -> None:
+        _label(figure, axes, show_patches(axes, value_TF, frames, low, high, cmap), title)
+
+    return to_svg(draw, f"map over time and frequency: {title}")
+
+
+def _label(figure: Any, axes: Any, image: Any, title: str) -> None:
+    axes.set_title(title, parse_math=False)
+    axes.set(xlabel="seconds", ylabel="Hz (mel scale)")
+    axes.set_yticks([mel_bin(hz) for hz in TICKS_HZ], [f"{hz:,}" for hz in TICKS_HZ])
+    figure.colorbar(image, ax=axes).outline.set_visible(False)
+
+
+def block_panel(ratios: dict[str, list[Any]]) -> str:
+    """Unrelated / own of each map over the blocks, with intervals, from attention_noise's estimates."""
+    num_blocks = len(next(iter(ratios.values())))
+
+    def draw(figure: Any, axes: Any) -> None:
+        for number, (name, estimates) in enumerate(ratios.items()):
+            values = np.array([estimate.value for estimate in estimates])
+            reach = [values - [e.low for e in estimates], np.array([e.high for e in estimates]) - values]
+            place = np.arange(num_blocks) + 0.12 * (number - (len(ratios) - 1) / 2)
+            colour = COLOURS[number % len(COLOURS)]
+            axes.errorbar(place, values, reach, fmt="o", markersize=4, color=colour, label=name, capsize=2)
+        axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
+        axes.set_xticks(range(num_blocks))
+        axes.set(title="weight on the unrelated half / on the clip's own", xlabel="block")
+        axes.legend(frameon=False, fontsize=8, ncols=len(ratios), loc="upper center", bbox_to_anchor=(0.5, -0.22))
+
+    return to_svg(draw, f"weight on unrelated context of {', '.join(ratios)} in each block", (4.4, 3.0))
+
+
+def confusion_inches(num_classes: int) -> float:
+    """Width at which the names beside a confusion matrix can be read."""
+    return min(9.0, max(4.0, 2.5 + 0.2 * num_classes))
+
+
+def confusion_picture(counts_CC: np.ndarray, labels: Sequence[str]) -> str:
+    """Rows true, columns predicted; the colour is the share of the row."""
+    share_CC = counts_CC / np.maximum(1, counts_CC.sum(1, keepdims=True))
+    inches = confusion_inches(len(labels))
+
+    def draw(figure: Any, axes: Any) -> None:
+        image = axes.imshow(100 * share_CC, cmap="viridis", vmin=0, vmax=100, interpolation="nearest")
+        axes.set(xlabel="predicted", ylabel="true", xticks=[], yticks=[])
+        if len(labels) <= NAMED_CLASSES:
+            axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8, parse_math=False)
+            axes.set_yticks(range(len(labels)), labels, fontsize=8, parse_math=False)
+        if len(labels) <= NUMBERED_CLASSES:
+            for (row, column), number in np.ndenumerate(counts_CC):
+                ink = "black" if share_CC[row, column] > 0.6 else "white"
+                axes.text(column, row, str(number), ha="center", va="center", color=ink, fontsize=8)
+        figure.colorbar(image, ax=axes, label="% of the true class", shrink=0.7).outline.set_visible(False)
+
+    return to_svg(draw, "confusion matrix", (inches, inches * 0.9))
+
+
+def swatch(number: int) -> str:
+    """The line of a run in a legend."""
+    colour, dash = look(number)
+    pattern = {"-": "", "--": "7 3", ":": "2 3", "-.": "7 3 2 3"}[dash]
+    line = f'<line x1="0" y1="5" x2="28" y2="5" stroke="{colour}" stroke-width="3" stroke-dasharray="{pattern}"/>'
+    return f'<svg viewBox="0 0 28 10" aria-hidden="true">{line}</svg>'

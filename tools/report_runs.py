@@ -1,0 +1,175 @@
+"""What a report knows of a run: configuration, record, evaluation, and the figures that follow from them."""
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from asda import checkpoint
+from asda.config import Config, PretrainConfig, load_config
+from asda.errors import UserError
+from asda.runlog import read_metrics
+
+KINDS = ("train", "valid", "probe")
+FIGURES = ("accuracy", "mAP", "clips", "classes", "step")  # of evaluation.json, all numbers
+Entry = dict[str, Any]  # a line of metrics.jsonl
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder."""
+
+    name: str  # tells it from the others of a report
+    folder: Path
+    config: Config
+    entries: dict[str, list[Entry]]  # by kind, every step once
+    evaluation: Entry  # evaluation.json; empty where there is none
+    state: checkpoint.State | None  # of the newest intact checkpoint
+    complaint: str  # why there is no checkpoint to draw pictures from; "" where there is
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether it is a pre-training."""
+        return isinstance(self.config.objective, PretrainConfig)
+
+    @property
+    def steps_done(self) -> int:
+        """As the checkpoint or, being newer, the record says."""
+        logged = [entry["step"] for entry in self.entries["train"][-1:]]
+        return max([*logged, self.state.step if self.state else 0])
+
+    def of_training(self, key: str) -> list[float]:
+        """A figure of all lines of training that have it."""
+        return [entry[key] for entry in self.entries["train"] if key in entry]
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """All runs; raises UserError naming a folder that is none."""
+    return [_read_run(folder, name) for folder, name in zip(folders, distinct_names(folders), strict=True)]
+
+
+def _read_run(folder: Path, name: str) -> Run:
+    if not (folder / "config.json").is_file() or not (folder / "metrics.jsonl").is_file():
+        raise UserError(
+            f"{folder} is not the folder of a run: it needs config.json and metrics.jsonl, as train.py writes"
+        )
+    state, complaint = _newest_state(folder)
+    return Run(
+        name=name,
+        folder=folder,
+        config=load_config(folder / "config.json"),
+        entries={kind: without_repeats(read_metrics(folder, kind)) for kind in KINDS}
+        | {"warning": read_metrics(folder, "warning")},
+        evaluation=_read_evaluation(folder / "evaluation.json"),
+        state=state,
+        complaint=complaint,
+    )
+
+
+def _newest_state(folder: Path) -> tuple[checkpoint.State | None, str]:
+    try:
+        newest = checkpoint.newest(folder, warn=lambda sentence: None)
+        return (checkpoint.read_state(newest)[1], "") if newest else (None, f"{folder} has no checkpoint yet")
+    except UserError as error:
+        return None, str(error)
+
+
+def _read_evaluation(path: Path) -> Entry:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); write it again with asda/evaluate.py") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object; write it again with asda/evaluate.py")
+    for key in FIGURES:
+        if not isinstance(found.get(key, 0), int | float):
+            raise UserError(f"{path}: {key} is {found[key]!r} and no number; write it again with asda/evaluate.py")
+    return found
+
+
+def confusions(run: Run) -> tuple[np.ndarray, list[str]] | None:
+    """The matrix of evaluation.json, [true, predicted] clips, and its labels; None where the two do not fit."""
+    labels, rows = run.evaluation.get("labels"), run.evaluation.get("confusion")
+    try:
+        counts_CC = np.array(rows, dtype=np.int64)
+    except (ValueError, TypeError):
+        return None
+    if not isinstance(labels, list) or counts_CC.shape != (len(labels), len(labels)):
+        return None
+    return counts_CC, [str(label) for label in labels]
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """The last part of each path, and so many of the parts before it that no two are equal.
+
+    Raises:
+        UserError: the same folder is given twice.
+    """
+    paths = [folder.resolve() for folder in folders]
+    if len(set(paths)) < len(paths):
+        raise UserError(
+            f"{next(p for p in folders if paths.count(p.resolve()) > 1)} is given twice; name each run once"
+        )
+    for num_parts in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-num_parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError("paths differ")
+
+
+def without_repeats(entries: Iterable[Entry]) -> list[Entry]:
+    """Every step once: a run that goes on does the steps behind its checkpoint again, and the later line holds."""
+    kept: list[Entry] = []
+    for entry in entries:
+        while kept and kept[-1]["step"] >= entry["step"]:
+            kept.pop()
+        kept.append(entry)
+    return kept
+
+
+def training_hours(run: Run) -> float:
+    """Hours of the steps on record, without evaluations, saves and what was done again after a stop."""
+    seconds, done = 0.0, 0
+    for entry in run.entries["train"]:
+        steps, done = entry["step"] - done, entry["step"]
+        seconds += steps * run.config.optimizer.batch / entry["clips_per_s"]
+    return seconds / 3600
+
+
+def median(values: Sequence[float]) -> float | None:
+    """None where there are no values."""
+    return statistics.median(values) if values else None
+
+
+def held_out(run: Run) -> tuple[Entry, str]:
+    """The newest figures on labelled clips, and where they come from; empty where there are none."""
+    if run.evaluation:
+        return run.evaluation, "evaluation.json"
+    kind = "probe" if run.pretrains else "valid"
+    entries = run.entries[kind]
+    return (entries[-1], f"{kind}, step {entries[-1]['step']:,}") if entries else ({}, "")
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Dotted keys of the configurations in which runs differ, with the value of each; None where a run lacks the key.
+
+    A run's own folder and its story are left out.
+    """
+    trees = [leaves(run.config.model_dump(mode="json", exclude={"about"})) for run in runs]
+    keys = [key for key in dict.fromkeys(key for tree in trees for key in tree) if key != "run.folder"]
+    rows = {key: [tree.get(key) for tree in trees] for key in keys}
+    return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
