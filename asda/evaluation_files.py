@@ -26,6 +26,7 @@ SMALLEST_INCHES = 4.5
 DPI = 150
 NAME_POINTS, COUNT_POINTS, TITLE_POINTS = 8, 6.5, 9
 LONGEST_NAME = 24  # characters
+MOST_COUNTED = 150  # classes; beyond, numbers are too small to read
 LIGHT_FROM = 0.55  # share of a row from which a count is written in white
 
 
@@ -100,7 +101,7 @@ def _try_to_draw(path: Path, counts_CC: np.ndarray, vocabulary: tuple[str, ...])
 
 
 def _draw(figure: "Figure", counts_CC: np.ndarray, vocabulary: tuple[str, ...], cell_inches: float) -> None:
-    """A row for each class, coloured by the share of its clips, with their number in each cell that is not empty."""
+    """A row for each class, coloured by the share of its clips, with their numbers where they can be read."""
     axes = figure.subplots()
     shares_CC = counts_CC / np.maximum(counts_CC.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares_CC, cmap="Blues", vmin=0, vmax=1)
@@ -116,7 +117,8 @@ def _draw(figure: "Figure", counts_CC: np.ndarray, vocabulary: tuple[str, ...], 
         axis.set_ticks(np.arange(len(names) + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="#e3e8ee", linewidth=0.4)  # rows and columns to follow
     axes.tick_params(which="both", length=0)
-    _write_counts(axes, counts_CC, shares_CC, COUNT_POINTS * shrink)
+    if len(names) <= MOST_COUNTED:
+        _write_counts(axes, counts_CC, shares_CC, COUNT_POINTS * shrink)
 
 
 def _write_counts(axes: "Axes", counts_CC: np.ndarray, shares_CC: np.ndarray, points: float) -> None:
