@@ -150,7 +150,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--context", choices=("clip", "noise"), default="clip", help="what replaces a half")
     parser.add_argument("--query", choices=("patches", "cls"), default="patches", help="who attends (default: patches)")
     parser.add_argument("--seed", type=int, default=0, help="of clips, halves and noise (default: 0)")
-    parser.add_argument("--out", type=Path, default=Path("attention.json"), help="JSON; the picture is the .png beside")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("attention.json"),
+        help="default: attention.json; the picture is the .png beside it",
+    )
     args = parser.parse_args(argv)
     if args.query == "cls" and args.context == "clip":
         raise UserError("--query cls needs --context noise: of two clips, neither is irrelevant to CLS")
