@@ -27,7 +27,7 @@ PositiveFloat = Annotated[float, Field(gt=0, le=MOST)]
 NonNegative = Annotated[float, Field(ge=0, le=MOST)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Preset = Literal["released", "paper", "learned", "eat"]  # asda/presets.py
+Preset = Literal["released", "paper", "learned", "eat", "ast"]  # asda/presets.py
 Size = Literal["tiny", "small", "base", "large"]
 Padding = Literal["constant", "masked"]  # of clips that are too short: seen as it is, or not seen
 Kind = TypeVar("Kind", "Config", "Description")
@@ -42,8 +42,9 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """The encoder (ASDA-base: 92 M parameters)."""
+    """The encoder of ASDA and EAT (ASDA-base: 92 M parameters)."""
 
+    architecture: Literal["asda"] = "asda"
     width: PositiveInt = 768  # features per token
     depth: PositiveInt = 12  # blocks
     heads: PositiveInt = 12  # heads of each of the two attention maps
@@ -66,6 +67,85 @@ class ModelConfig(Section):
         if self.mel_bins % self.patch:
             raise ValueError(f"model.patch {self.patch} must divide model.mel_bins {self.mel_bins}")
         return self
+
+
+class ConformerConfig(Section):
+    """Conformer blocks on AST's tokens, as HAM-AST has them; its paper gives their number alone (docs/ham_ast.md)."""
+
+    blocks: Count = 0  # 0, 3 or 6 in the paper
+    heads: PositiveInt | None = None  # of the attention; null: as many as AST's
+    mlp_ratio: PositiveFloat = 4.0  # hidden width of each of the two feed-forward modules / width
+    kernel: PositiveInt = 31  # tokens under the depthwise convolution; odd
+    # What the convolution runs along and relative positions are measured on: the time patches of a mel band, or all
+    # tokens one after the other, CLS and DIST first
+    axis: Literal["time", "sequence"] = "time"
+    norm: Literal["layer", "group"] = "layer"  # after the depthwise convolution: of each token, or of each clip
+    dropout: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def centred(self) -> Self:
+        """Refuse a convolution that would shift the tokens."""
+        if self.kernel % 2 == 0:
+            raise ValueError(f"model.conformer.kernel {self.kernel} must be odd, to keep the tokens in their places")
+        return self
+
+
+class ChannelAttentionConfig(Section):
+    """A weight for each feature, from the maximum and the mean over tokens, as HAM-AST has it (docs/ham_ast.md)."""
+
+    enabled: bool = False
+    tokens: Literal["patches", "all"] = "patches"  # what is pooled; all: CLS and DIST as well
+    reduction: PositiveInt = 16  # width / hidden width of the layers between the pooled features and their weights
+    combine: Literal["sum", "concat"] = "sum"  # each pooling through the same layers, then added; or side by side
+    normalize: Literal["sigmoid", "softmax"] = "sigmoid"  # softmax is multiplied by the width: its mean weight is 1
+
+
+class AstConfig(Section):
+    """The Audio Spectrogram Transformer (AST-base: 86 M parameters), and what HAM-AST puts on top of it."""
+
+    architecture: Literal["ast"]
+    width: PositiveInt = 768  # features per token
+    depth: PositiveInt = 12  # blocks
+    heads: PositiveInt = 12
+    mlp_ratio: PositiveFloat = 4.0  # hidden width of the MLP / width
+    patch: PositiveInt = 16  # frames and mel bins per patch
+    time_stride: PositiveInt = 10  # frames from a patch to the next
+    mel_stride: PositiveInt = 10  # mel bins from a patch to the next
+    mel_bins: Literal[128] = 128  # what the front-end makes
+    frames: PositiveInt  # of the clips that the learned positions are for; data.frames where it is not given
+    norm_eps: PositiveFloat = 1e-12  # of every LayerNorm; as the published weights have it in their configuration
+    conformer: ConformerConfig = ConformerConfig()
+    channel_attention: ChannelAttentionConfig = ChannelAttentionConfig()
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Overlapping patches along time and along mel."""
+        return tuple(
+            (size - self.patch) // stride + 1
+            for size, stride in ((self.frames, self.time_stride), (self.mel_bins, self.mel_stride))
+        )  # pyright: ignore[reportReturnType]
+
+    @model_validator(mode="after")
+    def divides(self) -> Self:
+        """Refuse sizes that do not divide."""
+        for name, heads in (("model.heads", self.heads), ("model.conformer.heads", self.conformer.heads)):
+            if heads and self.width % heads:
+                raise ValueError(f"model.width {self.width} must be a multiple of {name} {heads}")
+        if self.width % 4:
+            raise ValueError(f"model.width {self.width} must be a multiple of 4 (sines and cosines of positions)")
+        if self.mel_bins % self.patch:
+            raise ValueError(f"model.patch {self.patch} must divide model.mel_bins {self.mel_bins}")
+        if self.frames % self.patch:
+            raise ValueError(f"model.frames {self.frames} must be a multiple of model.patch {self.patch}")
+        if self.channel_attention.reduction > self.width:
+            raise ValueError(
+                f"model.channel_attention.reduction {self.channel_attention.reduction} must not exceed model.width "
+                f"{self.width}"
+            )
+        return self
+
+
+AnyModelConfig = Annotated[ModelConfig | AstConfig, Field(discriminator="architecture")]
 
 
 class DecoderConfig(Section):
@@ -271,13 +351,23 @@ class DataConfig(Section):
         return self
 
 
+class StepDecayConfig(Section):
+    """The learning rate is multiplied by `factor` at update `start`, and again every `every` updates (AST)."""
+
+    factor: Annotated[float, Field(gt=0, le=1)]
+    every: PositiveInt
+    start: Count
+
+
 class OptimizerConfig(Section):
-    """AdamW and its schedule: linear warm-up from 0, cosine to min_lr. A step is one update of the weights."""
+    """AdamW and its schedule: linear warm-up from 0, then a cosine or steps. A step is one update of the weights."""
 
     steps: PositiveInt
     warmup_steps: Count
     lr: PositiveFloat
-    min_lr: NonNegative = 0.0
+    min_lr: NonNegative = 0.0  # at the end of a cosine, and the least in steps
+    schedule: Literal["cosine", "steps"] = "cosine"  # after the warm-up
+    step_decay: StepDecayConfig | None = None  # of schedule steps
     # Of a layer whose rate objective.layer_decay scales, the floor is scaled alike, or the same for all ("absolute", as
     # fairseq has it: where that is above a layer's peak, the layer's rate is constant)
     lr_floor: Literal["scaled", "absolute"] = "scaled"
@@ -286,6 +376,16 @@ class OptimizerConfig(Section):
     weight_decay: NonNegative = 0.05
     clip: NonNegative = 4.0  # global gradient norm; 0 does not clip
     batch: PositiveInt  # clips per step, over all ranks
+
+    @model_validator(mode="after")
+    def has_its_decay(self) -> Self:
+        """Refuse steps without their sizes, and sizes that would do nothing."""
+        if (self.schedule == "steps") != (self.step_decay is not None):
+            raise ValueError(
+                f"optimizer.schedule is {self.schedule}: optimizer.step_decay (factor, every, start) is given with "
+                "schedule steps, and with it alone"
+            )
+        return self
 
 
 class EngineConfig(Section):
@@ -333,7 +433,7 @@ class Config(Section):
     size: Size = DEFAULT_SIZE
     objective: PretrainConfig | ClassifyConfig = Field(discriminator="kind")
     data: DataConfig
-    model: ModelConfig
+    model: AnyModelConfig
     optimizer: OptimizerConfig
     engine: EngineConfig = EngineConfig()
     run: RunConfig
@@ -344,6 +444,7 @@ class Config(Section):
     def fits(self) -> Self:
         """Check what concerns several sections."""
         _check_frames(self.data.frames, self.model)
+        _check_architecture(self.model, self.objective, self.data)
         if self.optimizer.warmup_steps > self.optimizer.steps:
             raise ValueError(
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} must not exceed "
@@ -403,24 +504,56 @@ class Description(Section):
     size: Size = DEFAULT_SIZE
     objective: PretrainConfig | ClassifyConfig = Field(discriminator="kind")
     data: InputConfig
-    model: ModelConfig
+    model: AnyModelConfig
     labels: tuple[str, ...] = ()  # of a classifier, in the order of its logits
 
     @model_validator(mode="after")
     def fits(self) -> Self:
         """Check what concerns several sections."""
         _check_frames(self.data.frames, self.model)
+        _check_architecture(self.model, self.objective, self.data)
         return self
 
 
-def _check_frames(frames: int, model: ModelConfig) -> None:
-    """Refuse a clip that is no whole number of patches, or longer than the table of positions."""
+def _check_architecture(
+    model: ModelConfig | AstConfig, objective: PretrainConfig | ClassifyConfig, data: "DataConfig | InputConfig"
+) -> None:
+    """Refuse of AST what it is not made for."""
+    if not isinstance(model, AstConfig):
+        return
+    if isinstance(objective, PretrainConfig):
+        raise ValueError(
+            "model.architecture ast is for objective.kind classify: students and teacher are of architecture asda; "
+            "use that, or fine-tune an AST"
+        )
+    if data.padding == "masked":
+        raise ValueError(
+            "data.padding masked is for model.architecture asda: AST's patches overlap the padding and it was trained "
+            "to see it; use constant"
+        )
+
+
+def _check_frames(frames: int, model: ModelConfig | AstConfig) -> None:
+    """Refuse a clip that is no whole number of patches, or that the table of positions is not for."""
     if frames % model.patch:
         raise ValueError(f"data.frames {frames} must be a multiple of model.patch {model.patch}")
+    if isinstance(model, AstConfig):
+        if frames != model.frames:
+            raise ValueError(
+                f"data.frames {frames} must equal model.frames {model.frames}, for which AST learns its positions; "
+                "leave model.frames out"
+            )
+        return
     if frames > model.max_time_patches * model.patch:
         raise ValueError(
             f"data.frames {frames} must fit model.max_time_patches {model.max_time_patches} x model.patch {model.patch}"
         )
+
+
+def of_asda(model: ModelConfig | AstConfig) -> ModelConfig:
+    """A model section that is known to be ASDA's, because pre-training and the official layout have no other."""
+    assert isinstance(model, ModelConfig)
+    return model
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -512,7 +645,8 @@ def _explain(error: ValidationError, kind: type[Section]) -> str:
         sentence = first["msg"].removeprefix("Value error, ")
     elif first["type"] == "union_tag_invalid":
         tags = first.get("ctx", {})
-        sentence = f"{where}.kind is {tags.get('tag')!r}; it must be one of {tags.get('expected_tags')}"
+        key = str(tags.get("discriminator")).strip("'")
+        sentence = f"{where}.{key} is {tags.get('tag')!r}; it must be one of {tags.get('expected_tags')}"
     else:
         # A value that may be of several types has a complaint of each.
         rules = [e["msg"][0].lower() + e["msg"][1:] for e in errors if _keys_of(e["loc"]) == keys]
@@ -523,7 +657,7 @@ def _explain(error: ValidationError, kind: type[Section]) -> str:
 
 def _keys_of(location: tuple[Any, ...]) -> list[Any]:
     """The keys of the file in a pydantic location, which also names the branches of unions: pretrain, float."""
-    branches = ("pretrain", "classify", "LogMelStats", "str", "float", "constrained-float")
+    branches = ("pretrain", "classify", "asda", "ast", "LogMelStats", "str", "float", "constrained-float")
     return [key for key in location if key not in branches and not str(key).startswith(("list[", "literal["))]
 
 
@@ -531,6 +665,9 @@ def _nearest(keys: list[Any], kind: type[Section]) -> str:
     """'; did you mean data.train?' for a key that looks like a known one."""
     known = _known_keys(kind)
     dotted = ".".join(str(key) for key in keys if not isinstance(key, int))  # places in a list are no keys
+    if dotted in known:
+        tag = {"objective": "objective.kind", "model": "model.architecture"}.get(str(keys[0]), "kind")
+        return f"; it belongs to another {tag}"
     siblings = [k for k in known if k.rpartition(".")[0] == dotted.rpartition(".")[0]]
     by_name = {k.rpartition(".")[2]: k for k in known}
     close = difflib.get_close_matches(dotted, siblings, n=1, cutoff=0.5)

@@ -24,7 +24,7 @@ from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 
 from asda import checkpoint
-from asda.config import Config, PretrainConfig
+from asda.config import Config, PretrainConfig, of_asda
 from asda.data.clips import Clip, ClipDataset, read_clips
 from asda.data.fbank import log_mel
 from asda.data.order import Draw, clip_rng
@@ -55,7 +55,7 @@ def write_report(pretrained: Path, finetuned: Path, scratch: Path, out: Path) ->
         raise UserError(f"{pretrained} is not a pre-training run; give one whose objective.kind is pretrain")
     dataset = ClipDataset(*(part.data for part in config.data.datasets), labelled=False)
     clip = _liveliest(read_clips(dataset, [Draw(0, number) for number in range(min(24, len(dataset)))]), config)
-    teacher = Encoder(config.model)
+    teacher = Encoder(of_asda(config.model))
     teacher.load_state_dict(checkpoint.read_weights(folder, "teacher"))
 
     page = [
