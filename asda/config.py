@@ -137,7 +137,7 @@ class AstConfig(Section):
             raise ValueError(f"model.patch {self.patch} must divide model.mel_bins {self.mel_bins}")
         if self.frames % self.patch:
             raise ValueError(f"model.frames {self.frames} must be a multiple of model.patch {self.patch}")
-        if self.channel_attention.reduction > self.width:
+        if self.channel_attention.enabled and self.channel_attention.reduction > self.width:
             raise ValueError(
                 f"model.channel_attention.reduction {self.channel_attention.reduction} must not exceed model.width "
                 f"{self.width}"

@@ -302,7 +302,7 @@ def test_layer_decay_scales_blocks_and_drop_path_acts_in_training():
         (["model.conformer.heads=5"], "model.width 48 must be a multiple of model.conformer.heads 5"),
         (["model.conformer.kernel=30"], "model.conformer.kernel 30 must be odd"),
         (
-            ["model.channel_attention.reduction=49"],
+            ["model.channel_attention.enabled=true", "model.channel_attention.reduction=49"],
             "model.channel_attention.reduction 49 must not exceed model.width 48",
         ),
         (["model.time_strid=10"], "unknown key model.time_strid; did you mean model.time_stride?"),

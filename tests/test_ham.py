@@ -23,15 +23,21 @@ from asda.models.ham import (
 )
 from asda.objectives import make_objective
 
-WIDTH, HEADS, TIME, MEL = 12, 3, 5, 12
+WIDTH, HEADS, TIME, MEL = 12, 3, 5, 3
 FP64 = 1e-12  # sums of up to 64 terms of size 1, of a dozen operations: 1e-13 with 2^-53 each
 
 
 def ast(**conformer: object) -> AstConfig:
-    """Five time patches of 64 frames, twelve of mel; without dropout unless it is asked for."""
+    """Five time patches of 64 frames, three of mel; without dropout unless it is asked for."""
     settings = {"blocks": 1, "kernel": 3, "dropout": 0.0} | conformer
     return AstConfig(
-        architecture="ast", width=WIDTH, heads=HEADS, depth=1, frames=64, conformer=ConformerConfig(**settings)
+        architecture="ast",
+        width=WIDTH,
+        heads=HEADS,
+        depth=1,
+        frames=64,
+        mel_stride=56,
+        conformer=ConformerConfig(**settings),
     )
 
 
