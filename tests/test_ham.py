@@ -1,15 +1,28 @@
 """HAM-AST: its Conformer against torchaudio's and a naive loop, its channel attention against its formula."""
 
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from launching import ROOT, launch
 from overfitting import losses_of
+from safetensors.torch import load_file
 from test_ast import CLASSES, FRAMES, mels, network, patches_of, tiny
 from torch import Tensor, nn
 from torchaudio.models.conformer import ConformerLayer, _ConvolutionModule, _FeedForwardModule
 
-from asda.config import AstConfig, ChannelAttentionConfig, ConformerConfig
+import asda
+from asda.checkpoint import write_weights
+from asda.config import (
+    AstConfig,
+    ChannelAttentionConfig,
+    ConformerConfig,
+    Description,
+    InputConfig,
+    LogMelStats,
+)
 from asda.costs import network_costs
 from asda.models.ham import (
     ChannelAttention,
@@ -22,6 +35,7 @@ from asda.models.ham import (
     sinusoids,
 )
 from asda.objectives import make_objective
+from asda.runlog import read_metrics
 
 WIDTH, HEADS, TIME, MEL = 12, 3, 5, 3
 FP64 = 1e-12  # sums of up to 64 terms of size 1, of a dozen operations: 1e-13 with 2^-53 each
@@ -282,10 +296,7 @@ def test_parameters_and_arithmetic_are_the_closed_form():
     assert sum(ham.flops.values()) - sum(plain.flops.values()) == 3 * block
 
 
-def test_a_ham_starts_from_an_ast_and_its_own_parts_from_scratch(tmp_path):
-    from asda.checkpoint import write_weights
-    from asda.config import Description, InputConfig, LogMelStats
-
+def test_a_ham_starts_from_an_ast_and_its_own_parts_from_scratch(tmp_path: Path):
     trained, config = network(*SMALL), tiny(*SMALL)
     data = InputConfig(frames=64, log_mel=LogMelStats(mean=-4.0, std=4.0))
     labels = tuple(map(str, range(CLASSES)))
@@ -296,3 +307,38 @@ def test_a_ham_starts_from_an_ast_and_its_own_parts_from_scratch(tmp_path):
     for name, tensor in trained.encoder.state_dict().items():
         assert torch.equal(started.encoder.state_dict()[name], tensor)
     assert len(started.ham.conformer.blocks) == 6
+
+
+# ---- in the trainer
+
+
+@pytest.mark.launch
+def test_a_run_that_goes_on_from_a_checkpoint_is_the_uninterrupted_one_bit_for_bit(shards: Path, tmp_path: Path):
+    """With dropout, dropped blocks and mixtures drawn, in a run that then tags and is evaluated like any other."""
+    config = ROOT / "configs" / "spc2_ham.json"
+    small = ["size=tiny", "model.width=48", "model.depth=1", "model.conformer.blocks=1", "data.frames=64"]
+    steps = ["optimizer.steps=4", "optimizer.batch=8", "run.save_every=2", "run.eval_every=4", "run.log_every=1"]
+    steps += ['optimizer.step_decay={"factor": 0.5, "every": 1, "start": 2}', "engine.precision=fp32", "run.keep=9"]
+    data = [
+        f"data.train={shards}:train",
+        f"data.valid={shards}:test",
+        "objective.init_from=",
+        "objective.drop_path=0.2",
+    ]
+    run = [*small, *steps, *data, "objective.loss=ce", f"run.folder={tmp_path / 'run'}"]
+    launch(0, "train.py", "--config", str(config), *run)
+    last = tmp_path / "run" / "checkpoints" / "step-0000004"
+    uninterrupted = {path.name: load_file(path) for path in last.glob("*.safetensors")}
+    shutil.rmtree(last)
+    launch(0, "train.py", "--config", str(config), *run)
+    for name, tensors in uninterrupted.items():
+        continued = load_file(last / name)
+        assert continued.keys() == tensors.keys()
+        assert all(torch.equal(continued[key], tensor) for key, tensor in tensors.items()), name
+    rates = [entry["lr"] for entry in read_metrics(tmp_path / "run", "train")]
+    assert rates == [2.5e-4, 2.5e-4, 1.25e-4, 0.625e-4]
+    (figures,) = read_metrics(tmp_path / "run", "valid")
+    assert figures["clips"] == 16
+    model = asda.load(tmp_path / "run")
+    assert len(model.tags(torch.randn(16_000) / 10, 16_000, top=3)) == 3
+    assert model.features(torch.randn(16_000) / 10, 16_000).patches.shape == (5 + 4, 12, 48)
