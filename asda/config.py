@@ -634,9 +634,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _explain(error: ValidationError, kind: type[Section]) -> str:
     """The first complaint as one sentence; the count of the others after it."""
     errors = error.errors(include_url=False)
-    first, keys = errors[0], _keys_of(errors[0]["loc"])
+    first, keys = errors[0], keys_of(errors[0]["loc"])
     where = ".".join(map(str, keys)) or "the config"
-    others = [other for other in errors[1:] if _keys_of(other["loc"]) != keys]
+    others = [other for other in errors[1:] if keys_of(other["loc"]) != keys]
     if first["type"] == "extra_forbidden":
         sentence = f"unknown key {where}{_nearest(keys, kind)}"
     elif first["type"] == "missing":
@@ -649,13 +649,13 @@ def _explain(error: ValidationError, kind: type[Section]) -> str:
         sentence = f"{where}.{key} is {tags.get('tag')!r}; it must be one of {tags.get('expected_tags')}"
     else:
         # A value that may be of several types has a complaint of each.
-        rules = [e["msg"][0].lower() + e["msg"][1:] for e in errors if _keys_of(e["loc"]) == keys]
+        rules = [e["msg"][0].lower() + e["msg"][1:] for e in errors if keys_of(e["loc"]) == keys]
         sentence = f"{where} is {json.dumps(first['input'])[:80]}: {', or '.join(rules)}"
     more = f" (and {len(others)} more like it)" if others else ""
     return sentence + more
 
 
-def _keys_of(location: tuple[Any, ...]) -> list[Any]:
+def keys_of(location: tuple[Any, ...]) -> list[Any]:
     """The keys of the file in a pydantic location, which also names the branches of unions: pretrain, float."""
     branches = ("pretrain", "classify", "asda", "ast", "LogMelStats", "str", "float", "constrained-float")
     return [key for key in location if key not in branches and not str(key).startswith(("list[", "literal["))]

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import golden
@@ -11,6 +12,7 @@ import pytest
 import torch
 from launching import ROOT
 from overfitting import losses_of
+from safetensors.torch import load_file, save_file
 from test_convert_checkpoint import convert
 from torch import Tensor
 from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
@@ -18,7 +20,7 @@ from transformers.utils import logging
 
 import asda
 from asda import checkpoint
-from asda.config import ClassifyConfig, Config, load_config
+from asda.config import AstConfig, ClassifyConfig, Config, load_config
 from asda.costs import network_costs
 from asda.data.fbank import log_mel_of_wave
 from asda.errors import UserError
@@ -29,6 +31,7 @@ from asda.official.ast import from_hugging_face
 from asda.official.weights import Wishes
 
 CONFIG = ROOT / "configs" / "esc50_ast.json"
+LAYER = "audio_spectrogram_transformer.encoder.layer."
 CLASSES = 5
 FRAMES = 208  # 20 time patches of 16 frames, 10 apart
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 192}
@@ -187,6 +190,118 @@ def test_a_log_mel_of_another_length_is_refused(size: int, folders: Path):
     else:
         with pytest.raises(UserError, match=f"has {size} frames; this AST takes exactly 208"):
             model.encode_log_mel(mels(size))
+
+
+# ---- the converter
+
+
+def copied(folders: Path, folder: Path, config: dict[str, object] | None = None) -> Path:
+    """The network as Hugging Face saves it, with other values in config.json."""
+    shutil.copytree(folders / "hf", folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | (config or {})))
+    return folder
+
+
+def test_labels_sizes_statistics_and_the_loss_come_from_the_files_beside_the_weights(folders: Path, tmp_path: Path):
+    names = {str(number): name for number, name in enumerate(["dog", "cat", "rain", "wind", "siren"])}
+    changes = {"id2label": names, "problem_type": "multi_label_classification", "layer_norm_eps": 1e-6}
+    copied(folders, tmp_path / "hf", changes)
+    statistics = {"mean": -6.5, "std": 5.25, "max_length": FRAMES}
+    (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps(statistics))
+    printed = convert(tmp_path / "hf", "--out", tmp_path / "ours").stdout
+    assert "AST, fine-tuned" in printed
+    assert "note" not in printed, "nothing is assumed"
+    description = checkpoint.read_description(tmp_path / "ours")
+    assert description.labels == ("dog", "cat", "rain", "wind", "siren")
+    assert (description.data.frames, description.data.log_mel.mean, description.data.log_mel.std) == (
+        FRAMES,
+        -6.5,
+        5.25,
+    )
+    model, objective = description.model, description.objective
+    assert isinstance(model, AstConfig)
+    assert (model.width, model.depth, model.heads, model.mlp_ratio, model.norm_eps) == (48, 2, 3, 4.0, 1e-6)
+    assert isinstance(objective, ClassifyConfig)
+    assert objective.loss == "bce"
+
+
+def test_without_a_config_everything_assumed_is_said_and_the_weights_are_the_same(folders: Path, tmp_path: Path):
+    shutil.copy(folders / "hf" / "model.safetensors", tmp_path / "model.safetensors")
+    printed = convert(tmp_path / "model.safetensors", "--out", tmp_path / "ours", "--heads", 3).stdout
+    assert "cross-entropy is assumed" in printed
+    assert "log-mel mean -4.2677393 and std 4.5689974 are assumed" in printed
+    assert 'are called "class 0"' in printed
+    for name, tensor in checkpoint.read_weights(folders / "ours", "model").items():
+        assert torch.equal(checkpoint.read_weights(tmp_path / "ours", "model")[name], tensor)
+    assert checkpoint.read_description(tmp_path / "ours").data.frames == FRAMES
+
+
+def test_a_pickled_file_and_a_network_without_a_classifier_are_read_too(folders: Path, tmp_path: Path):
+    network = theirs().audio_spectrogram_transformer
+    network.save_pretrained(tmp_path / "hf")
+    state = load_file(tmp_path / "hf" / "model.safetensors")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "hf" / "pytorch_model.bin")
+    printed = convert(tmp_path / "hf", "--out", tmp_path / "ours").stdout
+    assert "it has no classifier: good for features and fine-tuning" in printed
+    model = asda.load(tmp_path / "ours")
+    with torch.no_grad():
+        expected_BSD = network(mels()).last_hidden_state
+    torch.testing.assert_close(model.encode_log_mel(mels()), expected_BSD, rtol=FP32, atol=FP32)
+    objective = make_objective(tiny(f"objective.init_from={tmp_path / 'ours'}"), ("a", "b"), torch.device("cpu"))
+    assert torch.equal(objective.module.encoder.state_dict()["positions"], network.embeddings.position_embeddings[0])
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"hidden_act": "relu"}, "was made with hidden_act relu; asda's AST has gelu"),
+        ({"num_mel_bins": 64}, "was made with num_mel_bins 64; asda's AST has 128"),
+        ({"qkv_bias": False}, "was made with qkv_bias False; asda's AST has True"),
+        ({"max_length": 1024}, "embeddings.position_embeddings [1, 242, 48] should be [1, 1214, 48]"),
+        ({"max_length": 200}, "model.frames 200 must be a multiple of model.patch 16"),
+        ({"num_attention_heads": 5}, "model.width 48 must be a multiple of model.heads 5"),
+        ({"layer_norm_eps": "small"}, "(model.norm_eps: Input should be a valid number)"),
+    ],
+)
+def test_an_ast_that_ours_is_not_is_one_sentence(
+    config: dict[str, object], sentence: str, folders: Path, tmp_path: Path
+):
+    done = convert(copied(folders, tmp_path / "hf", config), "--out", tmp_path / "ours")
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda s: s.pop("classifier.dense.bias"), "classifier.dense.bias [5] is missing"),
+        (lambda s: s.pop(f"{LAYER}1.output.dense.bias"), "encoder.layer.1.output.dense.bias [48] is missing"),
+        (lambda s: s.pop(f"{LAYER}0.intermediate.dense.weight"), "layer.0.intermediate.dense.weight is missing"),
+        (lambda s: s.update(extra=torch.ones(1)), "extra [1] is unexpected"),
+        (lambda s: s["classifier.dense.bias"].fill_(torch.nan), "are not finite numbers; the checkpoint is damaged"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(
+    change: Callable[[dict[str, Tensor]], object], sentence: str, folders: Path, tmp_path: Path
+):
+    copied(folders, tmp_path / "hf")
+    state = load_file(tmp_path / "hf" / "model.safetensors")
+    change(state)
+    save_file(state, tmp_path / "hf" / "model.safetensors")
+    done = convert(tmp_path / "hf", "--out", tmp_path / "ours")
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert not (tmp_path / "ours").exists()
+
+
+def test_an_ast_is_not_written_in_the_layout_of_eat(folders: Path, tmp_path: Path):
+    done = convert(folders / "ours", "--to", "official", "--out", tmp_path / "ast.pt")
+    assert done.returncode == 2
+    assert "the official layout is that of EAT and ASDA, and this model is an AST" in done.stderr
 
 
 # ---- positions

@@ -8,21 +8,19 @@ are one matrix; everything else has only another name. Sizes come from the shape
 config.json, and the statistics of the log-mel from preprocessor_config.json.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from asda.checkpoint import misfit, named
 from asda.config import ClassifyConfig, Description
 from asda.errors import UserError
 from asda.models.classifier import Classifier
-from asda.official.weights import Converted, Weights, Wishes, labels_of
+from asda.official.weights import Converted, Weights, Wishes, labels_of, validated
 from asda.presets import SIZES, filled
 
 Tree = dict[str, Any]
@@ -83,7 +81,8 @@ def from_hugging_face(
     description = _described(theirs, config, preprocessor, wishes, source, notes)
     assert isinstance(description.objective, ClassifyConfig)
     with torch.device("meta"):
-        expected = Classifier(description.model, description.objective, len(description.labels)).state_dict()
+        # Where there is no classifier, that of one class, which is left out
+        expected = Classifier(description.model, description.objective, len(description.labels) or 1).state_dict()
     if not description.labels:
         expected = {name: tensor for name, tensor in expected.items() if name.startswith("encoder.")}
         notes.append("it has no classifier: good for features and fine-tuning")
@@ -111,12 +110,7 @@ def _described(
         "model": model,
         "labels": labels_of(classes, wishes.labels or _named_labels(config, classes), notes),
     }
-    try:
-        return Description.model_validate_json(json.dumps(filled(tree)))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where, why = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{source} describes an AST that asda does not have ({where}: {why})") from None
+    return validated(filled(tree), source)
 
 
 def _model_tree(theirs: Tree, config: Tree, wishes: Wishes, source: str, notes: list[str]) -> Tree:

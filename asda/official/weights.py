@@ -24,7 +24,16 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from asda.checkpoint import misfit, named
-from asda.config import AstConfig, ClassifyConfig, Description, ModelConfig, PretrainConfig, dump_config, of_asda
+from asda.config import (
+    AstConfig,
+    ClassifyConfig,
+    Description,
+    ModelConfig,
+    PretrainConfig,
+    dump_config,
+    keys_of,
+    of_asda,
+)
 from asda.data.labels import NUM_AUDIOSET_CLASSES, audioset_labels
 from asda.errors import UserError
 from asda.models.classifier import Classifier
@@ -138,7 +147,7 @@ def from_official(file: Mapping[str, Any], cfg: Tree, wishes: Wishes, source: st
     layout = _recognise(state, source)
     notes = _drop_strangers(state)
     tree = _recorded(file, wishes, source) or _inferred(state, layout, cfg, wishes, source, notes)
-    description = _validated(tree, source)
+    description = validated(tree, source)
     precisions = {str(t.dtype).removeprefix("torch.") for t in state.values() if isinstance(t, Tensor)} - {"float32"}
     notes += [f"tensors of {precision} became float32" for precision in sorted(precisions)]
     has_decoder = not layout.fine_tuned and not layout.hugging_face
@@ -261,12 +270,13 @@ def _inferred(state: Tree, layout: Layout, cfg: Tree, wishes: Wishes, source: st
     return filled(tree)
 
 
-def _validated(tree: Tree, source: str) -> Description:
+def validated(tree: Tree, source: str) -> Description:
+    """The description that a tree is; UserError names the first value that no model of ours has."""
     try:
         return Description.model_validate_json(json.dumps(tree))
     except ValidationError as error:
         first = error.errors()[0]
-        where, why = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        where, why = ".".join(map(str, keys_of(first["loc"]))), first["msg"].removeprefix("Value error, ")
         raise UserError(f"{source} describes a model that asda does not have ({where}: {why})") from None
 
 
