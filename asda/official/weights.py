@@ -31,9 +31,9 @@ from asda.config import (
     ModelConfig,
     PretrainConfig,
     dump_config,
-    keys_of,
     of_asda,
 )
+from asda.config_file import keys_of
 from asda.data.labels import NUM_AUDIOSET_CLASSES, audioset_labels
 from asda.errors import UserError
 from asda.models.classifier import Classifier
