@@ -7,17 +7,16 @@ comment beside them. Where a default stands, it is the released ASDA recipe; a p
 replace it, and the config.json of a run spells all values out.
 """
 
-import difflib
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
+from asda.config_file import apply_override, explain, read_json_object
 from asda.errors import UserError
 from asda.presets import DEFAULT_PRESET, DEFAULT_SIZE, filled
 
-MAX_CONFIG_BYTES = 1 << 20  # a run is described in a few kilobytes; more is not a config
 MOST = 1 << 40  # of anything that is counted or measured here: more is a slip of the keyboard, or would overflow
 
 PositiveInt = Annotated[int, Field(gt=0, le=MOST)]
@@ -27,7 +26,7 @@ PositiveFloat = Annotated[float, Field(gt=0, le=MOST)]
 NonNegative = Annotated[float, Field(ge=0, le=MOST)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Preset = Literal["released", "paper", "learned", "eat"]  # asda/presets.py
+Preset = Literal["released", "paper", "learned", "eat", "ast"]  # asda/presets.py
 Size = Literal["tiny", "small", "base", "large"]
 Padding = Literal["constant", "masked"]  # of clips that are too short: seen as it is, or not seen
 Kind = TypeVar("Kind", "Config", "Description")
@@ -42,8 +41,9 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """The encoder (ASDA-base: 92 M parameters)."""
+    """The encoder of ASDA and EAT (ASDA-base: 92 M parameters)."""
 
+    architecture: Literal["asda"] = "asda"
     width: PositiveInt = 768  # features per token
     depth: PositiveInt = 12  # blocks
     heads: PositiveInt = 12  # heads of each of the two attention maps
@@ -66,6 +66,85 @@ class ModelConfig(Section):
         if self.mel_bins % self.patch:
             raise ValueError(f"model.patch {self.patch} must divide model.mel_bins {self.mel_bins}")
         return self
+
+
+class ConformerConfig(Section):
+    """Conformer blocks on AST's tokens, as HAM-AST has them; its paper gives their number alone (docs/ham_ast.md)."""
+
+    blocks: Count = 0  # 0, 3 or 6 in the paper
+    heads: PositiveInt | None = None  # of the attention; null: as many as AST's
+    mlp_ratio: PositiveFloat = 4.0  # hidden width of each of the two feed-forward modules / width
+    kernel: PositiveInt = 31  # tokens under the depthwise convolution; odd
+    # What the convolution runs along and relative positions are measured on: the time patches of a mel band, or all
+    # tokens one after the other, CLS and DIST first
+    axis: Literal["time", "sequence"] = "time"
+    norm: Literal["layer", "group"] = "layer"  # after the depthwise convolution: of each token, or of each clip
+    dropout: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def centred(self) -> Self:
+        """Refuse a convolution that would shift the tokens."""
+        if self.kernel % 2 == 0:
+            raise ValueError(f"model.conformer.kernel {self.kernel} must be odd, to keep the tokens in their places")
+        return self
+
+
+class ChannelAttentionConfig(Section):
+    """A weight for each feature, from the maximum and the mean over tokens, as HAM-AST has it (docs/ham_ast.md)."""
+
+    enabled: bool = False
+    tokens: Literal["patches", "all"] = "patches"  # what is pooled; all: CLS and DIST as well
+    reduction: PositiveInt = 16  # width / hidden width of the layers between the pooled features and their weights
+    combine: Literal["sum", "concat"] = "sum"  # each pooling through the same layers, then added; or side by side
+    normalize: Literal["sigmoid", "softmax"] = "sigmoid"  # softmax is multiplied by the width: its mean weight is 1
+
+
+class AstConfig(Section):
+    """The Audio Spectrogram Transformer (AST-base: 86 M parameters), and what HAM-AST puts on top of it."""
+
+    architecture: Literal["ast"]
+    width: PositiveInt = 768  # features per token
+    depth: PositiveInt = 12  # blocks
+    heads: PositiveInt = 12
+    mlp_ratio: PositiveFloat = 4.0  # hidden width of the MLP / width
+    patch: PositiveInt = 16  # frames and mel bins per patch
+    time_stride: PositiveInt = 10  # frames from a patch to the next
+    mel_stride: PositiveInt = 10  # mel bins from a patch to the next
+    mel_bins: Literal[128] = 128  # what the front-end makes
+    frames: PositiveInt  # of the clips that the learned positions are for; data.frames where it is not given
+    norm_eps: PositiveFloat = 1e-12  # of every LayerNorm; as the published weights have it in their configuration
+    conformer: ConformerConfig = ConformerConfig()
+    channel_attention: ChannelAttentionConfig = ChannelAttentionConfig()
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Overlapping patches along time and along mel."""
+        return tuple(
+            (size - self.patch) // stride + 1
+            for size, stride in ((self.frames, self.time_stride), (self.mel_bins, self.mel_stride))
+        )  # pyright: ignore[reportReturnType]
+
+    @model_validator(mode="after")
+    def divides(self) -> Self:
+        """Refuse sizes that do not divide."""
+        for name, heads in (("model.heads", self.heads), ("model.conformer.heads", self.conformer.heads)):
+            if heads and self.width % heads:
+                raise ValueError(f"model.width {self.width} must be a multiple of {name} {heads}")
+        if self.width % 4:
+            raise ValueError(f"model.width {self.width} must be a multiple of 4 (sines and cosines of positions)")
+        if self.mel_bins % self.patch:
+            raise ValueError(f"model.patch {self.patch} must divide model.mel_bins {self.mel_bins}")
+        if self.frames % self.patch:
+            raise ValueError(f"model.frames {self.frames} must be a multiple of model.patch {self.patch}")
+        if self.channel_attention.enabled and self.channel_attention.reduction > self.width:
+            raise ValueError(
+                f"model.channel_attention.reduction {self.channel_attention.reduction} must not exceed model.width "
+                f"{self.width}"
+            )
+        return self
+
+
+AnyModelConfig = Annotated[ModelConfig | AstConfig, Field(discriminator="architecture")]
 
 
 class DecoderConfig(Section):
@@ -272,13 +351,23 @@ class DataConfig(Section):
         return self
 
 
+class StepDecayConfig(Section):
+    """The learning rate is multiplied by `factor` at update `start`, and again every `every` updates (AST)."""
+
+    factor: Annotated[float, Field(gt=0, le=1)]
+    every: PositiveInt
+    start: Count
+
+
 class OptimizerConfig(Section):
-    """AdamW and its schedule: linear warm-up from 0, cosine to min_lr. A step is one update of the weights."""
+    """AdamW and its schedule: linear warm-up from 0, then a cosine or steps. A step is one update of the weights."""
 
     steps: PositiveInt
     warmup_steps: Count
     lr: PositiveFloat
-    min_lr: NonNegative = 0.0
+    min_lr: NonNegative = 0.0  # at the end of a cosine, and the least in steps
+    schedule: Literal["cosine", "steps"] = "cosine"  # after the warm-up
+    step_decay: StepDecayConfig | None = None  # of schedule steps
     # Of a layer whose rate objective.layer_decay scales, the floor is scaled alike, or the same for all ("absolute", as
     # fairseq has it: where that is above a layer's peak, the layer's rate is constant)
     lr_floor: Literal["scaled", "absolute"] = "scaled"
@@ -287,6 +376,16 @@ class OptimizerConfig(Section):
     weight_decay: NonNegative = 0.05
     clip: NonNegative = 4.0  # global gradient norm; 0 does not clip
     batch: PositiveInt  # clips per step, over all ranks
+
+    @model_validator(mode="after")
+    def has_its_decay(self) -> Self:
+        """Refuse steps without their sizes, and sizes that would do nothing."""
+        if (self.schedule == "steps") != (self.step_decay is not None):
+            raise ValueError(
+                f"optimizer.schedule is {self.schedule}: optimizer.step_decay (factor, every, start) is given with "
+                "schedule steps, and with it alone"
+            )
+        return self
 
 
 class EngineConfig(Section):
@@ -336,7 +435,7 @@ class Config(Section):
     size: Size = DEFAULT_SIZE
     objective: PretrainConfig | ClassifyConfig = Field(discriminator="kind")
     data: DataConfig
-    model: ModelConfig
+    model: AnyModelConfig
     optimizer: OptimizerConfig
     engine: EngineConfig = EngineConfig()
     run: RunConfig
@@ -347,6 +446,7 @@ class Config(Section):
     def fits(self) -> Self:
         """Check what concerns several sections."""
         _check_frames(self.data.frames, self.model)
+        _check_architecture(self.model, self.objective, self.data)
         if self.optimizer.warmup_steps > self.optimizer.steps:
             raise ValueError(
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} must not exceed "
@@ -406,24 +506,56 @@ class Description(Section):
     size: Size = DEFAULT_SIZE
     objective: PretrainConfig | ClassifyConfig = Field(discriminator="kind")
     data: InputConfig
-    model: ModelConfig
+    model: AnyModelConfig
     labels: tuple[str, ...] = ()  # of a classifier, in the order of its logits
 
     @model_validator(mode="after")
     def fits(self) -> Self:
         """Check what concerns several sections."""
         _check_frames(self.data.frames, self.model)
+        _check_architecture(self.model, self.objective, self.data)
         return self
 
 
-def _check_frames(frames: int, model: ModelConfig) -> None:
-    """Refuse a clip that is no whole number of patches, or longer than the table of positions."""
+def _check_architecture(
+    model: ModelConfig | AstConfig, objective: PretrainConfig | ClassifyConfig, data: "DataConfig | InputConfig"
+) -> None:
+    """Refuse of AST what it is not made for."""
+    if not isinstance(model, AstConfig):
+        return
+    if isinstance(objective, PretrainConfig):
+        raise ValueError(
+            "model.architecture ast is for objective.kind classify: students and teacher are of architecture asda; "
+            "use that, or fine-tune an AST"
+        )
+    if data.padding == "masked":
+        raise ValueError(
+            "data.padding masked is for model.architecture asda: AST's patches overlap the padding and it was trained "
+            "to see it; use constant"
+        )
+
+
+def _check_frames(frames: int, model: ModelConfig | AstConfig) -> None:
+    """Refuse a clip that is no whole number of patches, or that the table of positions is not for."""
     if frames % model.patch:
         raise ValueError(f"data.frames {frames} must be a multiple of model.patch {model.patch}")
+    if isinstance(model, AstConfig):
+        if frames != model.frames:
+            raise ValueError(
+                f"data.frames {frames} must equal model.frames {model.frames}, for which AST learns its positions; "
+                "leave model.frames out"
+            )
+        return
     if frames > model.max_time_patches * model.patch:
         raise ValueError(
             f"data.frames {frames} must fit model.max_time_patches {model.max_time_patches} x model.patch {model.patch}"
         )
+
+
+def of_asda(model: ModelConfig | AstConfig) -> ModelConfig:
+    """A model section that is known to be ASDA's, because pre-training and the official layout have no other."""
+    assert isinstance(model, ModelConfig)
+    return model
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -436,15 +568,15 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         UserError: naming the file or the key, the value, the rule and, for unknown keys, the nearest known one.
     """
-    tree = _read_json_object(Path(path))
+    tree = read_json_object(Path(path))
     for override in overrides or []:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     return _checked(tree, Config, path)
 
 
 def load_description(path: Path) -> Description:
     """Read the config.json of a folder of weights; raises UserError as load_config does."""
-    return _checked(_read_json_object(path), Description, path)
+    return _checked(read_json_object(path), Description, path)
 
 
 def dump_config(config: Config | Description) -> str:
@@ -456,104 +588,6 @@ def _checked(tree: dict[str, Any], kind: type[Kind], path: str | Path) -> Kind:
     try:
         return kind.model_validate_json(json.dumps(filled(tree)))
     except ValidationError as error:
-        raise UserError(f"{path}: {_explain(error, kind)}") from None
+        raise UserError(f"{path}: {explain(error, kind)}") from None
     except RecursionError:
         raise UserError(f"{path}: values are nested deeper than a config ever is") from None
-
-
-def _read_json_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"there is no config file {path}; the ones that come with asda are in configs/")
-    num_bytes = path.stat().st_size
-    if num_bytes > MAX_CONFIG_BYTES:
-        raise UserError(f"{path} has {num_bytes} bytes; a config has at most {MAX_CONFIG_BYTES}")
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} holds a JSON {type(tree).__name__}; a config is one JSON object")
-    return tree
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse a key that is written twice: JSON readers keep the last one in silence."""
-    tree = dict(pairs)
-    if len(tree) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is written twice in one object")
-    return tree
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
-        raise UserError(f"cannot read the override {override!r}; write it as section.key=value")
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = text
-    *sections, key = dotted.split(".")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            raise UserError(f"the override {override!r} goes through {section!r}, which is a value and not a section")
-    tree[key] = value
-
-
-def _explain(error: ValidationError, kind: type[Section]) -> str:
-    """The first complaint as one sentence; the count of the others after it."""
-    errors = error.errors(include_url=False)
-    first, keys = errors[0], _keys_of(errors[0]["loc"])
-    where = ".".join(map(str, keys)) or "the config"
-    others = [other for other in errors[1:] if _keys_of(other["loc"]) != keys]
-    if first["type"] == "extra_forbidden":
-        sentence = f"unknown key {where}{_nearest(keys, kind)}"
-    elif first["type"] == "missing":
-        sentence = f"the key {where} is missing"
-    elif first["type"] == "value_error":
-        sentence = first["msg"].removeprefix("Value error, ")
-    elif first["type"] == "union_tag_invalid":
-        tags = first.get("ctx", {})
-        sentence = f"{where}.kind is {tags.get('tag')!r}; it must be one of {tags.get('expected_tags')}"
-    else:
-        # A value that may be of several types has a complaint of each.
-        rules = [e["msg"][0].lower() + e["msg"][1:] for e in errors if _keys_of(e["loc"]) == keys]
-        sentence = f"{where} is {json.dumps(first['input'])[:80]}: {', or '.join(rules)}"
-    more = f" (and {len(others)} more like it)" if others else ""
-    return sentence + more
-
-
-def _keys_of(location: tuple[Any, ...]) -> list[Any]:
-    """The keys of the file in a pydantic location, which also names the branches of unions: pretrain, float."""
-    branches = ("pretrain", "classify", "LogMelStats", "str", "float", "constrained-float")
-    return [key for key in location if key not in branches and not str(key).startswith(("list[", "literal["))]
-
-
-def _nearest(keys: list[Any], kind: type[Section]) -> str:
-    """'; did you mean data.train?' for a key that looks like a known one."""
-    known = _known_keys(kind)
-    dotted = ".".join(str(key) for key in keys if not isinstance(key, int))  # places in a list are no keys
-    siblings = [k for k in known if k.rpartition(".")[0] == dotted.rpartition(".")[0]]
-    by_name = {k.rpartition(".")[2]: k for k in known}
-    close = difflib.get_close_matches(dotted, siblings, n=1, cutoff=0.5)
-    close = close or [by_name[n] for n in difflib.get_close_matches(str(keys[-1]), by_name, n=1, cutoff=0.6)]
-    return (
-        f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(k.rpartition('.')[2] for k in siblings)}"
-    )
-
-
-def _known_keys(section: type[Section], prefix: str = "") -> list[str]:
-    """Every dotted key of the tree."""
-    keys = []
-    for name, field in section.model_fields.items():
-        keys.append(prefix + (field.alias or name))
-        for part in _sections_of(field.annotation):
-            keys += _known_keys(part, f"{prefix}{name}.")
-    return list(dict.fromkeys(keys))
-
-
-def _sections_of(annotation: Any) -> list[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [section for part in getattr(annotation, "__args__", ()) for section in _sections_of(part)]

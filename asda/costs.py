@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from asda.config import ClassifyConfig, EngineConfig, ModelConfig, PretrainConfig
+from asda.config import AstConfig, ClassifyConfig, EngineConfig, ModelConfig, PretrainConfig, of_asda
 from asda.models.attention import set_attention_path
 from asda.models.classifier import Classifier
 from asda.models.pretrain import MaskedStudents, Teacher
@@ -33,7 +33,9 @@ class Network(NamedTuple):
     flops: Costs
 
 
-def network_costs(model: ModelConfig, objective: PretrainConfig | ClassifyConfig, frames: int, classes: int) -> Network:
+def network_costs(
+    model: ModelConfig | AstConfig, objective: PretrainConfig | ClassifyConfig, frames: int, classes: int
+) -> Network:
     """Count a training step of one clip: forward and backward of what is trained, forward of the teacher.
 
     Only products of matrices and convolutions count, as is usual; attention is counted as its definition, whichever
@@ -49,10 +51,12 @@ def network_costs(model: ModelConfig, objective: PretrainConfig | ClassifyConfig
     with META:
         patches_BNP = torch.empty(1, num_patches, model.patch**2)
         if isinstance(objective, PretrainConfig):
-            return _pretraining(model, objective, patches_BNP)
+            return _pretraining(of_asda(model), objective, patches_BNP)
         classifier = Classifier(model, objective, classes)
         flops = {"forward and backward": _flops(lambda: classifier(patches_BNP).sum().backward(), classifier)}
-        return Network({"encoder": _size(classifier.encoder), "head": _size(classifier.norm, classifier.head)}, flops)
+        parts = {"encoder": [classifier.encoder], "ham": [classifier.ham], "head": [classifier.norm, classifier.head]}
+        sizes = {name: _size(*modules) for name, modules in parts.items()}
+        return Network({name: size for name, size in sizes.items() if size or name != "ham"}, flops)
 
 
 def _pretraining(model: ModelConfig, objective: PretrainConfig, patches_BNP: torch.Tensor) -> Network:

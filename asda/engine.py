@@ -326,7 +326,10 @@ def _hash(parameter: Tensor) -> int:
 
 
 def learning_rate(config: OptimizerConfig, step: int, scale: float = 1.0) -> float:
-    """The rate of update `step` (0 is the first): linear from 0 to the peak, then a cosine to the floor at the end.
+    """The rate of update `step` (0 is the first): linear from 0 to the peak, then as config.schedule says.
+
+    A cosine ends at the floor. In steps the peak is multiplied by step_decay.factor at update `start` and again every
+    `every` updates, down to the floor.
 
     Args:
         config: the schedule.
@@ -337,5 +340,8 @@ def learning_rate(config: OptimizerConfig, step: int, scale: float = 1.0) -> flo
     if step < config.warmup_steps:
         return peak * step / config.warmup_steps
     floor = config.min_lr * scale if config.lr_floor == "scaled" else min(config.min_lr, peak)
+    if config.step_decay:
+        decays = max(0, (step - config.step_decay.start) // config.step_decay.every + 1)
+        return max(floor, peak * config.step_decay.factor**decays)
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))

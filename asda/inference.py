@@ -33,13 +33,14 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax, logsigmoid
 
 from asda import checkpoint
-from asda.config import ClassifyConfig, Description
+from asda.config import AstConfig, ClassifyConfig, Description
 from asda.data.audio import SAMPLE_RATE_HZ
 from asda.data.fbank import FRAME_SHIFT, FRAME_WINDOW, log_mel_of_wave, num_frames, num_samples
 from asda.data.waveform import Audio, is_list, to_wave, to_waves
 from asda.errors import UserError
-from asda.models.classifier import Classifier
-from asda.models.encoder import Encoder, with_cls
+from asda.models.ast import AstEncoder
+from asda.models.classifier import Classifier, make_encoder
+from asda.models.encoder import Encoder
 
 FRAMES_PER_S = SAMPLE_RATE_HZ // FRAME_SHIFT  # 100
 PATCHES_AT_ONCE = 2048  # of all chunks in a batch: 4 chunks of 10.24 s
@@ -52,9 +53,9 @@ Device = Literal["auto", "cpu", "cuda"]
 class Features:
     """Embeddings of one clip; fp32, on the CPU."""
 
-    patches: Tensor  # [T, F, D], one per patch of 16 frames x 16 mel bins; low frequencies first
+    patches: Tensor  # [T, F, D], one per patch of 16 frames x 16 mel bins (AST's overlap); low frequencies first
     frames: Tensor  # [T, D], their means over the mel patches
-    utterance: Tensor  # [D], the CLS token
+    utterance: Tensor  # [D], the CLS token; AST's is the mean of CLS and DIST
     times_s: Tensor  # [T], the centre of what each step sees
 
 
@@ -85,7 +86,7 @@ def load(path: str | Path, weights: Weights = "student", device: Device = "auto"
     if weights == "teacher" and not (folder / "teacher.safetensors").is_file():
         raise UserError(f"{folder} has no teacher, which only pre-training keeps; take weights='student'")
     tensors = checkpoint.read_weights(folder, "model" if weights == "student" else "teacher")
-    if isinstance(description.objective, ClassifyConfig):
+    if isinstance(description.objective, ClassifyConfig) and (description.labels or "head.weight" in tensors):
         if not description.labels:
             raise UserError(
                 f"{folder}/config.json gives its classifier no labels; name them in the order of its logits"
@@ -93,7 +94,7 @@ def load(path: str | Path, weights: Weights = "student", device: Device = "auto"
         classifier = Classifier(description.model, description.objective, len(description.labels))
         _fill(classifier, tensors, folder)
         return Model(folder, description, classifier.encoder, classifier, place)
-    encoder = Encoder(description.model)
+    encoder = make_encoder(description.model)
     if weights == "student":  # the decoder beside it is for pre-training only
         tensors = {name.removeprefix("encoder."): t for name, t in tensors.items() if name.startswith("encoder.")}
     _fill(encoder, tensors, folder)
@@ -114,7 +115,7 @@ class Model:
         labels: class names in the order of the logits; empty where there is no classifier.
         width: features of an embedding, D.
         depth: blocks of the encoder.
-        hop_s: a time patch, 0.16 s.
+        hop_s: from a time patch to the next, 0.16 s; 0.1 s of AST.
         chunk_s: the stretch that the network sees at once, as long as the clips it was trained on; 10.24 s by default.
     """
 
@@ -124,7 +125,7 @@ class Model:
         self,
         folder: Path,
         description: Description,
-        encoder: Encoder,
+        encoder: Encoder | AstEncoder,
         classifier: Classifier | None,
         device: torch.device,
     ):
@@ -132,13 +133,16 @@ class Model:
         self.folder = folder
         self.description = description
         self.labels: tuple[str, ...] = description.labels if classifier else ()
-        self.width, self.depth = description.model.width, description.model.depth
-        self.hop_s = description.model.patch / FRAMES_PER_S
+        model = description.model
+        self.width, self.depth = model.width, model.depth
+        self._stride = model.time_stride if isinstance(model, AstConfig) else model.patch  # frames
+        self.hop_s = self._stride / FRAMES_PER_S
         self.chunk_s = description.data.frames / FRAMES_PER_S
         self._encoder = encoder.to(device).eval().requires_grad_(False)
         self._classifier = classifier.to(device).eval().requires_grad_(False) if classifier else None
         self._device = device
-        self._patch, self._chunk = description.model.patch, description.data.frames  # frames
+        self._patch, self._chunk = model.patch, description.data.frames  # frames
+        self._num_bands = model.mel_bins // model.patch  # patches of the data, one above the other
 
     @overload
     def features(self, audio: Audio, sample_rate_hz: float, layer: int | None = None) -> Features: ...
@@ -152,7 +156,8 @@ class Model:
         A clip of T frames (of 25 ms every 10 ms) is cut every `chunk_s`. A chunk holds the samples that its frames
         need: neighbours share 15 ms, and no frame is lost, only samples behind the last whole one. Each chunk is
         encoded by itself: its own mean is removed, its positions begin at 0, and its last frames are filled up to a
-        whole patch with data.pad_log_mel. So the features of a clip are those of its chunks, one after the other; the
+        whole patch with data.pad_log_mel (of AST, to a whole chunk, of which the patches that begin behind the clip
+        are left out). So the features of a clip are those of its chunks, one after the other; the
         utterance embedding is the mean of theirs, weighted by their number of patches.
 
         Args:
@@ -176,7 +181,8 @@ class Model:
         A clip is cut as for `features`. One that is a single chunk is filled up with data.pad_log_mel to the length
         that the network was trained on: its logits are those that asda/evaluate.py computes. A longer clip has the
         mean of its chunks' probabilities, weighted by their frames, and as logits the log-odds (bce) or the logarithms
-        (ce) of that mean; its last chunk is filled up to a whole patch only.
+        (ce) of that mean; its last chunk is filled up to a whole patch only (of AST, which knows one length, like a
+        short clip).
 
         Args:
             audio: a clip, or a list of them.
@@ -244,8 +250,11 @@ class Model:
     def encode_log_mel(self, mel_BTM: Tensor, layer: int | None = None) -> Tensor:
         """The encoder's tokens [B, 1 + N, D], CLS first, then patches frame by frame (number = time * F + mel).
 
+        Of AST [B, 2 + N, D], CLS and DIST first, then patches band by band (number = mel * T + time).
+
         Args:
-            mel_BTM: normalised log-mel as from `log_mel`; T a multiple of the patch's 16 frames. Nothing is padded.
+            mel_BTM: normalised log-mel as from `log_mel`; T a multiple of the patch's 16 frames, of AST exactly those
+                trained on. Nothing is padded.
             layer: as for `features`.
         """
         self._check_log_mel(mel_BTM)
@@ -274,11 +283,8 @@ class Model:
     @torch.inference_mode()
     def _encode(self, mel_BTM: Tensor, depth: int, present_BN: Tensor | None = None) -> Tensor:
         """The output of block number `depth`, counted from 1, on the CPU."""
-        tokens_BND = self._encoder.embed(self._patches(mel_BTM))
-        present_BN = None if present_BN is None else with_cls(present_BN.to(self._device))
-        for block in self._encoder.blocks[:depth]:
-            tokens_BND, _ = block(tokens_BND, present_BN)
-        return tokens_BND.float().cpu()
+        present_BN = None if present_BN is None else present_BN.to(self._device)
+        return self._encoder.at_depth(self._patches(mel_BTM), depth, present_BN).float().cpu()
 
     @torch.inference_mode()
     def _classify(self, mel_BTM: Tensor) -> Tensor:
@@ -291,12 +297,23 @@ class Model:
         return blocks.transpose(2, 3).flatten(3).flatten(1, 2)
 
     def _encode_chunks(self, chunks: list[Tensor], depth: int) -> list[Tensor]:
-        """Tokens [1 + N, D] of each chunk, however many patches the others have."""
+        """Tokens [1 + N, D] of each chunk, CLS first, patches frame by frame, however many the others have."""
+        if isinstance(self._encoder, AstEncoder):
+            tokens_BSD = self._encode(self._stack(chunks, self._chunk), depth)
+            frames = [num_frames(len(chunk_S)) for chunk_S in chunks]
+            return [self._in_time(*pair) for pair in zip(tokens_BSD, frames, strict=True)]
         sizes = [self._num_patches(chunk_S) for chunk_S in chunks]
-        mel_BTM = self._stack(chunks, max(sizes) // self._encoder.num_mel_patches * self._patch)
+        mel_BTM = self._stack(chunks, max(sizes) // self._num_bands * self._patch)
         present_BN = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
         tokens_BND = self._encode(mel_BTM, depth, None if present_BN.all() else present_BN)
         return [tokens_ND[: 1 + size] for tokens_ND, size in zip(tokens_BND, sizes, strict=True)]
+
+    def _in_time(self, tokens_SD: Tensor, frames: int) -> Tensor:
+        """AST's tokens of a chunk as those of ASDA: what stands for the clip, then the patches that it has by time."""
+        special_KD, patches_ND = tokens_SD.tensor_split([self._encoder.num_special])
+        patches_TFD = patches_ND.unflatten(0, (self._encoder.num_mel_patches, -1)).transpose(0, 1)
+        patches_TFD = patches_TFD[: math.ceil(frames / self._stride)]
+        return torch.cat([special_KD.mean(0, keepdim=True), patches_TFD.flatten(0, 1)])
 
     def _stretch_logits(self, clips: list[list[Tensor]]) -> Iterator[Tensor]:
         """Logits [C] of each stretch of each clip. What is a clip by itself is filled up to the length trained on; a
@@ -305,13 +322,14 @@ class Model:
         """
         sized = ((self._heard_frames(one, len(stretches)), one) for stretches in clips for one in stretches)
         for frames, group in groupby(sized, key=itemgetter(0)):
-            num_patches = frames // self._patch * self._encoder.num_mel_patches
+            num_patches = frames // self._patch * self._num_bands
             for batch in in_batches((one for _, one in group), lambda _, size=num_patches: size):
                 yield from self._classify(self._stack(batch, frames)).clone()
 
     def _heard_frames(self, stretch_S: Tensor, num_stretches: int) -> int:
-        whole_patches = self._num_patches(stretch_S) // self._encoder.num_mel_patches * self._patch
+        whole_patches = self._num_patches(stretch_S) // self._num_bands * self._patch
         is_filled = num_stretches == 1 and self.description.data.padding == "constant"
+        is_filled |= isinstance(self._encoder, AstEncoder)
         return self._chunk if is_filled else whole_patches
 
     def _stack(self, chunks: list[Tensor], frames: int) -> Tensor:
@@ -327,17 +345,19 @@ class Model:
         return (mel - stats.mean) / (2 * stats.std)
 
     def _num_patches(self, chunk_S: Tensor) -> int:
-        return math.ceil(num_frames(len(chunk_S)) / self._patch) * self._encoder.num_mel_patches
+        return math.ceil(num_frames(len(chunk_S)) / self._patch) * self._num_bands
 
     def _join(self, tokens: list[Tensor]) -> Features:
         """One clip of its chunks' tokens [1 + N, D]."""
-        patches_ND = torch.cat([tokens_ND[1:] for tokens_ND in tokens])
-        patches_TFD = patches_ND.unflatten(0, (-1, self._encoder.num_mel_patches))
+        chunks_TFD = [tokens_ND[1:].unflatten(0, (-1, self._encoder.num_mel_patches)) for tokens_ND in tokens]
+        patches_TFD = torch.cat(chunks_TFD)
         weight_K = torch.tensor([len(tokens_ND) - 1.0 for tokens_ND in tokens])
         cls_KD = torch.stack([tokens_ND[0] for tokens_ND in tokens])
         utterance_D = (weight_K / weight_K.sum()) @ cls_KD
         first_centre = ((self._patch - 1) * FRAME_SHIFT + FRAME_WINDOW) / 2  # samples
-        centre_T = first_centre + torch.arange(len(patches_TFD), dtype=torch.float64) * self._patch * FRAME_SHIFT
+        steps = [torch.arange(len(chunk_TFD), dtype=torch.float64) * self._stride for chunk_TFD in chunks_TFD]
+        frame_T = torch.cat([number * self._chunk + step_T for number, step_T in enumerate(steps)])
+        centre_T = first_centre + frame_T * FRAME_SHIFT
         return Features(patches_TFD, patches_TFD.mean(1), utterance_D, (centre_T / SAMPLE_RATE_HZ).float())
 
     def _merge(self, logits: list[Tensor], chunks: list[Tensor]) -> Tensor:
@@ -385,7 +405,12 @@ class Model:
         mel_bins = self.description.model.mel_bins
         if mel_BTM.ndim != 3 or not len(mel_BTM) or mel_BTM.shape[2] != mel_bins:
             raise UserError(f"the log-mel has shape {tuple(mel_BTM.shape)}; give [clips, frames, {mel_bins}]")
-        frames, most = mel_BTM.shape[1], self.description.model.max_time_patches * self._patch
+        frames, model = mel_BTM.shape[1], self.description.model
+        if isinstance(model, AstConfig):
+            if frames != model.frames:
+                raise UserError(f"the log-mel has {frames} frames; this AST takes exactly {model.frames}")
+            return
+        most = model.max_time_patches * self._patch
         if frames % self._patch or not 0 < frames <= most:
             raise UserError(
                 f"the log-mel has {frames} frames; give a multiple of a patch's {self._patch}, and at most {most}"

@@ -20,17 +20,20 @@ import torch
 from torch import Tensor
 
 from asda import checkpoint
-from asda.config import ClassifyConfig, Config, ModelConfig, PretrainConfig
+from asda.config import AstConfig, ClassifyConfig, Config, ModelConfig, PretrainConfig, of_asda
 from asda.data.batches import Batch
 from asda.data.stream import MaskMaker
 from asda.ema import Ema
 from asda.engine import full_weights
 from asda.errors import UserError
+from asda.models.ast import fitted_positions
 from asda.models.attention import set_attention_path
 from asda.models.classifier import Classifier, classification_loss, lr_scales
 from asda.models.masks import visible_patches
 from asda.models.pretrain import MaskedStudents, Teacher, ema_decay
 
+# Keys of the model section that may differ between an encoder and the checkpoint that it starts from
+NOT_OF_THE_ENCODER = ("max_time_patches", "frames", "conformer", "channel_attention")
 Terms = dict[str, Tensor]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by engine.precision
 
@@ -40,7 +43,7 @@ class Pretraining:
 
     def __init__(self, config: Config, objective: PretrainConfig, device: torch.device):
         self._config, self._objective = config, objective
-        self.module = MaskedStudents(config.model, objective)
+        self.module = MaskedStudents(of_asda(config.model), objective)
         set_attention_path(self.module, config.engine.attention)
         self.module.encoder.recompute = config.engine.activation_checkpointing
         self.teacher = Teacher(self.module.encoder, objective.target_layers).to(device)
@@ -100,7 +103,7 @@ class Classification:
         if objective.init_from:
             _load_encoder(self.module, objective, config.model)
         set_attention_path(self.module, config.engine.attention)
-        self.module.encoder.recompute = config.engine.activation_checkpointing
+        self.module.set_recompute(config.engine.activation_checkpointing)
         self.lr_scales = lr_scales(self.module, objective.layer_decay)
 
     def follow(self, engine: Any) -> None:
@@ -140,19 +143,21 @@ def make_objective(config: Config, vocabulary: tuple[str, ...], device: torch.de
     return Classification(config, config.objective, vocabulary)
 
 
-def _load_encoder(classifier: Classifier, objective: ClassifyConfig, model: ModelConfig) -> None:
+def _load_encoder(classifier: Classifier, objective: ClassifyConfig, model: ModelConfig | AstConfig) -> None:
     """Start from a pre-trained encoder: the students' weights as published recipes do, or the teacher's.
 
-    A classifier gives its encoder too. The longest clip may differ: its positions are computed.
+    A classifier gives its encoder too. The longest clip may differ: ASDA's positions are computed, and AST's learned
+    ones are fitted. What HAM-AST puts on the encoder starts from scratch.
     """
     folder = checkpoint.resolve(Path(objective.init_from))
-    theirs, ours = checkpoint.read_description(folder).model.model_dump(), model.model_dump()
-    differing = [name for name in ours if ours[name] != theirs[name] and name != "max_time_patches"]
+    saved = checkpoint.read_description(folder).model
+    theirs, ours = saved.model_dump(), model.model_dump()
+    differing = [name for name in ours if ours[name] != theirs.get(name) and name not in NOT_OF_THE_ENCODER]
     if differing:
         name = differing[0]
         raise UserError(
-            f"objective.init_from {folder} was trained with model.{name} {theirs[name]}, this run has {ours[name]}; "
-            "use the same model section"
+            f"objective.init_from {folder} was trained with model.{name} {theirs.get(name)}, this run has "
+            f"{ours[name]}; use the same model section"
         )
     stem = "model" if objective.init_weights == "student" else "teacher"
     if stem == "teacher" and not (folder / "teacher.safetensors").is_file():
@@ -164,6 +169,8 @@ def _load_encoder(classifier: Classifier, objective: ClassifyConfig, model: Mode
     if stem == "model":
         prefix = "encoder."
         weights = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+    if isinstance(model, AstConfig) and isinstance(saved, AstConfig) and "positions" in weights:
+        weights["positions"] = fitted_positions(weights["positions"], saved.grid, model.grid)
     complaint = checkpoint.misfit(classifier.encoder.state_dict(), weights)
     if complaint:
         raise UserError(f"{folder}/{stem}.safetensors does not fit its config.json: {complaint}")

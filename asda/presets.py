@@ -14,6 +14,7 @@ PRESETS: dict[str, Tree] = {
     # ASDA as its published code computes it: 49.0 mAP on AS-2M
     "released": {
         "model": {
+            "architecture": "asda",
             "mlp_ratio": 3.5,
             "attention_lambda": 0.1,
             "attention_norm": "joint",
@@ -24,6 +25,7 @@ PRESETS: dict[str, Tree] = {
     # ASDA as its paper describes it
     "paper": {
         "model": {
+            "architecture": "asda",
             "mlp_ratio": 3.5,
             "attention_lambda": 0.3,
             "attention_norm": "joint",
@@ -34,6 +36,7 @@ PRESETS: dict[str, Tree] = {
     # ASDA's attention with what the Differential Transformer (Ye et al., 2024) learns and normalises
     "learned": {
         "model": {
+            "architecture": "asda",
             "mlp_ratio": 3.5,
             "attention_lambda": "learned",
             "attention_norm": "per_head",
@@ -44,6 +47,7 @@ PRESETS: dict[str, Tree] = {
     # EAT (Chen et al., IJCAI 2024), whose attention is the ordinary one; SSLAM has the same network
     "eat": {
         "model": {
+            "architecture": "asda",
             "mlp_ratio": 4.0,
             "attention_lambda": "absent",
             "attention_norm": "none",
@@ -51,6 +55,9 @@ PRESETS: dict[str, Tree] = {
         },
         "objective": {"utterance_weight": 192.0},  # 1, summed over 12 clips x 16 students
     },
+    # The Audio Spectrogram Transformer (Gong et al., Interspeech 2021), and HAM-AST with its model.conformer and
+    # model.channel_attention
+    "ast": {"model": {"architecture": "ast", "mlp_ratio": 4.0}},
 }
 
 _BASE_OBJECTIVE: Tree = {
@@ -86,15 +93,25 @@ SIZES: dict[str, Tree] = {
 
 DEFAULT_PRESET = "released"
 DEFAULT_SIZE = "base"
+DEFAULT_FRAMES = 1024  # as data.frames
 
 
 def filled(tree: Tree) -> Tree:
     """A configuration with the values of its preset and its size where it gives none itself."""
-    defaults = _defaults(tree.get("preset", DEFAULT_PRESET), tree.get("size", DEFAULT_SIZE))
+    given = {"preset": _preset_of(tree)} | tree
+    defaults = _defaults(given["preset"], tree.get("size", DEFAULT_SIZE), _at(tree, "model.architecture"))
     objective = tree.get("objective")
     if not isinstance(objective, dict) or objective.get("kind") != "pretrain":
         defaults.pop("objective", None)
-    return _merged(defaults, tree)
+    whole = _merged(defaults, given)
+    if _at(whole, "model.architecture") == "ast" and "frames" not in whole["model"]:  # for which positions are learned
+        whole["model"] |= {"frames": _at(whole, "data.frames") or DEFAULT_FRAMES}
+    return whole
+
+
+def _preset_of(tree: Tree) -> Any:
+    """The name of the preset; where none is given, that of the architecture that is."""
+    return tree.get("preset", "ast" if _at(tree, "model.architecture") == "ast" else DEFAULT_PRESET)
 
 
 def departures(tree: Tree) -> list[str]:
@@ -108,9 +125,14 @@ def departures(tree: Tree) -> list[str]:
     return found
 
 
-def _defaults(preset: Any, size: Any) -> Tree:
-    """Both tables in one; empty where a name is unknown, which the configuration's own check reports."""
+def _defaults(preset: Any, size: Any, architecture: Any) -> Tree:
+    """Both tables in one; empty where a name is unknown, which the configuration's own check reports.
+
+    Of a preset of another architecture than the one given, the model is left out.
+    """
     of_preset = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+    if architecture not in (None, _at(of_preset, "model.architecture")):
+        of_preset = {"model": {}}
     of_size = SIZES.get(size, {}) if isinstance(size, str) else {}
     return _merged(of_size, of_preset)
 

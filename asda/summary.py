@@ -2,8 +2,9 @@
 
 import textwrap
 from collections.abc import Callable
+from math import prod
 
-from asda.config import Config, LogMelStats, PretrainConfig
+from asda.config import AstConfig, Config, LogMelStats, PretrainConfig
 from asda.costs import Network, in_flop, rank_memory
 from asda.data.audio import SAMPLE_RATE_HZ
 from asda.data.clips import ClipDataset
@@ -91,6 +92,11 @@ def _num_patches(config: Config) -> int:
     return (config.data.frames // config.model.patch) * (config.model.mel_bins // config.model.patch)
 
 
+def _num_tokens(config: Config) -> int:
+    """Of a whole clip: CLS and the patches, or AST's CLS, DIST and overlapping patches."""
+    return 2 + prod(config.model.grid) if isinstance(config.model, AstConfig) else 1 + _num_patches(config)
+
+
 def _num_visible(config: Config, objective: PretrainConfig) -> int:
     return int(_num_patches(config) * (1 - objective.mask.ratio))
 
@@ -108,7 +114,9 @@ def _data_words(dataset: ClipDataset, config: Config) -> str:
 def _clip_words(config: Config) -> str:
     seconds, patches = config.data.frames * FRAME_SHIFT / SAMPLE_RATE_HZ, _num_patches(config)
     words = f"{seconds:g} s = {config.data.frames} frames = {patches} patches"
-    objective = config.objective
+    objective, model = config.objective, config.model
+    if isinstance(model, AstConfig):
+        return f"{words}, seen as {' x '.join(map(str, model.grid))} overlapping ones, {_num_tokens(config)} tokens"
     if not isinstance(objective, PretrainConfig):
         return f"{words}, {patches + 1} tokens"
     each = _num_visible(config, objective) + 1
@@ -119,11 +127,10 @@ def _clip_words(config: Config) -> str:
 
 
 def _attention_words(config: Config, device_type: str) -> str:
-    num_patches = _num_patches(config)
-    sequences = {"clips": (1 + num_patches, True)}  # tokens with CLS, whether gradients are needed
+    sequences = {"clips": (_num_tokens(config), True)}  # whether gradients are needed
     if isinstance(config.objective, PretrainConfig):
         students = (1 + _num_visible(config, config.objective), True)
-        sequences = {"students": students, "the teacher": (1 + num_patches, False)}
+        sequences = {"students": students, "the teacher": (_num_tokens(config), False)}
     return describe_paths(config.engine.attention, device_type, config.model.width // config.model.heads, sequences)
 
 
@@ -147,6 +154,11 @@ def _memory_words(config: Config, network: Network, world_size: int) -> str:
 def _rate_words(config: Config) -> str:
     settings = config.optimizer
     warmup = f"from 0 to {settings.lr:g} in {settings.warmup_steps:,} steps, " if settings.warmup_steps else ""
+    if decay := settings.step_decay:
+        return (
+            f"learning {warmup}then {settings.lr:g}, times {decay.factor:g} at step {decay.start:,} and every "
+            f"{decay.every:,} after it"
+        )
     return f"learning {warmup}then a cosine from {settings.lr:g} to {settings.min_lr:g} at step {settings.steps:,}"
 
 

@@ -16,7 +16,7 @@ from asda.continuing import flattened
 from asda.errors import USER_ERROR_EXIT, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-PATHS = [ROOT / "configs" / f"demo_{kind}.json" for kind in ("pretrain", "finetune")]
+PATHS = [ROOT / "configs" / f"{name}.json" for name in ("demo_pretrain", "demo_finetune", "esc50_ast")]
 RESOLVED = 'data.log_mel={"mean": -4, "std": 4}'
 MAX_SECONDS = 1.0  # the matrix allows so much for one refusal; here it is the bound of the slowest of all
 MAX_SENTENCE_CHARS = 1500

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from asda.config import MAX_CONFIG_BYTES, PretrainConfig, dump_config, load_config
+from asda.config import PretrainConfig, dump_config, load_config
+from asda.config_file import MAX_CONFIG_BYTES
 from asda.errors import UserError
 
 AS2M = Path(__file__).parent.parent / "configs" / "as2m.json"

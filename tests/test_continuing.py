@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from fault_table import Count
 
-from asda.config import Config, _known_keys, load_config
+from asda.config import Config, load_config
+from asda.config_file import known_keys
 from asda.continuing import DECIDING, MAY_CHANGE, check_continuation, decides, flattened
 from asda.errors import UserError
 
@@ -45,10 +46,10 @@ def test_every_key_of_the_configuration_is_sorted_into_one_of_the_two_sets() -> 
         prefixes = {".".join(parts[: n + 1]) for n in range(len(parts))}
         return [bool(prefixes & DECIDING), bool(prefixes & MAY_CHANGE)]
 
-    leaves = [key for key in _known_keys(Config) if not any(k.startswith(f"{key}.") for k in _known_keys(Config))]
+    leaves = [key for key in known_keys(Config) if not any(k.startswith(f"{key}.") for k in known_keys(Config))]
     unsorted = [key for key in leaves if sum(sets_of(key)) != 1]
     assert not unsorted, f"say in asda/continuing.py whether a continued run may change {unsorted}"
-    known = set(_known_keys(Config))
+    known = set(known_keys(Config))
     assert not (DECIDING | MAY_CHANGE) - known, "sets name keys that the configuration does not have"
 
 

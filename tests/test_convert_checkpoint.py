@@ -444,7 +444,7 @@ def test_weights_that_do_not_fit_are_named(change: Change, sentence: str, shared
         ({"norm_eps": 1e-5}, "model.norm_eps 1e-05; asda's encoder has 1e-06"),
         ({"num_heads": 7}, "model.width 96 must be a multiple of model.heads 7"),
         ({"num_heads": -4}, "model.heads"),
-        ({"clone_batch": 0}, "objective.pretrain.students"),
+        ({"clone_batch": 0}, "objective.students"),
     ],
 )
 def test_a_cfg_of_another_network_is_refused(change: State, sentence: str, shared: Path, tmp_path: Path):

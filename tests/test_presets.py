@@ -78,8 +78,26 @@ def test_what_a_run_records_is_complete_and_does_not_depend_on_later_presets():
 def test_a_published_configuration_departs_from_nothing():
     for preset in PRESETS:
         for size in SIZES:
-            config = load_config(AS2M, [f"preset={preset}", f"size={size}"])
+            path = AS2M.parent / ("esc50_ast.json" if preset == "ast" else "as2m.json")
+            config = load_config(path, [f"preset={preset}", f"size={size}"])
             assert departures(config.model_dump()) == []
+
+
+def test_the_preset_of_ast_and_its_architecture_imply_each_other():
+    path = AS2M.parent / "esc50_asda.json"
+    by_preset = load_config(path, ["preset=ast"])
+    assert by_preset.model.architecture == "ast"
+    assert by_preset.model.frames == by_preset.data.frames
+    by_name = load_config(path, ["preset=released", "model.architecture=ast"])
+    assert by_name.model == by_preset.model.model_copy(update={"mlp_ratio": by_name.model.mlp_ratio})
+    assert "model.architecture ast (released: asda)" in departures(by_name.model_dump())
+    assert filled({"model": {"architecture": "ast"}})["preset"] == "ast"
+
+
+def test_a_configuration_from_before_there_were_architectures_is_that_of_asda():
+    recorded = json.loads(dump_config(load_config(AS2M)))
+    del recorded["model"]["architecture"]
+    assert filled(recorded)["model"]["architecture"] == "asda"
 
 
 def test_a_classifier_takes_no_value_of_the_students_objective():

@@ -2,12 +2,24 @@
 
 import json
 import math
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from pydantic import ValidationError
 
-from asda.config import ClassifyConfig, Config, OptimizerConfig, PretrainConfig, load_config
+from asda.config import (
+    AstConfig,
+    ClassifyConfig,
+    Config,
+    OptimizerConfig,
+    PretrainConfig,
+    StepDecayConfig,
+    load_config,
+)
 from asda.engine import learning_rate
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -24,6 +36,14 @@ FINE_TUNING = {
 # Steps, warm-up, clips a step, weight of the utterance loss over 12 clips x 16 students, softmax maps
 PRE_TRAINING = {"as2m": (800_000, 106_666, 48, 0.5, 2), "as2m_eat": (400_000, 53_333, 48, 1.0, 1)}
 LOG_MEL = {1024: (-4.268, 4.569), 512: (-6.627, 5.359), 128: (-6.846, 5.565)}  # of AudioSet, ESC-50, Speech Commands
+# Epochs, clips an epoch, clips a step, rate; frames; mel bins and frames that SpecAugment masks at most; share of clips
+# that are mixed; loss: as AST's released scripts have them, and after them HAM-AST
+AST = {
+    "esc50_ast": (25, 1600, 48, 1e-5, 512, 24, 96, 0.0, "ce"),
+    "spc2_ast": (30, 84_843, 128, 2.5e-4, 128, 48, 48, 0.6, "bce"),
+}
+AST |= {name.replace("_ast", "_ham"): recipe for name, recipe in AST.items()}
+AST_LOG_MEL = {512: (-6.6268077, 5.358466), 128: (-6.845978, 5.5654526)}
 
 
 def config_of(name: str) -> Config:
@@ -71,16 +91,87 @@ def test_a_pre_training_is_the_released_one(name: str) -> None:
     assert (1 if model.attention_lambda == "absent" else 2, model.mlp_ratio) == (maps, 3.5 if maps == 2 else 4.0)
 
 
-@pytest.mark.parametrize("name", [*FINE_TUNING, *PRE_TRAINING])
+@pytest.mark.parametrize("name", AST)
+def test_a_fine_tuning_of_ast_is_the_released_one(name: str) -> None:
+    epochs, clips, batch, lr, frames, mel, time, mixed, loss = AST[name]
+    config = config_of(name)
+    optimizer, augment, objective, model = config.optimizer, config.data.augment, config.objective, config.model
+    an_epoch = math.ceil(clips / batch)  # the last batch of an epoch is smaller
+    assert (optimizer.steps, optimizer.batch, optimizer.lr) == (epochs * an_epoch, batch, lr)
+    assert optimizer.step_decay is not None
+    assert optimizer.step_decay.model_dump() == {"factor": 0.85, "every": an_epoch, "start": 5 * an_epoch}
+    assert (optimizer.betas, optimizer.weight_decay, optimizer.warmup_steps) == ((0.95, 0.999), 5e-7, 0)
+    assert (optimizer.clip, optimizer.min_lr, config.data.frames) == (0.0, 0.0, frames)
+    spec_augment = augment.spec_augment
+    assert (spec_augment.mel_ratio * 128, spec_augment.frame_ratio * frames) == (mel, time)
+    assert spec_augment.order == "before_normalisation"
+    mixup = augment.mixup
+    assert (mixup.alpha, mixup.probability if mixed else 0.0) == (10.0 if mixed else 0.0, mixed)
+    assert (augment.roll, augment.magnitude) == (False, 0.0)
+    assert (augment.frame_noise, augment.frame_roll) == ((0.1, 10) if name.startswith("spc2") else (0.0, 0))
+    assert isinstance(objective, ClassifyConfig)
+    assert (objective.loss, objective.label_smoothing, objective.pooling, objective.layer_decay) == (loss, 0, "cls", 1)
+    assert isinstance(model, AstConfig)
+    assert (model.width, model.depth, model.heads, model.mlp_ratio) == (768, 12, 12, 4.0)
+    assert (model.patch, model.time_stride, model.mel_stride) == (16, 10, 10)
+    assert (model.conformer.blocks, model.channel_attention.enabled) == ((6, True) if "ham" in name else (0, False))
+
+
+def test_the_grid_of_ham_ast_is_the_papers() -> None:
+    done = subprocess.run(
+        ["bash", "runs/ham_grid.sh", "configs/esc50_ham.json", "run.seed=7"],
+        cwd=CONFIGS.parent,
+        env={**os.environ, "LAUNCH": "echo"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    trained = [line.split() for line in done.stdout.splitlines() if line.startswith("asda/train.py")]
+    configs = [load_config(CONFIGS.parent / words[2], words[3:]) for words in trained]
+    found = []
+    for config in configs:
+        assert isinstance(config.model, AstConfig)
+        found.append((config.model.conformer.blocks, config.model.channel_attention.enabled))
+        assert config.run.seed == 7
+    assert found == [(0, False), (0, True), (3, False), (6, True)]
+    assert len({config.run.folder for config in configs}) == 4
+    assert done.stdout.count("asda/evaluate.py --checkpoint runs/esc50_ham/") == 4
+
+
+@pytest.mark.parametrize("name", [*FINE_TUNING, *PRE_TRAINING, *AST])
 def test_a_published_configuration_tells_its_story_and_its_front_end(name: str) -> None:
     config = config_of(name)
     assert set(config.about) == STORY
     assert f"configs/{name}.json" in config.about["command"]
     assert "not reproduced here" in config.about["expected"]
     assert config.data.log_mel != "dataset"
-    assert (config.data.log_mel.mean, config.data.log_mel.std) == LOG_MEL[config.data.frames]
+    published = AST_LOG_MEL if name in AST else LOG_MEL
+    assert (config.data.log_mel.mean, config.data.log_mel.std) == published[config.data.frames]
     given: dict[str, Any] = json.loads((CONFIGS / f"{name}.json").read_text())
     assert config.run.folder == f"runs/{name}" == given["run"]["folder"]
+
+
+@pytest.mark.parametrize(("warmup", "min_lr"), [(0, 0.0), (10, 1e-4)])
+def test_steps_are_those_of_torchs_scheduler_after_the_warm_up(warmup: int, min_lr: float) -> None:
+    decay = StepDecayConfig(factor=0.85, every=7, start=30)
+    settings = {"steps": 100, "warmup_steps": warmup, "lr": 1e-3, "min_lr": min_lr, "batch": 1}
+    config = OptimizerConfig(**settings, schedule="steps", step_decay=decay)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [*range(30, 100, 7)], gamma=0.85)
+    for step in range(100):
+        expected = max(min_lr, scheduler.get_last_lr()[0]) if step >= warmup else 1e-3 * step / warmup
+        assert learning_rate(config, step) == pytest.approx(expected, rel=1e-12)
+        assert learning_rate(config, step, 0.5) == pytest.approx(expected * 0.5, rel=1e-12)  # the floor is scaled
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize(
+    "given", [{"schedule": "steps"}, {"step_decay": StepDecayConfig(factor=0.5, every=1, start=0)}]
+)
+def test_steps_and_their_sizes_need_each_other(given: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="is given with schedule steps, and with it alone"):
+        OptimizerConfig(steps=1, warmup_steps=0, lr=1.0, batch=1, **given)
 
 
 def test_the_floor_of_the_rate_is_scaled_with_its_layer_or_the_same_for_all() -> None:

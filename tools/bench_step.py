@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from asda.checkpoint import State
 from asda.checkpoint_writer import CheckpointWriter
-from asda.config import Config, PretrainConfig, load_config
+from asda.config import Config, PretrainConfig, load_config, of_asda
 from asda.costs import gemm_rate, network_costs
 from asda.data.batches import Batch
 from asda.engine import guarded, join_processes, make_engine, set_learning_rate
@@ -77,7 +77,7 @@ class Plain:
         assert isinstance(config.objective, PretrainConfig)
         self._config, self._objective, settings = config, config.objective, config.optimizer
         self._patches_BNP, self._visible_BMK = inputs_of(config)
-        self._students = PlainStudents(config.model, config.objective)
+        self._students = PlainStudents(of_asda(config.model), config.objective)
         nn.init.normal_(self._students.encoder.cls_token)
         self._teacher = copy.deepcopy(self._students.encoder).requires_grad_(False).eval()
         self._optimizer = torch.optim.AdamW(

@@ -1,4 +1,4 @@
-"""Convert published checkpoints of EAT, ASDA and SSLAM to asda's layout, and asda's weights to the official one."""
+"""Convert published checkpoints of EAT, ASDA, SSLAM and AST to asda's layout, and ours to the official one."""
 
 import argparse
 import json
@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from asda import checkpoint
-from asda.config import Description, PretrainConfig
+from asda.config import Description, ModelConfig, PretrainConfig
 from asda.errors import UserError, exit_with_sentence
+from asda.official.ast import from_hugging_face, is_ast
 from asda.official.safe_load import plain, safe_load
 from asda.official.weights import Wishes, from_official, to_official
 
@@ -25,13 +26,17 @@ examples
       a fine-tuned one; with 527 classes it gets AudioSet's labels, others take --labels FILE
   python tools/convert_checkpoint.py EAT-base_epoch30_pretrain/ --out weights/eat
       a folder from Hugging Face (config.json, model.safetensors), or its model.safetensors alone
+  python tools/convert_checkpoint.py ast-finetuned-audioset-10-10-0.4593/ --out weights/ast
+      an AST from Hugging Face; then: deepspeed asda/train.py --config configs/esc50_ast.json
   python tools/convert_checkpoint.py runs/as2m --to official --out asda.pt
       a run, a checkpoint of it or converted weights, as a file that fairseq with the official code loads
 
 what is read
   .pt files of fairseq, pre-trained or fine-tuned, in fp32 or fp16, and model.safetensors from Hugging Face, of EAT, of
-  SSLAM (the same network) and of ASDA. No code in the file is run and fairseq is not needed. Sizes come from the
-  shapes. What no checkpoint records is assumed, and a line says so: lambda, the mean and std of the log-mel, labels.
+  SSLAM (the same network) and of ASDA; of AST folders from Hugging Face (model.safetensors or pytorch_model.bin,
+  config.json for sizes and labels, preprocessor_config.json for mean and std of the log-mel). No code in a file is run,
+  and fairseq is not needed. Sizes come from the shapes. What no checkpoint records is assumed, and a line says so:
+  lambda, the mean and std of the log-mel, labels.
 """
 COLUMN = 12  # characters of the first column
 MIB = 1 << 20
@@ -69,7 +74,12 @@ def to_ours(args: argparse.Namespace) -> list[str]:
     """Read an official checkpoint, write a folder; lines about both."""
     checkpoint.check_target(args.out, args.force)
     file, cfg = read_official(args.input)
-    converted = from_official(file, cfg, _wishes(args), args.input.name)
+    if is_ast(file):
+        beside = args.input if args.input.is_dir() else args.input.parent
+        config, preprocessor = (_json_beside(beside / name) for name in ("config.json", "preprocessor_config.json"))
+        converted = from_hugging_face(file, config, preprocessor, _wishes(args), args.input.name)
+    else:
+        converted = from_official(file, cfg, _wishes(args), args.input.name)
     checkpoint.write_weights(args.out, converted.description, converted.weights, args.force)
     return [
         *described(converted.description, converted.weights),
@@ -97,7 +107,8 @@ def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         UserError: the file is damaged, of another kind, or would run code.
     """
     if path.is_dir():
-        path = path / "model.safetensors"
+        files = [path / name for name in ("model.safetensors", "pytorch_model.bin")]
+        path = next((file for file in files if file.is_file()), files[0])
         if not path.is_file():
             raise UserError(f"there is no {path}; give a .pt file, or a folder from Hugging Face")
     if path.suffix == ".safetensors":
@@ -130,7 +141,10 @@ def write_torch_file(content: dict[str, Any], path: Path) -> None:
 def described(description: Description, weights: dict[str, dict[str, torch.Tensor]]) -> list[str]:
     """What weights are, as lines of a table."""
     model, data = description.model, description.data
-    name = "EAT or SSLAM (one network)" if model.attention_lambda == "absent" else "ASDA"
+    name, attention = "AST", ""
+    if isinstance(model, ModelConfig):
+        name = "EAT or SSLAM (one network)" if model.attention_lambda == "absent" else "ASDA"
+        attention = f", lambda {model.attention_lambda}"
     kind = "pre-trained" if isinstance(description.objective, PretrainConfig) else "fine-tuned"
     counts = {
         part: sum(tensor.numel() for key, tensor in weights["model"].items() if key.split(".")[0] in names)
@@ -141,8 +155,7 @@ def described(description: Description, weights: dict[str, dict[str, torch.Tenso
         row("what", f"{name}, {kind}"),
         row(
             "size",
-            f"{model.depth} blocks of width {model.width}, {model.heads} heads, MLP {model.mlp_ratio:g} x, "
-            f"lambda {model.attention_lambda}",
+            f"{model.depth} blocks of width {model.width}, {model.heads} heads, MLP {model.mlp_ratio:g} x{attention}",
         ),
         row("parameters", ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)),
         row("input", f"{data.frames} log-mel frames, mean {data.log_mel.mean:g}, std {data.log_mel.std:g}"),
@@ -177,6 +190,13 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 def _hugging_face_cfg(path: Path) -> dict[str, Any]:
     """What config.json beside the weights says, in the places of a fairseq cfg."""
+    config = _json_beside(path)
+    network = {key: config.get(key) for key in ("num_heads", "norm_eps", "norm_affine", "layer_norm_first")}
+    return {"model": network} if config else {}
+
+
+def _json_beside(path: Path) -> dict[str, Any]:
+    """A JSON object beside the weights; {} when there is none."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -185,8 +205,7 @@ def _hugging_face_cfg(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} holds a JSON {type(config).__name__}; a config is one JSON object")
-    network = {key: config.get(key) for key in ("num_heads", "norm_eps", "norm_affine", "layer_norm_first")}
-    return {"model": network}
+    return config
 
 
 def _sizes(folder: Path) -> str:

@@ -2,11 +2,12 @@
 
 import argparse
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from asda import checkpoint
-from asda.config import Config, Description, PretrainConfig, load_config
+from asda.config import AstConfig, Config, Description, ModelConfig, PretrainConfig, load_config
 from asda.costs import Network, in_flop, network_costs
 from asda.data.audio import SAMPLE_RATE_HZ
 from asda.data.fbank import FRAME_SHIFT
@@ -58,10 +59,19 @@ def as_json(what: Config | Description, classes: int) -> dict[str, Any]:
 
 def _model_words(what: Config | Description) -> str:
     model = what.model
-    kind = {"absent": "ordinary attention", "learned": "differential attention with a learned lambda"}.get(
+    kind = _attention_words(model) if isinstance(model, ModelConfig) else _ast_words(model)
+    return f"{model.depth} blocks of width {model.width}, {model.heads} heads, MLP {model.mlp_ratio:g} x, {kind}"
+
+
+def _attention_words(model: ModelConfig) -> str:
+    return {"absent": "ordinary attention", "learned": "differential attention with a learned lambda"}.get(
         str(model.attention_lambda), f"differential attention with lambda {model.attention_lambda}"
     )
-    return f"{model.depth} blocks of width {model.width}, {model.heads} heads, MLP {model.mlp_ratio:g} x, {kind}"
+
+
+def _ast_words(model: AstConfig) -> str:
+    blocks = f", {model.conformer.blocks} Conformer blocks" if model.conformer.blocks else ""
+    return f"ordinary attention (AST){blocks}{', channel attention' if model.channel_attention.enabled else ''}"
 
 
 def _clip_words(what: Config | Description) -> str:
@@ -70,6 +80,8 @@ def _clip_words(what: Config | Description) -> str:
     patches = grid[0] * grid[1]
     seconds = what.data.frames * FRAME_SHIFT / SAMPLE_RATE_HZ
     words = f"{seconds:.2f} s = {what.data.frames} log-mel frames = {grid[0]} x {grid[1]} patches"
+    if isinstance(model, AstConfig):
+        return f"{words}, seen as {' x '.join(map(str, model.grid))} overlapping ones, {2 + prod(model.grid)} tokens"
     if not isinstance(what.objective, PretrainConfig):
         return f"{words}, {patches + 1} tokens"
     visible = int(patches * (1 - what.objective.mask.ratio))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.cuda import nccl
 
-from asda.config import Config, PretrainConfig, load_config
+from asda.config import Config, PretrainConfig, load_config, of_asda
 from asda.costs import gemm_rate, network_costs
 from asda.models.attention import Path as AttentionPath
 from asda.models.attention import set_attention_path
@@ -132,7 +132,7 @@ def _loss_and_gradients(config: Config, dtype: torch.dtype, device: str, path: A
     """The loss and all gradients, in fp64 on the CPU, as one vector."""
     assert isinstance(config.objective, PretrainConfig)
     torch.manual_seed(0)
-    students = MaskedStudents(config.model, config.objective).to(dtype=dtype, device=device)
+    students = MaskedStudents(of_asda(config.model), config.objective).to(dtype=dtype, device=device)
     set_attention_path(students, path)
     patches_BNP, visible_BMK = (tensor.to(device) for tensor in _inputs(config, clips=2))
     targets_BND = torch.randn(*patches_BNP.shape[:2], config.model.width, generator=torch.Generator().manual_seed(1))

@@ -6,26 +6,31 @@ Shapes: B clips, N patches of a clip, P pixels of a patch, D width, C classes.
 import math
 import re
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, logsigmoid
 
-from asda.config import ClassifyConfig, ModelConfig
+from asda.config import AstConfig, ClassifyConfig, ModelConfig
+from asda.models.ast import AstEncoder
 from asda.models.encoder import INIT_STD, NORM_EPS, Encoder
+from asda.models.ham import Conformer, Ham
 
 CERTAINTY_GAP = 1e-6  # of the logarithm of a pooled probability: 1 would have no logit; the released value
 
 
 class Classifier(nn.Module):
-    """The encoder over all patches of a clip, then its tokens pooled -> LayerNorm -> Linear.
+    """The encoder over all patches of a clip, what HAM-AST adds, then the tokens pooled -> LayerNorm -> Linear.
 
-    A pre-trained encoder is loaded into `encoder`; the norm and the head start from scratch.
+    A pre-trained encoder is loaded into `encoder`; everything else starts from scratch.
     """
 
-    def __init__(self, model: ModelConfig, config: ClassifyConfig, num_classes: int):
+    def __init__(self, model: ModelConfig | AstConfig, config: ClassifyConfig, num_classes: int):
         super().__init__()
         self.pooling = config.pooling
-        self.encoder = Encoder(model, config.drop_path)
-        self.norm = nn.LayerNorm(model.width, eps=NORM_EPS)
+        is_ast = isinstance(model, AstConfig)
+        self.encoder = make_encoder(model, config.drop_path)
+        self.ham = Ham(model) if is_ast else nn.Identity()
+        self.norm = nn.LayerNorm(model.width, eps=model.norm_eps if is_ast else NORM_EPS)
         self.head = nn.Linear(model.width, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=INIT_STD)
         nn.init.zeros_(self.head.bias)
@@ -37,12 +42,26 @@ class Classifier(nn.Module):
             patches_BNP: normalised log-mel of whole clips.
             present_BN: False where a patch is padding, which is neither attended to nor pooled; None: all are seen.
         """
-        return self.logits(self.encoder(patches_BNP, present_BN=present_BN), present_BN)
+        return self.logits(self.ham(self.encoder(patches_BNP, present_BN=present_BN)), present_BN)
 
     def logits(self, tokens_BND: Tensor, present_BN: Tensor | None = None) -> Tensor:
-        """Logits [B, C] in fp32 from the encoder's tokens [B, 1 + N, D], CLS first."""
+        """Logits [B, C] in fp32 from the tokens, CLS first (and DIST second): [B, 1 + N, D] or [B, 2 + N, D]."""
+        if self.encoder.num_special > 1:  # of AST's CLS and DIST the mean stands for the clip
+            special_BKD, patches_BND = tokens_BND.tensor_split([self.encoder.num_special], dim=1)
+            tokens_BND = torch.cat([special_BKD.mean(1, keepdim=True), patches_BND], dim=1)
         clip_BD = POOLINGS[self.pooling](tokens_BND, present_BN)
         return self.head(self.norm(clip_BD)).float()
+
+    def set_recompute(self, recompute: bool) -> None:
+        """Keep only the input of each block for the backward, and compute the block again there; or keep all."""
+        for part in self.modules():
+            if isinstance(part, Encoder | AstEncoder | Conformer):
+                part.recompute = recompute
+
+
+def make_encoder(model: ModelConfig | AstConfig, drop_path: float = 0.0) -> Encoder | AstEncoder:
+    """The encoder of the configured architecture, freshly initialised."""
+    return AstEncoder(model, drop_path) if isinstance(model, AstConfig) else Encoder(model, drop_path)
 
 
 def mean(features_BND: Tensor, present_BN: Tensor | None = None) -> Tensor:

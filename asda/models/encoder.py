@@ -37,7 +37,8 @@ def init_linear(module: nn.Module) -> None:
     """N(0, 0.02) weights and zero biases, if it is a linear layer; meant for nn.Module.apply."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=INIT_STD)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 class Mlp(nn.Module):
@@ -95,6 +96,7 @@ class Encoder(nn.Module):
         drop_path: rate of the last block, linear from 0 at the first.
     """
 
+    num_special = 1  # tokens before those of the patches: CLS
     positions: Tensor  # [N, D] of the longest clip; fixed, hence in no checkpoint: it follows from the config
 
     def __init__(self, config: ModelConfig, drop_path: float = 0.0):
@@ -143,6 +145,13 @@ class Encoder(nn.Module):
         for block in self.blocks:
             outputs.append(block(outputs[-1], present_BN)[0])
         return outputs
+
+    def at_depth(self, patches_BNP: Tensor, depth: int, present_BN: Tensor | None = None) -> Tensor:
+        """The input of the first block (depth 0), or the output of block number `depth`, counted from 1."""
+        tokens_BND, present_BN = self.embed(patches_BNP), with_cls(present_BN)
+        for block in self.blocks[:depth]:
+            tokens_BND, _ = block(tokens_BND, present_BN)
+        return tokens_BND
 
     def ffn_outputs(self, patches_BNP: Tensor) -> list[Tensor]:
         """What the MLP of each block adds to its residual, CLS included, for whole clips: depth x [B, 1 + N, D]."""

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from asda.config import ClassifyConfig, Description, PretrainConfig
+from asda.config import ClassifyConfig, Description, PretrainConfig, of_asda
 from asda.data.labels import NUM_AUDIOSET_CLASSES
 from asda.errors import UserError
 from asda.presets import filled
@@ -206,7 +206,7 @@ def official_cfg(description: Description) -> Tree:
 
 
 def _pretraining_cfg(description: Description, objective: PretrainConfig) -> Tree:
-    model, decoder, frames = description.model, objective.decoder, description.data.frames
+    model, decoder, frames = of_asda(description.model), objective.decoder, description.data.frames
     steps = objective.ema.anneal_steps
     network = {
         "depth": model.depth,

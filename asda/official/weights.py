@@ -24,7 +24,16 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from asda.checkpoint import misfit, named
-from asda.config import ClassifyConfig, Description, ModelConfig, PretrainConfig, dump_config
+from asda.config import (
+    AstConfig,
+    ClassifyConfig,
+    Description,
+    ModelConfig,
+    PretrainConfig,
+    dump_config,
+    of_asda,
+)
+from asda.config_file import keys_of
 from asda.data.labels import NUM_AUDIOSET_CLASSES, audioset_labels
 from asda.errors import UserError
 from asda.models.classifier import Classifier
@@ -138,7 +147,7 @@ def from_official(file: Mapping[str, Any], cfg: Tree, wishes: Wishes, source: st
     layout = _recognise(state, source)
     notes = _drop_strangers(state)
     tree = _recorded(file, wishes, source) or _inferred(state, layout, cfg, wishes, source, notes)
-    description = _validated(tree, source)
+    description = validated(tree, source)
     precisions = {str(t.dtype).removeprefix("torch.") for t in state.values() if isinstance(t, Tensor)} - {"float32"}
     notes += [f"tensors of {precision} became float32" for precision in sorted(precisions)]
     has_decoder = not layout.fine_tuned and not layout.hugging_face
@@ -170,10 +179,10 @@ def to_official(description: Description, weights: dict[str, Weights]) -> Tree:
     complaint = misfit(parameters_on_meta(description), weights["model"])
     if complaint:
         raise UserError(f"the weights are not whole: {complaint}")
-    state: Tree = _join(weights["model"], description.model, layout)
+    state: Tree = _join(weights["model"], of_asda(description.model), layout)
     if "teacher" in weights:
         teacher = {f"encoder.{name}": tensor for name, tensor in weights["teacher"].items()}
-        state["_ema"] = _join(teacher, description.model, layout)
+        state["_ema"] = _join(teacher, of_asda(description.model), layout)
     return {
         **FAIRSEQ_FRAME,
         "cfg": official_cfg(description),
@@ -228,7 +237,7 @@ def _recorded(file: Mapping[str, Any], wishes: Wishes, source: str) -> Tree | No
         log_mel = {"mean": wishes.mean, "std": wishes.std}
         tree["data"]["log_mel"] |= {key: value for key, value in log_mel.items() if value is not None}
         tree["model"] |= {"heads": wishes.heads} if wishes.heads else {}
-        tree["labels"] = _labels(len(tree["labels"]), wishes.labels or tuple(tree["labels"]), [])
+        tree["labels"] = labels_of(len(tree["labels"]), wishes.labels or tuple(tree["labels"]), [])
     except (ValueError, TypeError, KeyError):
         raise UserError(f"{source} has a damaged description of its model; convert its weights again") from None
     return tree
@@ -256,17 +265,18 @@ def _inferred(state: Tree, layout: Layout, cfg: Tree, wishes: Wishes, source: st
         "objective": classify_tree(cfg) if layout.fine_tuned else _pretrain_tree(state, layout, cfg, model),
         "data": data,
         "model": model,
-        "labels": _labels(num_classes, wishes.labels, notes),
+        "labels": labels_of(num_classes, wishes.labels, notes),
     }
     return filled(tree)
 
 
-def _validated(tree: Tree, source: str) -> Description:
+def validated(tree: Tree, source: str) -> Description:
+    """The description that a tree is; UserError names the first value that no model of ours has."""
     try:
         return Description.model_validate_json(json.dumps(tree))
     except ValidationError as error:
         first = error.errors()[0]
-        where, why = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        where, why = ".".join(map(str, keys_of(first["loc"]))), first["msg"].removeprefix("Value error, ")
         raise UserError(f"{source} describes a model that asda does not have ({where}: {why})") from None
 
 
@@ -306,7 +316,8 @@ def _pretrain_tree(state: Tree, layout: Layout, cfg: Tree, model: Tree) -> Tree:
     return tree
 
 
-def _labels(num_classes: int, given: tuple[str, ...] | None, notes: list[str]) -> tuple[str, ...]:
+def labels_of(num_classes: int, given: tuple[str, ...] | None, notes: list[str]) -> tuple[str, ...]:
+    """The names of the classes: those given, AudioSet's by their number, or numbers; notes say which."""
     if given is not None:
         if len(given) != num_classes:
             raise UserError(f"--labels names {len(given)} classes, the checkpoint has {num_classes}; one name per line")
@@ -337,13 +348,13 @@ def _translate(
     expected = parameters_on_meta(description)
     if not has_decoder:
         expected = {name: tensor for name, tensor in expected.items() if not name.startswith("decoder.")}
-    complaint = misfit(_join(expected, description.model, layout, "meta"), state)
+    complaint = misfit(_join(expected, of_asda(description.model), layout, "meta"), state)
     if complaint:
         raise UserError(f"{source} does not fit: {complaint}")
     for key, tensor in state.items():
         if not _is_sound(tensor):
             raise UserError(f"{source} holds values in {key} that are not finite numbers; the checkpoint is damaged")
-    _check_positions(state[layout.key(POSITIONS)][0], description.model, source)
+    _check_positions(state[layout.key(POSITIONS)][0], of_asda(description.model), source)
     ours = {name: _rows(name, state[layout.key(name)], layout).reshape(t.shape) for name, t in expected.items()}
     return {name: tensor.to(torch.float32, copy=True) for name, tensor in ours.items()}
 
@@ -398,7 +409,7 @@ def _check_positions(theirs_ND: Tensor, model: ModelConfig, source: str) -> None
 
 def _module(description: Description) -> nn.Module:
     if isinstance(description.objective, PretrainConfig):
-        return MaskedStudents(description.model, description.objective)
+        return MaskedStudents(of_asda(description.model), description.objective)
     return Classifier(description.model, description.objective, len(description.labels))
 
 
@@ -409,13 +420,17 @@ def _fairseq_layout(description: Description) -> Layout:
     return Layout(
         fine_tuned=isinstance(description.objective, ClassifyConfig),
         hugging_face=False,
-        joined_qkv=description.model.attention_lambda == "absent",
+        joined_qkv=of_asda(description.model).attention_lambda == "absent",
     )
 
 
 def _check_expressible(description: Description) -> None:
     """The official code has two kinds of attention, their constants among its lines."""
     model = description.model
+    if isinstance(model, AstConfig):
+        raise UserError(
+            "the official layout is that of EAT and ASDA, and this model is an AST; use its folder as it is"
+        )
     official = PRESETS["eat" if model.attention_lambda == "absent" else "released"]["model"]
     fixed = {key: value for key, value in official.items() if key != "mlp_ratio" or model.attention_lambda != "absent"}
     for key, value in fixed.items():

@@ -1,0 +1,241 @@
+"""What HAM-AST puts on AST's tokens: Conformer blocks, then channel attention (Liu, Zhang and Makino, NCSP 2025).
+
+The Conformer is that of Gulati et al. (arXiv 2005.08100) with the relative attention of Transformer-XL (Dai et al.,
+2019); channel attention pools as CBAM does (Woo et al., 2018). What the paper of HAM-AST leaves open is a value of the
+configuration; docs/ham_ast.md has the reasons for the defaults.
+
+Shapes: B clips, T time patches, F mel patches, S = 2 + F * T tokens: CLS, DIST, then the patches mel band by mel band;
+D width, H heads, E = D / H, L distances between two tokens.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.utils.checkpoint import checkpoint
+
+from asda.config import AstConfig, ChannelAttentionConfig, ConformerConfig
+from asda.models.ast import NUM_SPECIAL
+from asda.models.encoder import INIT_STD, MAX_WAVELENGTH, init_linear
+
+NORM_EPS = 1e-5  # of the Conformer's norms: torch's own
+
+
+class Distances(NamedTuple):
+    """How far apart tokens are, for all blocks."""
+
+    table_LD: Tensor  # sines and cosines of every distance that occurs
+    number_SS: Tensor  # int64, row of the table for each query and key
+
+
+class Ham(nn.Module):
+    """Conformer blocks and channel attention, each where the configuration asks for it; else the tokens as they are."""
+
+    def __init__(self, config: AstConfig):
+        super().__init__()
+        self.conformer = Conformer(config) if config.conformer.blocks else nn.Identity()
+        enabled = config.channel_attention.enabled
+        self.channels = ChannelAttention(config.width, config.channel_attention) if enabled else nn.Identity()
+
+    def forward(self, tokens_BSD: Tensor) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        return self.channels(self.conformer(tokens_BSD))
+
+
+class Conformer(nn.Module):
+    """The blocks, and the distances that all of them use."""
+
+    table_LD: Tensor  # computed, hence in no checkpoint
+    number_SS: Tensor
+
+    def __init__(self, config: AstConfig):
+        super().__init__()
+        self.recompute = False  # as of the encoder
+        self.blocks = nn.ModuleList([ConformerBlock(config) for _ in range(config.conformer.blocks)])
+        num_time, num_mel = config.grid
+        along_time = config.conformer.axis == "time"
+        farthest = (num_time if along_time else NUM_SPECIAL + num_time * num_mel) - 1
+        distance_SS = _distances_in_time(num_time, num_mel) if along_time else _differences(torch.arange(farthest + 1))
+        table_LD = sinusoids(torch.arange(-farthest, farthest + 1), config.width)
+        self.register_buffer("table_LD", table_LD, persistent=False)
+        self.register_buffer("number_SS", distance_SS + farthest, persistent=False)
+        self.apply(init_linear)
+
+    def forward(self, tokens_BSD: Tensor) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        distances = Distances(self.table_LD.to(tokens_BSD.dtype), self.number_SS)
+        for block in self.blocks:
+            if self.recompute and torch.is_grad_enabled():
+                recomputed: Any = checkpoint(block, tokens_BSD, distances, use_reentrant=False)
+                tokens_BSD = recomputed
+            else:
+                tokens_BSD = block(tokens_BSD, distances)
+        return tokens_BSD
+
+
+class ConformerBlock(nn.Module):
+    """Half a feed-forward module, attention, convolution, the other half, a norm (arXiv 2005.08100, eq. 1)."""
+
+    def __init__(self, config: AstConfig):
+        super().__init__()
+        width, settings = config.width, config.conformer
+        hidden = int(width * settings.mlp_ratio)
+        self.first = FeedForward(width, hidden, settings.dropout)
+        self.attention = RelativeAttention(width, settings.heads or config.heads, settings.dropout)
+        self.convolution = Convolution(width, config.grid, settings)
+        self.second = FeedForward(width, hidden, settings.dropout)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+
+    def forward(self, tokens_BSD: Tensor, distances: Distances) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        tokens_BSD = tokens_BSD + 0.5 * self.first(tokens_BSD)
+        tokens_BSD = tokens_BSD + self.attention(tokens_BSD, distances)
+        tokens_BSD = tokens_BSD + self.convolution(tokens_BSD)
+        tokens_BSD = tokens_BSD + 0.5 * self.second(tokens_BSD)
+        return self.norm(tokens_BSD)
+
+
+class FeedForward(nn.Module):
+    """Norm, two linear layers around a swish, dropout behind each."""
+
+    def __init__(self, width: int, hidden: int, dropout: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens_BSD: Tensor) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        hidden_BSK = self.dropout(silu(self.fc1(self.norm(tokens_BSD))))
+        return self.dropout(self.fc2(hidden_BSK))
+
+
+class RelativeAttention(nn.Module):
+    """Norm and attention whose logits are ((q + u) k^T + (q + v) (W r)^T) / sqrt(E) (Transformer-XL, section 3.3)."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.distance = nn.Linear(width, width, bias=False)  # W: from sines and cosines to keys
+        self.u = nn.Parameter(torch.empty(heads, 1, width // heads))
+        self.v = nn.Parameter(torch.empty(heads, 1, width // heads))
+        self.proj = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+        for bias in (self.u, self.v):
+            nn.init.normal_(bias, std=INIT_STD)
+
+    def forward(self, tokens_BSD: Tensor, distances: Distances) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        q_BHSE, k_BHSE, v_BHSE = self._by_head(self.qkv(self.norm(tokens_BSD)), 3)
+        (r_1HLE,) = self._by_head(self.distance(distances.table_LD)[None], 1)
+        by_distance_BHSL = (q_BHSE + self.v) @ r_1HLE.transpose(-2, -1)
+        number_BHSS = distances.number_SS.expand(*by_distance_BHSL.shape[:2], -1, -1)
+        bias_BHSS = by_distance_BHSL.gather(-1, number_BHSS) * q_BHSE.shape[-1] ** -0.5
+        mixed_BHSE = scaled_dot_product_attention(q_BHSE + self.u, k_BHSE, v_BHSE, bias_BHSS)
+        return self.dropout(self.proj(mixed_BHSE.transpose(1, 2).flatten(2)))
+
+    def _by_head(self, joined_BNC: Tensor, parts: int) -> Tensor:
+        """[B, N, parts * D] -> [parts, B, H, N, E]."""
+        return joined_BNC.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+class Convolution(nn.Module):
+    """Norm, a gated linear unit, a depthwise convolution, a norm, swish, a linear layer.
+
+    Gulati et al. have a BatchNorm in the middle. Its running moments would depend on how a batch is cut into ranks and
+    micro-batches, and lie in no checkpoint of ours, so here it is a norm of each token ("layer") or clip ("group").
+    """
+
+    def __init__(self, width: int, grid: tuple[int, int], config: ConformerConfig):
+        super().__init__()
+        self.num_time_patches = grid[0]
+        self.axis = config.axis
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.gate = nn.Linear(width, 2 * width)
+        self.depthwise = nn.Conv1d(width, width, config.kernel, padding=config.kernel // 2, groups=width)
+        self.middle = nn.LayerNorm(width, eps=NORM_EPS) if config.norm == "layer" else ClipNorm(width)
+        self.proj = nn.Linear(width, width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, tokens_BSD: Tensor) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        gated_BSD = nn.functional.glu(self.gate(self.norm(tokens_BSD)), dim=-1)
+        mixed_BSD = self._along_time(gated_BSD) if self.axis == "time" else self._along(gated_BSD)
+        return self.dropout(self.proj(silu(self.middle(mixed_BSD))))
+
+    def _along(self, tokens_BND: Tensor) -> Tensor:
+        """Convolve sequences, zeros around them."""
+        return self.depthwise(tokens_BND.transpose(1, 2)).transpose(1, 2)
+
+    def _along_time(self, tokens_BSD: Tensor) -> Tensor:
+        """Convolve each mel band by itself, and CLS and DIST as what they are in time: sequences of one."""
+        special_BSD, patches_BND = tokens_BSD.tensor_split([NUM_SPECIAL], dim=1)
+        bands_BFTD = patches_BND.unflatten(1, (-1, self.num_time_patches))
+        special_BSD = self._along(special_BSD.flatten(0, 1)[:, None]).reshape(special_BSD.shape)
+        patches_BND = self._along(bands_BFTD.flatten(0, 1)).reshape(patches_BND.shape)
+        return torch.cat([special_BSD, patches_BND], dim=1)
+
+
+class ClipNorm(nn.GroupNorm):
+    """A norm over all tokens and features of a clip, with a weight and a bias for each feature."""
+
+    def __init__(self, width: int):
+        super().__init__(1, width, eps=NORM_EPS)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        return super().forward(input.transpose(1, 2)).transpose(1, 2)
+
+
+class ChannelAttention(nn.Module):
+    """Each feature times a weight that follows from its maximum and its mean over the tokens of the clip."""
+
+    def __init__(self, width: int, config: ChannelAttentionConfig):
+        super().__init__()
+        self.config = config
+        hidden = width // config.reduction
+        self.fc1 = nn.Linear(2 * width if config.combine == "concat" else width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.apply(init_linear)
+
+    def forward(self, tokens_BSD: Tensor) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        return tokens_BSD * self.weights(tokens_BSD)[:, None]
+
+    def weights(self, tokens_BSD: Tensor) -> Tensor:
+        """The weights of the features, [B, D]: in (0, 1) with sigmoid, of mean 1 with softmax."""
+        pooled_BND = tokens_BSD[:, NUM_SPECIAL:] if self.config.tokens == "patches" else tokens_BSD
+        pooled = [pooled_BND.mean(1), pooled_BND.amax(1)]
+        if self.config.combine == "concat":
+            score_BD = self._layers(torch.cat(pooled, dim=-1))
+        else:
+            score_BD = self._layers(pooled[0]) + self._layers(pooled[1])
+        if self.config.normalize == "sigmoid":
+            return score_BD.sigmoid()
+        return score_BD.softmax(-1) * score_BD.shape[-1]
+
+    def _layers(self, pooled_BC: Tensor) -> Tensor:
+        return self.fc2(self.fc1(pooled_BC).relu())
+
+
+def sinusoids(distance_L: Tensor, width: int) -> Tensor:
+    """Sines, then cosines, of distances, [L, width] in fp32 ("Attention is all you need", section 3.5)."""
+    num_waves = width // 2
+    frequency_W = MAX_WAVELENGTH ** (-torch.arange(num_waves, dtype=torch.float64) / num_waves)
+    phase_LW = distance_L[:, None] * frequency_W
+    return torch.cat([phase_LW.sin(), phase_LW.cos()], dim=1).float()
+
+
+def _distances_in_time(num_time: int, num_mel: int) -> Tensor:
+    """[S, S] in time patches; CLS and DIST, which have no place in time, are at distance 0 of everything."""
+    between_patches_NN = _differences(torch.arange(num_time).repeat(num_mel))
+    return nn.functional.pad(between_patches_NN, (NUM_SPECIAL, 0, NUM_SPECIAL, 0))
+
+
+def _differences(places_S: Tensor) -> Tensor:
+    """Place of the query minus place of the key, [S, S]."""
+    return places_S[:, None] - places_S
