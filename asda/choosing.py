@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass
 
 from asda.checkpoint import State
-from asda.config import ClassifyConfig, Config
+from asda.config import ClassifyConfig, Config, DataSpecs
+from asda.data.clips import ClipDataset
 from asda.errors import UserError
 
 
@@ -46,7 +47,14 @@ def check_choice(config: Config) -> None:
         raise UserError(f"{key} {name or test!r} is for objective.kind classify; leave it empty in pre-training")
     if name and not valid:
         raise UserError(f"run.keep_best {name} chooses by an evaluation; give data.valid=FOLDER:SPLIT")
-    if name == "accuracy" and isinstance(config.objective, ClassifyConfig) and config.objective.loss != "ce":
-        raise UserError("run.keep_best accuracy needs one label a clip (objective.loss ce); with bce choose by mAP")
     if test and test == valid:
         raise UserError(f"data.test and data.valid are both {test}; a test set must not choose the checkpoint")
+
+
+def check_labels(config: Config, data: DataSpecs, judged: ClipDataset) -> None:
+    """Raise UserError where an accuracy shall choose, and held-out clips have several labels or none."""
+    if config.run.keep_best == "accuracy" and judged.num_labels != len(judged):
+        raise UserError(
+            f"run.keep_best accuracy needs one label a clip, and {data} has {judged.num_labels} labels on "
+            f"{len(judged)} clips; choose by mAP"
+        )

@@ -54,7 +54,7 @@ def evaluate_weights(
     """
     assert isinstance(config.objective, ClassifyConfig)
     logits_NC, targets_NC = logits_of_clips(config, weights, held_out(config, vocabulary, data), processes)
-    return summary(logits_NC, targets_NC, single_label=config.objective.loss == "ce")
+    return summary(logits_NC, targets_NC)
 
 
 def logits_of_clips(
@@ -213,7 +213,7 @@ def evaluate(several: list[Member], data: str | None, out: Path | None, *, ensem
     _check_values(logits_NC, newest.folder)
     if not processes.is_first:
         return
-    figures = summary(logits_NC, targets_NC, single_label=newest.loss == "ce")
+    figures = summary(logits_NC, targets_NC)
     about = {"checkpoint": str(newest.folder), "data": valid, "step": newest.state.step, "chunks": chunks}
     name = "evaluation"
     if len(several) > 1:

@@ -58,7 +58,14 @@ def write_evaluation(
     lines = [f"classes in {table}"]
     if counts_CC is not None:
         lines.append(_try_to_draw(picture, counts_CC, vocabulary))
-    out.write_text(json.dumps(about | {key: _json(value) for key, value in figures.items()}, indent=2) + "\n")
+    found = about | {key: _json(value) for key, value in figures.items()}
+    if counts_CC is not None:
+        found |= {
+            "labels": vocabulary,
+            "confusion": counts_CC.tolist(),
+        }  # rows: labels; columns: taken for
+    lines_of_json = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in found.items()]
+    out.write_text("{\n" + ",\n".join(lines_of_json) + "\n}\n")
     return [f"written to {out}", *lines]
 
 

@@ -276,7 +276,7 @@ class Model:
         return f"asda Model ({self.description.preset}, {sizes}, on {self._device})"
 
     @property
-    def encoder(self) -> Encoder:
+    def encoder(self) -> Encoder | AstEncoder:
         """The network without its classifier, on its device, in eval mode; for reading, nothing trains it."""
         return self._encoder
 

@@ -80,22 +80,27 @@ def d_prime(mean_auc: float) -> float:
     return math.sqrt(2) * NormalDist().inv_cdf(mean_auc)
 
 
-def summary(scores_NC: np.ndarray, targets_NC: np.ndarray, *, single_label: bool) -> dict[str, float | int]:
+def have_one_label(targets_NC: np.ndarray) -> bool:
+    """Whether every clip has one label: whatever the loss, as Speech Commands is trained with binary cross-entropy."""
+    return bool((targets_NC.sum(axis=1) == 1).all())
+
+
+def summary(scores_NC: np.ndarray, targets_NC: np.ndarray) -> dict[str, float | int]:
     """The figures of an evaluation.
 
     Args:
         scores_NC: [clips, classes] higher is likelier.
-        targets_NC: [clips, classes] 1 where the clip has the label.
-        single_label: whether every clip has one label; then accuracy is reported too.
+        targets_NC: [clips, classes] 1 where the clip has the label, else 0.
 
     Returns:
-        "mAP" is the mean over classes that have a positive ("classes_without_positives" counts the others), "mAUC" over
-        those that have a negative too; both are nan without such a class, or with a score that is nan.
+        "accuracy" only where every clip has one label. "mAP" is the mean over classes that have a positive
+        ("classes_without_positives" counts the others), "mAUC" over those that have a negative too; both are nan
+        without such a class, or with a score that is nan.
     """
     classes = by_class(scores_NC, targets_NC)
     has_positive_C, has_negative_C = classes.clips_C > 0, classes.clips_C < len(scores_NC)
     figures: dict[str, float | int] = {"clips": len(scores_NC), "classes": len(classes.clips_C)}
-    if single_label:
+    if have_one_label(targets_NC):
         figures["accuracy"] = accuracy(scores_NC, targets_NC)
     figures["mAP"] = _mean(classes.average_precision_C[has_positive_C])
     figures["mAUC"] = _mean(classes.auc_C[has_positive_C & has_negative_C])

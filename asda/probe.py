@@ -21,7 +21,8 @@ from asda.data.clips import ClipDataset
 from asda.engine import Processes
 from asda.errors import UserError
 from asda.evaluate import over_clips
-from asda.metrics import summary
+from asda.metrics import have_one_label, summary
+from asda.models.ast import AstEncoder
 from asda.models.classifier import mean
 
 PENALTIES = tuple(10.0**power for power in range(-4, 3))  # of the linear layer's squared weights, per labelled clip
@@ -67,14 +68,14 @@ class Probe:
             processes: all ranks.
 
         Returns:
-            "knn_accuracy" and "linear_accuracy" where every clip has one label, otherwise "knn_mAP" and "linear_mAP",
-            the mean of the average precisions of all classes; nan where the features are not finite.
+            "knn_accuracy" and "linear_accuracy" where every held-out clip has one label, otherwise "knn_mAP" and
+            "linear_mAP", the mean of the average precisions of all classes; nan where the features are not finite.
         """
         assert not teacher.training
         train_ND, train_targets_NC = _features(teacher, self._train, self._config, processes)
         test_TD, test_targets_TC = _features(teacher, self._test, self._config, processes)
-        one_label = bool((train_targets_NC.sum(1) == 1).all() and (test_targets_TC.sum(1) == 1).all())
-        name = "accuracy" if one_label else "mAP"
+        targets_TC = test_targets_TC.double().cpu().numpy()
+        name = "accuracy" if have_one_label(targets_TC) else "mAP"
         if not (train_ND.isfinite().all() and test_TD.isfinite().all()):
             return {f"knn_{name}": float("nan"), f"linear_{name}": float("nan")}
         train_ND, test_TD = standardised(train_ND, test_TD)
@@ -82,11 +83,7 @@ class Probe:
             "knn": neighbour_scores(train_ND, train_targets_NC, test_TD, self._neighbours),
             "linear": linear_scores(train_ND, train_targets_NC, test_TD),
         }
-        targets = test_targets_TC.double().cpu().numpy()
-        return {
-            f"{judge}_{name}": summary(scores_TC.cpu().numpy(), targets, single_label=one_label)[name]
-            for judge, scores_TC in scores.items()
-        }
+        return {f"{of}_{name}": summary(scores_TC.cpu().numpy(), targets_TC)[name] for of, scores_TC in scores.items()}
 
 
 def standardised(train_ND: Tensor, test_TD: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,9 +150,11 @@ def _features(teacher: nn.Module, dataset: ClipDataset, config: Config, processe
     device = processes.device
 
     def features_of(patches_BNP: Tensor, clips: Batch) -> Tensor:
+        tokens_BND = teacher(patches_BNP, present_BN=clips.present(config, device)).float()
+        if isinstance(teacher, AstEncoder):  # whose patches are others than the data's, and which knows no padding
+            return mean(tokens_BND[:, teacher.num_special :])
         audio_BN = torch.from_numpy(present_patches(clips.lengths, None, config.data.frames, config.model.patch))
-        tokens_BND = teacher(patches_BNP, present_BN=clips.present(config, device))
-        return mean(tokens_BND[:, 1:].float(), audio_BN.to(device))
+        return mean(tokens_BND[:, 1:], audio_BN.to(device))
 
     features_ND, targets_NC = over_clips(dataset, config, processes, features_of)
     return torch.from_numpy(features_ND).to(device), torch.from_numpy(targets_NC).to(device)

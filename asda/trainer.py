@@ -22,7 +22,7 @@ from torch import Tensor
 from asda import checkpoint
 from asda.checkpoint import State
 from asda.checkpoint_writer import CheckpointWriter, Outcome
-from asda.choosing import Best, best_so_far, check_choice
+from asda.choosing import Best, best_so_far, check_choice, check_labels
 from asda.config import ClassifyConfig, Config, DataSpecs, dump_config
 from asda.continuing import check_continuation
 from asda.costs import gemm_rate, network_costs
@@ -97,7 +97,7 @@ class Trainer:
         self.budget = DamageBudget(int(config.data.max_damaged * len(dataset)))
         self.probe = Probe(config) if config.probe else None
         for data in filter(None, (config.data.valid, config.data.test)):
-            held_out(config, dataset.vocabulary, data)  # a mistake in it shows now, not after hours
+            check_labels(config, data, held_out(config, dataset.vocabulary, data))  # now, not after hours
         self.progress, self.best = Progress(), Best()
         self.clips: list[Clip] = []  # this rank's part of the last step
 

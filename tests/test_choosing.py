@@ -44,11 +44,6 @@ def test_what_was_chosen_by_something_else_is_forgotten() -> None:
     ("config", "overrides", "sentence"),
     [
         ("demo_finetune", ["run.keep_best=mAP", "data.valid="], "chooses by an evaluation; give data.valid"),
-        (
-            "demo_finetune",
-            ["run.keep_best=accuracy", "objective.loss=bce", "objective.label_smoothing=0"],
-            "needs one label a clip .* choose by mAP",
-        ),
         ("demo_finetune", ["data.test=demo/shards:test"], "a test set must not choose the checkpoint"),
         ("demo_pretrain", ["run.keep_best=mAP"], "run.keep_best 'mAP' is for objective.kind classify"),
         ("demo_pretrain", ["data.test=x:y"], "data.test 'x:y' is for objective.kind classify"),

@@ -11,7 +11,9 @@ from fault_table import Count
 from launching import ROOT, environment
 from sounds_dataset import write_dataset
 
+from asda.choosing import check_labels
 from asda.config import load_config
+from asda.data.clips import ClipDataset
 from asda.errors import UserError
 from asda.metrics import summary
 
@@ -21,7 +23,9 @@ LABELLED = ("alarm", "bird")  # the classes of split some
 EVALUATE = """
 import json, sys
 import torch
+from asda.choosing import check_labels
 from asda.config import load_config
+from asda.data.clips import ClipDataset
 from asda.engine import join_processes
 from asda.errors import UserError
 from asda.evaluate import evaluate_weights
@@ -76,11 +80,18 @@ def test_held_out_clips_without_labels_or_without_some_classes_are_said(odd_spli
     count_fault("32", "held-out clips: none, none labelled, of some classes only", 3, 3)
 
 
+def test_an_accuracy_chooses_among_clips_of_one_label_only(odd_splits: Path, shards: Path) -> None:
+    config = load_config(ROOT / "configs" / "demo_finetune.json", ["run.keep_best=accuracy"])
+    check_labels(config, "x:test", ClipDataset(f"{shards}:test", labelled=True))
+    with pytest.raises(UserError, match="x:bare has 0 labels on 12 clips; choose by mAP"):
+        check_labels(config, "x:bare", ClipDataset(f"{odd_splits}:bare", labelled=True))
+
+
 def test_the_mean_is_over_the_classes_that_have_a_clip() -> None:
     # Two classes of three: the first ranks its one clip first (AP 1), the second its one clip last of four (AP 1/4).
     scores_NC = np.array([[0.9, 0.4, 0], [0.1, 0.3, 0], [0.2, 0.2, 0], [0.3, 0.1, 0]])
     targets_NC = np.array([[1, 0, 0], [0, 0, 0], [0, 0, 0], [0, 1, 0]])
-    figures = summary(scores_NC, targets_NC, single_label=False)
+    figures = summary(scores_NC, targets_NC)
     assert figures["mAP"] == pytest.approx((1 + 1 / 4) / 2)
     assert figures["classes_without_positives"] == 1
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from launching import ROOT, TINY, launch
 from ranks import run_ranks
-from sklearn.metrics import average_precision_score, precision_recall_fscore_support, roc_auc_score
+from sklearn.metrics import average_precision_score, confusion_matrix, precision_recall_fscore_support, roc_auc_score
 from tiny_checkpoints import ALONE
 from tiny_tools import noise, wav
 
@@ -202,7 +202,7 @@ def test_the_command_on_two_ranks_leaves_figures_table_and_picture(lengths: Path
     targets_NC = np.stack([np.eye(4)[clip.labels[0]] for clip in clips_of(lengths)])
     # No two of these few probabilities are as near as the rounding: then clips are in the same order.
     assert np.diff(np.sort(expected_NC, axis=0), axis=0).min() > 2 * CLOSE["atol"]
-    expected = summary(expected_NC, targets_NC, single_label=True)
+    expected = summary(expected_NC, targets_NC)
     assert {key: figures[key] for key in expected} == pytest.approx(expected, abs=1e-12)
     rows = list(csv.DictReader((run / "evaluation_average_classes.csv").open()))
     assert [(row["class"], row["clips"]) for row in rows] == list(zip(CLASSES, "4433", strict=True))
@@ -219,11 +219,14 @@ def predictions() -> tuple[np.ndarray, np.ndarray]:
 
 def test_the_table_of_classes_equals_scikit_learn(tmp_path: Path) -> None:
     scores_NC, targets_NC = predictions()
-    figures = summary(scores_NC, targets_NC, single_label=True)
+    figures = summary(scores_NC, targets_NC)
     out = tmp_path / "new" / "figures.json"
     lines = write_evaluation(out, {"data": "x"}, figures, scores_NC, targets_NC, (*CLASSES, "a, comma"))
     assert len(lines) == 3
-    assert json.loads(out.read_text())["mAP"] == figures["mAP"]
+    written, pairs = json.loads(out.read_text()), (targets_NC.argmax(1), scores_NC.argmax(1))
+    assert written["mAP"] == figures["mAP"]
+    assert written["labels"] == [*CLASSES, "a, comma"]
+    assert written["confusion"] == confusion_matrix(*pairs, labels=range(5)).tolist()
     rows = list(csv.DictReader((tmp_path / "new" / "figures_classes.csv").open()))
     precision_C, recall_C, _, clips_C = precision_recall_fscore_support(
         targets_NC.argmax(1), scores_NC.argmax(1), labels=range(5), zero_division=0
@@ -242,7 +245,8 @@ def test_the_table_of_classes_equals_scikit_learn(tmp_path: Path) -> None:
 
 def test_several_labels_a_clip_have_a_table_and_no_picture(tmp_path: Path) -> None:
     scores_NC, targets_NC = predictions()
-    figures = summary(scores_NC, np.maximum(targets_NC, np.roll(targets_NC, 1, axis=1)), single_label=False)
+    targets_NC = np.maximum(targets_NC, np.roll(targets_NC, 1, axis=1))
+    figures = summary(scores_NC, targets_NC)
     assert len(write_evaluation(tmp_path / "e.json", {}, figures, scores_NC, targets_NC, (*CLASSES, "e"))) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e.json", "e_classes.csv"]
     assert (tmp_path / "e_classes.csv").read_text().startswith("class,clips,average_precision,auc\n")
@@ -253,7 +257,7 @@ def test_without_matplotlib_the_evaluation_says_so_and_is_whole(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     scores_NC, targets_NC = predictions()
-    figures = summary(scores_NC, targets_NC, single_label=True)
+    figures = summary(scores_NC, targets_NC)
     lines = write_evaluation(tmp_path / "e.json", {}, figures, scores_NC, targets_NC, (*CLASSES, "e"))
     assert lines[-1] == "no picture of the confusions: that needs matplotlib, pip install 'asda[report]'"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e.json", "e_classes.csv"]
@@ -261,7 +265,7 @@ def test_without_matplotlib_the_evaluation_says_so_and_is_whole(
 
 def test_figures_without_a_value_are_null_in_the_file(tmp_path: Path) -> None:
     scores_NC = np.array([[1.0, 0.0], [0.0, 1.0]])
-    figures = summary(scores_NC, np.eye(2), single_label=False)
+    figures = summary(scores_NC, np.eye(2))
     write_evaluation(tmp_path / "e.json", {}, figures, scores_NC, np.eye(2), ("a", "b"))
     written = json.loads((tmp_path / "e.json").read_text(), parse_constant=pytest.fail)
     assert (written["mAUC"], written["d_prime"]) == (1.0, None)  # infinite

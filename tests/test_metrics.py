@@ -63,7 +63,7 @@ def test_the_means_of_thousands_of_clips_equal_scikit_learn(levels: int | None) 
     targets_NC = (rng.random((2000, 11)) < 0.05).astype(np.float32)
     targets_NC[:, 4] = 0
     kept = [c for c in range(11) if c != 4]
-    figures = summary(scores_NC, targets_NC, single_label=False)
+    figures = summary(scores_NC, targets_NC)
     precision = average_precision_score(targets_NC[:, kept], scores_NC[:, kept])
     assert figures["mAP"] == pytest.approx(precision, abs=ROUNDING)
     assert figures["mAUC"] == pytest.approx(roc_auc_score(targets_NC[:, kept], scores_NC[:, kept]), abs=ROUNDING)
@@ -94,14 +94,15 @@ def test_d_prime_of_a_perfect_ranking_is_infinite_and_of_none_is_nan() -> None:
 def test_classes_without_positives_are_counted_and_left_out_of_the_mean() -> None:
     scores_NC = np.array([[0.9, 0.1, 0.3], [0.2, 0.8, 0.4]])
     targets_NC = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-    figures = summary(scores_NC, targets_NC, single_label=False)
+    figures = summary(scores_NC, targets_NC)
     assert figures == {
-        "clips": 2, "classes": 3, "mAP": 1.0, "mAUC": 1.0, "d_prime": math.inf, "classes_without_positives": 1,
+        "clips": 2, "classes": 3, "accuracy": 1.0, "mAP": 1.0, "mAUC": 1.0, "d_prime": math.inf,
+        "classes_without_positives": 1,
     }  # fmt: skip
 
 
 def test_no_positive_at_all_is_nan_and_not_zero() -> None:
-    figures = summary(np.zeros((2, 2)), np.zeros((2, 2)), single_label=False)
+    figures = summary(np.zeros((2, 2)), np.zeros((2, 2)))
     assert all(math.isnan(figures[name]) for name in ("mAP", "mAUC", "d_prime"))
 
 
@@ -110,6 +111,6 @@ def test_one_score_without_a_value_leaves_no_mean_with_a_value(place: tuple[int,
     scores_NC = np.random.default_rng(2).random((8, 2)).astype(np.float32)
     targets_NC = np.eye(2)[[0, 1] * 4]
     scores_NC[place] = math.nan
-    figures = summary(scores_NC, targets_NC, single_label=True)
+    figures = summary(scores_NC, targets_NC)
     assert all(math.isnan(figures[name]) for name in ("accuracy", "mAP", "mAUC", "d_prime"))
     assert math.isfinite(by_class(scores_NC, targets_NC).average_precision_C[1 - place[1]]), "the other class has one"

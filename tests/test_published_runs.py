@@ -123,7 +123,7 @@ def pretrained(ranks: RankServer, as20k: Path, tmp_path_factory: pytest.TempPath
     [
         ("as20k_asda", "as20k", "train", "eval", "mAP", 527),
         ("esc50_asda", "esc50", "fold1+fold2+fold3", "fold4", "accuracy", 8),
-        ("spc2_asda", "words", "train", "test", "mAP", 8),
+        ("spc2_asda", "words", "train", "test", "accuracy", 8),
     ],
 )
 def test_a_published_fine_tuning_runs_from_raw_files_to_its_table(

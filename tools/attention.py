@@ -72,7 +72,7 @@ def _of_block(name: str, after_B: np.ndarray, before_B: np.ndarray) -> dict[str,
 
 def table(name: str, network: Network, found: dict[str, np.ndarray]) -> list[str]:
     """Lines: block x map, each figure with its interval."""
-    kind = network.description.model.attention_lambda
+    kind = network.model.attention_lambda
     lines = [f"{name} (lambda {kind})", f"{'block':>5}  {'map':17}{'unrelated':>19}{'own':>19}{'unrelated / own':>19}"]
     for name_of_map, blocks in figures(found).items():
         for block, cells in enumerate(blocks):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from asda import checkpoint
-from asda.config import Description
+from asda.config import Description, ModelConfig, of_asda
 from asda.data.clips import Clip
 from asda.data.fbank import log_mel
 from asda.errors import UserError
@@ -30,9 +30,14 @@ class Network:
     description: Description
 
     @property
+    def model(self) -> ModelConfig:
+        """Its sizes and its lambda."""
+        return of_asda(self.description.model)
+
+    @property
     def main_map(self) -> str:
         """The map by which the network mixes values, without its sign."""
-        return ONLY if self.description.model.attention_lambda == "absent" else ABSOLUTE
+        return ONLY if self.model.attention_lambda == "absent" else ABSOLUTE
 
 
 def load_network(path: Path) -> Network:
@@ -43,7 +48,7 @@ def load_network(path: Path) -> Network:
     """
     folder = checkpoint.resolve(path)
     description = checkpoint.read_description(folder)
-    if not hasattr(description.model, "attention_lambda"):
+    if not isinstance(description.model, ModelConfig):
         raise UserError(f"{path} holds a network of another kind, whose attention is not looked into; leave it out")
     encoder = Encoder(description.model)
     encoder.load_state_dict(_weights(folder))

@@ -34,7 +34,7 @@ def bench_metrics() -> dict[str, float]:
         return float(metric.compute())
 
     works: dict[str, Callable[[], float]] = {
-        "ours": lambda: float(summary(scores.numpy(), targets_NC, single_label=False)["mAP"]),
+        "ours": lambda: float(summary(scores.numpy(), targets_NC)["mAP"]),
         "torchmetrics": theirs,
         "sklearn": lambda: float(average_precision_score(targets_NC, scores.numpy())),
     }

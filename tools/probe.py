@@ -9,13 +9,14 @@ import json
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from asda import checkpoint
 from asda.config import Config, DataConfig, Description, EngineConfig, OptimizerConfig, ProbeConfig, RunConfig
 from asda.engine import join_processes, leave_processes
 from asda.errors import UserError, exit_with_sentence
 from asda.inference import load
-from asda.models.encoder import Encoder
+from asda.models.classifier import make_encoder
 from asda.probe import Probe
 
 EXAMPLES = """examples:
@@ -61,10 +62,10 @@ def _config(description: Description, args: argparse.Namespace) -> Config:
     return config.model_copy(update={"probe": wanted})  # which the encoder of a classifier may have here
 
 
-def _fresh(description: Description, seed: int) -> Encoder:
+def _fresh(description: Description, seed: int) -> nn.Module:
     """The same network as training begins with it: what its shape alone makes of the spectra."""
     torch.manual_seed(seed)
-    return Encoder(description.model).requires_grad_(False).eval()
+    return make_encoder(description.model).requires_grad_(False).eval()
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

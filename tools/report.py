@@ -324,7 +324,7 @@ def _attention_caption(network: Network) -> str:
         "the first map, the second, and the first minus lambda times the second, which mixes the values (red adds, "
         "blue subtracts)"
     )
-    maps = "the one map" if network.description.model.attention_lambda == "absent" else two
+    maps = "the one map" if network.model.attention_lambda == "absent" else two
     return (
         f"Attention of the CLS token in the last block, mean over heads: {maps}. 1 is what a patch would get if "
         f"attention were spread evenly. The points by block are from {MIXTURES} training clips of which one half was "
