@@ -105,7 +105,7 @@ def filled(tree: Tree) -> Tree:
         defaults.pop("objective", None)
     whole = _merged(defaults, given)
     if _at(whole, "model.architecture") == "ast" and "frames" not in whole["model"]:  # for which positions are learned
-        whole["model"] |= {"frames": _at(whole, "data.frames") or DEFAULT_FRAMES}
+        whole["model"] = whole["model"] | {"frames": _at(whole, "data.frames") or DEFAULT_FRAMES}
     return whole
 
 

@@ -156,8 +156,8 @@ def _rate_words(config: Config) -> str:
     warmup = f"from 0 to {settings.lr:g} in {settings.warmup_steps:,} steps, " if settings.warmup_steps else ""
     if decay := settings.step_decay:
         return (
-            f"learning {warmup}then {settings.lr:g}, times {decay.factor:g} at step {decay.start:,} and every "
-            f"{decay.every:,} after it"
+            f"learning {warmup}{'then' if warmup else 'at'} {settings.lr:g}, times {decay.factor:g} at step "
+            f"{decay.start:,} and every {decay.every:,} after it"
         )
     return f"learning {warmup}then a cosine from {settings.lr:g} to {settings.min_lr:g} at step {settings.steps:,}"
 

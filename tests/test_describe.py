@@ -28,6 +28,13 @@ def test_overrides_are_described_with_what_departs_from_the_preset():
     assert figures["parameters"]["trainable"] == 87_840_000 - 12 * (768 * 768 + 768 // 2)
 
 
+def test_an_ast_and_what_ham_ast_adds_are_described_by_their_overlapping_patches():
+    printed = describe("configs/esc50_ham.json", "--classes", "50").stdout
+    assert "ordinary attention (AST), 6 Conformer blocks, channel attention" in printed
+    assert "encoder 85,717,248, ham 85,299,504, head 39,986" in printed
+    assert "32 x 8 patches, seen as 50 x 12 overlapping ones, 602 tokens" in printed
+
+
 @pytest.mark.launch
 def test_a_trained_classifier_is_described_with_its_classes(finetuned: Path):
     printed = describe(finetuned).stdout

@@ -56,6 +56,18 @@ def test_the_published_recipe_is_summed_up() -> None:
         assert words in table
 
 
+def test_a_recipe_of_ast_is_summed_up() -> None:
+    table = said(load_config(CONFIGS / "esc50_ham.json"), Clips(1600, 20, num_classes=50), 1, 12, 100e12)
+    for words in (
+        "preset      ast, base\n",
+        "encoder 85.72 M, ham 85.3 M, head 39.99 k\n",
+        "5.12 s = 512 frames = 256 patches, seen as 50 x 12 overlapping ones, 602 tokens\n",
+        "explicit for clips of 602 tokens",
+        "learning at 1e-05, times 0.85 at step 170 and every 34 after it\n",
+    ):
+        assert words in table
+
+
 def test_a_run_that_goes_on_is_told_what_is_left_and_what_comes_next() -> None:
     overrides = ['probe={"train": "a:b", "test": "a:c"}', "run.eval_every=300", "run.save_every=250"]
     config = load_config(CONFIGS / "real_pretrain.json", overrides)
