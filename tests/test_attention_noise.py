@@ -203,7 +203,8 @@ def test_the_tool_writes_figures_and_a_picture_of_all_runs(shards: Path, tmp_pat
     done = run("attention", *runs, "--data", f"{shards}:test", "--clips", 6, "--out", out)
     assert done.code == 0, done.err
     record = json.loads(out.read_text())
-    assert list(record["runs"]) == [str(path) for path in runs]
+    assert record["paths"] == {"pretrained": str(runs[0]), "tagger": str(runs[1])}
+    assert list(record["runs"]) == ["pretrained", "tagger"]
     for maps in record["runs"].values():
         for name, blocks in maps.items():
             assert len(blocks) == TINY.depth

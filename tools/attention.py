@@ -25,6 +25,7 @@ from attention_noise import (
     ratio_estimate,
 )
 from pictures import DB_PER_NEPER, pyplot, show_levels, show_patches
+from report_runs import distinct_names
 
 from asda.data.clips import ClipDataset
 from asda.errors import UserError, exit_with_sentence
@@ -41,7 +42,7 @@ PICTURED = 3  # mixtures in the picture
 
 def compare(args: argparse.Namespace) -> None:
     """Measure every run on the same mixtures, print the tables, write both files."""
-    networks = {str(path): load_network(path) for path in args.runs}
+    networks = {name: load_network(path) for name, path in zip(distinct_names(args.runs), args.runs, strict=True)}
     dataset = ClipDataset(args.data, labelled=True)
     clips = choose_clips(dataset, args.clips, args.seed)
     mixtures = make_mixtures(clips, list(networks.values()), args.context, args.seed)
@@ -52,6 +53,7 @@ def compare(args: argparse.Namespace) -> None:
     if len(networks) > 1:
         print("\n" + "\n".join(comparison(networks, shares)))
     record = {key: getattr(args, key) for key in ("data", "context", "query", "seed")} | {"clips": len(mixtures)}
+    record["paths"] = {name: str(path) for name, path in zip(networks, args.runs, strict=True)}
     record["runs"] = {name: figures(found) for name, found in shares.items()}
     picture = draw(networks, mixtures[:PICTURED])
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +107,7 @@ def draw(networks: dict[str, Network], mixtures: Sequence[Mixture]) -> bytes:
     """PNG: a row a network and mixture, with what the patches that stayed take from all patches in the last block."""
     plt = pyplot("tools/attention.py")
     rows = [(name, mixture) for name in networks for mixture in mixtures]
-    figure, grid = plt.subplots(len(rows), 4, figsize=(14, 2.2 * len(rows) + 0.5), squeeze=False, layout="constrained")
+    figure, grid = plt.subplots(len(rows), 4, figsize=(14, 2.4 * len(rows) + 0.5), squeeze=False, layout="constrained")
     for axes, (name, mixture) in zip(grid, rows, strict=True):
         _draw_row(figure, axes, name, networks[name], mixture)
     for axes in grid[-1]:
@@ -120,7 +122,7 @@ def _draw_row(figure: Any, axes: Any, name: str, network: Network, mixture: Mixt
     show_levels(axes[0], mixture.mixed_TM * DB_PER_NEPER)
     replaced = "first" if mixture.replaced_first else "second"
     axes[0].set_ylabel("Hz (mel scale)", fontsize=9)
-    axes[0].set_title(f"{Path(name).name}: {replaced} half unrelated", fontsize=9, parse_math=False)
+    axes[0].set_title(f"{name}\n{replaced} half unrelated", fontsize=9, parse_math=False)
     tokens_1KD = block_inputs(network, mixture.mixed_TM)[-1]
     maps = {n: m for n, m in named_maps(attention_of(network, -1), tokens_1KD).items() if n != SIGNED}
     num_patches = tokens_1KD.shape[1] - 1
