@@ -30,7 +30,7 @@ def probe(args: argparse.Namespace) -> None:
     folder = checkpoint.resolve(args.checkpoint)
     description = checkpoint.read_description(folder)
     weights = args.weights or ("teacher" if (folder / "teacher.safetensors").is_file() else "student")
-    encoders = {weights: load(folder, weights, "cpu").encoder}
+    encoders: dict[str, nn.Module] = {weights: load(folder, weights, "cpu").encoder}
     if args.random:
         encoders["random"] = _fresh(description, args.seed)
     judge = Probe(_config(description, args))
