@@ -124,6 +124,9 @@ def pretrained(ranks: RankServer, as20k: Path, tmp_path_factory: pytest.TempPath
         ("as20k_asda", "as20k", "train", "eval", "mAP", 527),
         ("esc50_asda", "esc50", "fold1+fold2+fold3", "fold4", "accuracy", 8),
         ("spc2_asda", "words", "train", "test", "accuracy", 8),
+        ("esc50_ham", "esc50", "fold1+fold2+fold3", "fold4", "accuracy", 8),
+        ("spc2_ast", "words", "train", "test", "accuracy", 8),
+        ("spc2_ham", "words", "train", "test", "accuracy", 8),
     ],
 )
 def test_a_published_fine_tuning_runs_from_raw_files_to_its_table(
@@ -134,13 +137,14 @@ def test_a_published_fine_tuning_runs_from_raw_files_to_its_table(
     figure: str,
     classes: int,
     ranks: RankServer,
-    pretrained: Path,
     request: pytest.FixtureRequest,
     tmp_path: Path,
 ) -> None:
     shards, folder = request.getfixturevalue(dataset), tmp_path / name
     places = (f"data.train={shards}:{train}", f"data.valid={shards}:{test}", f"run.folder={folder}")
-    config = ("--config", ROOT / f"configs/{name}.json", f"objective.init_from={pretrained}")
+    # AST begins with published weights, which are not at hand
+    start = request.getfixturevalue("pretrained") if name.endswith("_asda") else ""
+    config = ("--config", ROOT / f"configs/{name}.json", f"objective.init_from={start}")
     run(ranks, tmp_path / "train.log", "train.py", *config, *places, *SMALL)
     table = run(ranks, tmp_path / "evaluate.log", "evaluate.py", "--checkpoint", folder)
     figures = json.loads((folder / "evaluation.json").read_text())
