@@ -203,18 +203,18 @@ def combined_logits(
 def evaluate(several: list[Member], data: str | None, out: Path | None, *, ensemble: bool, chunks: bool) -> None:
     """Evaluate checkpoints, print the figures and write the files of asda.evaluation_files."""
     newest = several[-1]
-    valid = data or newest.config.data.valid
-    if not valid:
+    judged_on = data or newest.config.data.test or newest.config.data.valid
+    if not judged_on:
         raise UserError(f"{newest.folder} names no held-out data; give --data FOLDER:SPLIT")
     processes = join_processes()
-    dataset = held_out(newest.config, newest.state.vocabulary, valid)
+    dataset = held_out(newest.config, newest.state.vocabulary, judged_on)
     logits_NC, targets_NC = combined_logits(several, dataset, processes, ensemble=ensemble, chunks=chunks)
     leave_processes()
     _check_values(logits_NC, newest.folder)
     if not processes.is_first:
         return
     figures = summary(logits_NC, targets_NC)
-    about = {"checkpoint": str(newest.folder), "data": valid, "step": newest.state.step, "chunks": chunks}
+    about = {"checkpoint": str(newest.folder), "data": judged_on, "step": newest.state.step, "chunks": chunks}
     name = "evaluation"
     if len(several) > 1:
         way = "ensemble" if ensemble else "average"
@@ -222,7 +222,7 @@ def evaluate(several: list[Member], data: str | None, out: Path | None, *, ensem
         about |= {"combined": way, "of": [str(one.folder) for one in several]}
     out = out or newest.folder.parent.parent / f"{name}.json"
     lines = write_evaluation(out, about, figures, logits_NC, targets_NC, dataset.vocabulary)
-    print(_in_words(figures, valid), *lines, sep="\n")
+    print(_in_words(figures, judged_on), *lines, sep="\n")
 
 
 def _check_values(logits_NC: np.ndarray, folder: Path) -> None:
@@ -270,7 +270,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="hear long clips to the end, in chunks of data.frames, by the mean of their probabilities",
     )
-    parser.add_argument("--data", help="FOLDER:SPLIT; default: the run's own data.valid")
+    parser.add_argument("--data", help="FOLDER:SPLIT; default: the run's own data.test, else its data.valid")
     parser.add_argument(
         "--out", type=Path, help="the JSON file, beside which the table and the picture go; default: evaluation.json "
         "in the run folder, or evaluation_average.json, evaluation_ensemble.json"

@@ -17,6 +17,8 @@ from forked_ranks import RankServer
 from launching import ROOT, environment
 from sounds_dataset import write_dataset
 
+from asda.runlog import read_metrics
+
 SMALL = [
     "model.width=32", "model.depth=2", "model.heads=2", "engine.precision=fp32", "engine.micro_batch=4",
     "optimizer.batch=4", "optimizer.steps=3", "optimizer.warmup_steps=1", "run.log_every=1",
@@ -117,23 +119,27 @@ def pretrained(ranks: RankServer, as20k: Path, tmp_path_factory: pytest.TempPath
     return folder
 
 
+ALL_BUT_ONE = {"train": "fold1+fold2+fold3", "valid": "fold4"}
+ON_TEST = {"train": "train", "valid": "test"}
+BEST_ON_VALID = {"train": "train", "valid": "valid", "test": "test"}
+
+
 @pytest.mark.launch
 @pytest.mark.parametrize(
-    ("name", "dataset", "train", "test", "figure", "classes"),
+    ("name", "dataset", "splits", "figure", "classes"),
     [
-        ("as20k_asda", "as20k", "train", "eval", "mAP", 527),
-        ("esc50_asda", "esc50", "fold1+fold2+fold3", "fold4", "accuracy", 8),
-        ("spc2_asda", "words", "train", "test", "accuracy", 8),
-        ("esc50_ham", "esc50", "fold1+fold2+fold3", "fold4", "accuracy", 8),
-        ("spc2_ast", "words", "train", "test", "accuracy", 8),
-        ("spc2_ham", "words", "train", "test", "accuracy", 8),
+        ("as20k_asda", "as20k", {"train": "train", "valid": "eval"}, "mAP", 527),
+        ("esc50_asda", "esc50", ALL_BUT_ONE, "accuracy", 8),
+        ("spc2_asda", "words", ON_TEST, "accuracy", 8),
+        ("esc50_ham", "esc50", ALL_BUT_ONE, "accuracy", 8),
+        ("spc2_ast", "words", BEST_ON_VALID, "accuracy", 8),
+        ("spc2_ham", "words", BEST_ON_VALID, "accuracy", 8),
     ],
 )
 def test_a_published_fine_tuning_runs_from_raw_files_to_its_table(
     name: str,
     dataset: str,
-    train: str,
-    test: str,
+    splits: dict[str, str],
     figure: str,
     classes: int,
     ranks: RankServer,
@@ -141,11 +147,12 @@ def test_a_published_fine_tuning_runs_from_raw_files_to_its_table(
     tmp_path: Path,
 ) -> None:
     shards, folder = request.getfixturevalue(dataset), tmp_path / name
-    places = (f"data.train={shards}:{train}", f"data.valid={shards}:{test}", f"run.folder={folder}")
+    places = [f"run.folder={folder}", *(f"data.{key}={shards}:{split}" for key, split in splits.items())]
     # AST begins with published weights, which are not at hand
     start = request.getfixturevalue("pretrained") if name.endswith("_asda") else ""
     config = ("--config", ROOT / f"configs/{name}.json", f"objective.init_from={start}")
     run(ranks, tmp_path / "train.log", "train.py", *config, *places, *SMALL)
+    assert len(read_metrics(folder, "test_best")) == (splits is BEST_ON_VALID)
     table = run(ranks, tmp_path / "evaluate.log", "evaluate.py", "--checkpoint", folder)
     figures = json.loads((folder / "evaluation.json").read_text())
     assert (figures["clips"], figures["classes"]) == (8, classes)
