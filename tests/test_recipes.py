@@ -112,10 +112,8 @@ def test_a_fine_tuning_of_ast_is_the_released_one(name: str) -> None:
     assert isinstance(objective, ClassifyConfig)
     assert (objective.loss, objective.label_smoothing, objective.pooling, objective.layer_decay) == (loss, 0, "cls", 1)
     judged = (config.data.valid, config.data.test, config.run.keep_best)
-    words = "shards/speechcommands"
-    assert judged == (
-        (f"{words}:valid", f"{words}:test", "accuracy") if loss == "bce" else ("shards/esc50:fold1", "", "")
-    )
+    words = ("shards/speechcommands:valid", "shards/speechcommands:test", "accuracy")
+    assert judged == (words if loss == "bce" else ("shards/esc50:fold1", "", ""))
     assert isinstance(model, AstConfig)
     assert (model.width, model.depth, model.heads, model.mlp_ratio) == (768, 12, 12, 4.0)
     assert (model.patch, model.time_stride, model.mel_stride) == (16, 10, 10)
