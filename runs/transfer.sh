@@ -13,8 +13,7 @@ train exp/pretrained_words real_pretrain "data.train=[$PILE,$WORDS]" data.frames
     optimizer.batch=64 optimizer.steps=1500 run.log_every=50 run.save_every=500
 wait
 
-FINE=(engine.micro_batch=16 optimizer.steps=400 optimizer.warmup_steps=40 run.log_every=50 objective.pooling=mean
-    'data.augment={"roll":true,"magnitude":10.0,"spec_augment":{"mel_ratio":0.2,"frame_ratio":0.2}}')
+FINE=(engine.micro_batch=16 run.log_every=50 objective.pooling=mean)
 SCRATCH=(objective.init_from= objective.layer_decay=1.0)
 for task in esc10 us8k; do
     crossval "exp/$task-scratch" real_finetune "$task" $ESC10_FOLDS 1,2,3 "${FINE[@]}" "${SCRATCH[@]}"

@@ -21,6 +21,7 @@ from asda.config import (
     load_config,
 )
 from asda.engine import learning_rate
+from asda.official.ast import LOG_MEL as LOG_MEL_OF_CLASSES
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STORY = {"what", "source", "expected", "hardware", "command"}
@@ -191,3 +192,7 @@ def test_the_floor_of_the_rate_is_scaled_with_its_layer_or_the_same_for_all() ->
     # The lowest three of twelve blocks, as released
     constant = [block for block in range(12) if learning_rate(absolute, 1000, 0.65 ** (12 - block)) < 1e-6]
     assert constant == [0, 1, 2]
+
+
+def test_the_converter_of_ast_assumes_the_figures_of_the_configurations() -> None:
+    assert [LOG_MEL_OF_CLASSES[classes] for classes in (50, 35)] == [AST_LOG_MEL[512], AST_LOG_MEL[128]]

@@ -49,7 +49,7 @@ OF_A_BLOCK = [
 FIXED: Tree = {"num_mel_bins": 128, "hidden_act": "gelu", "qkv_bias": True}
 # By number of classes, of the published recipes: the loss; the statistics of the log-mel
 BCE_CLASSES = {527: "AudioSet", 35: "Speech Commands V2"}
-LOG_MEL = {35: (-6.845978, 5.5654526), 50: (-6.6267077, 5.358466)}  # of Speech Commands V2 and ESC-50
+LOG_MEL = {35: (-6.845978, 5.5654526), 50: (-6.6268077, 5.358466)}  # of Speech Commands V2 and ESC-50
 AUDIOSET_LOG_MEL = (-4.2677393, 4.5689974)
 
 
