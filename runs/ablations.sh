@@ -6,11 +6,11 @@ all_shards
 
 SMALL=(model.width=128 model.depth=4 model.heads=4)
 BASE=("${SMALL[@]}" "data.train=[$UNLABELLED]" objective.target_layers=4 objective.decoder.width=128 optimizer.batch=8
-    optimizer.steps=1000 optimizer.warmup_steps=100 optimizer.lr=0.001 engine.micro_batch=8
+    optimizer.steps=600 optimizer.warmup_steps=60 optimizer.lr=0.001 engine.micro_batch=8
     run.log_every=50 run.save_every=100000 run.eval_every=100000
     'probe={"train":"shards/esc10:fold1+fold2+fold3","test":"shards/esc10:fold4"}')
 
-# Steps of 1, 4 and 16 students that cost the FLOPs of 1,000 steps of 8: a student 183 MFLOP a clip, the teacher 279
+# Steps of 1, 4 and 16 students that cost the FLOPs of 600 steps of 8: a student 183 MFLOP a clip, the teacher 279
 VARIANTS=(
     "base"
     "lambda_0 model.attention_lambda=0.0"
@@ -22,9 +22,9 @@ VARIANTS=(
     "students_1 objective.students=1"
     "students_4 objective.students=4"
     "students_16 objective.students=16"
-    "students_1_equal objective.students=1 optimizer.steps=3769"
-    "students_4_equal objective.students=4 optimizer.steps=1725"
-    "students_16_equal objective.students=16 optimizer.steps=544"
+    "students_1_equal objective.students=1 optimizer.steps=2261"
+    "students_4_equal objective.students=4 optimizer.steps=1035"
+    "students_16_equal objective.students=16 optimizer.steps=326"
 )
 for seed in 1 2 3; do
     for variant in "${VARIANTS[@]}"; do
