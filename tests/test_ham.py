@@ -319,13 +319,9 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_the_uninterrupted_one_bit_for_b
     small = ["size=tiny", "model.width=48", "model.depth=1", "model.conformer.blocks=1", "data.frames=64"]
     steps = ["optimizer.steps=4", "optimizer.batch=8", "run.save_every=2", "run.eval_every=4", "run.log_every=1"]
     steps += ['optimizer.step_decay={"factor": 0.5, "every": 1, "start": 2}', "engine.precision=fp32", "run.keep=9"]
-    data = [
-        f"data.train={shards}:train",
-        f"data.valid={shards}:test",
-        "objective.init_from=",
-        "objective.drop_path=0.2",
-    ]
-    run = [*small, *steps, *data, "objective.loss=ce", f"run.folder={tmp_path / 'run'}"]
+    data = [f"data.train={shards}:train", f"data.valid={shards}:test", "data.test=", "run.keep_best="]
+    objective = ["objective.init_from=", "objective.drop_path=0.2", "objective.loss=ce"]
+    run = [*small, *steps, *data, *objective, f"run.folder={tmp_path / 'run'}"]
     launch(0, "train.py", "--config", str(config), *run)
     last = tmp_path / "run" / "checkpoints" / "step-0000004"
     uninterrupted = {path.name: load_file(path) for path in last.glob("*.safetensors")}
