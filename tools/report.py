@@ -34,7 +34,7 @@ from report_figures import (
 )
 from report_runs import Run, confusions, differences, held_out, median, read_runs, training_hours
 
-from asda.config import ClassifyConfig, PretrainConfig, dump_config
+from asda.config import PretrainConfig, dump_config
 from asda.data.cache import CacheConfig
 from asda.data.clips import Clip, ClipDataset, read_clips
 from asda.data.order import Draw
@@ -153,15 +153,14 @@ def _held_out_section(runs: Sequence[Run]) -> str:
 
 def _classifier_row(run: Run) -> list[Any]:
     figures, source = held_out(run)
-    objective = run.config.objective
-    single = isinstance(objective, ClassifyConfig) and objective.loss == "ce"
+    guessed = "accuracy" in figures and figures.get("classes")
     return [
         run.name,
         _percent(figures.get("accuracy")),
         _number(figures.get("mAP"), ".3f"),
         figures.get("clips"),
         figures.get("classes"),
-        _percent(1 / figures["classes"]) if single and figures.get("classes") else None,
+        _percent(1 / figures["classes"]) if guessed else None,
         figures.get("step"),
         source.partition(",")[0],
     ]
