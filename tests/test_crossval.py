@@ -65,6 +65,12 @@ def test_every_fold_is_held_out_once_a_seed_and_nothing_is_done_twice(shards: Pa
 
 @pytest.mark.launch
 def test_a_training_that_fails_is_one_sentence_with_its_reason(shards: Path, tmp_path: Path) -> None:
+    idle = crossval("--data", shards, "--out", tmp_path / "x", "--jobs", 0)
+    assert (idle.returncode, idle.stderr) == (2, "error: --jobs 0 must be at least 1\n")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "crossval.json").write_text('{"config": "a')
+    torn = crossval("--data", shards, "--out", tmp_path / "torn")
+    assert (torn.returncode, "is not what this tool has written" in torn.stderr) == (2, True)
     failing = ["--hold-out", "test", "objective.init_from=/nowhere", *TINY]
     done = crossval("--data", shards, "--out", tmp_path / "x", *failing)
     assert done.returncode == 2

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from tqdm import tqdm
 
@@ -210,11 +211,11 @@ def claim(plan: Plan) -> None:
     path = plan.out / RECORD
     if not path.exists():
         write(plan, {})
-    theirs = json.loads(path.read_text())
+    theirs = _parsed(path)
     for name, value in _about(plan).items():
-        if theirs[name] != value:
+        if theirs.get(name) != value:
             raise UserError(
-                f"{plan.out} holds runs whose {name} was {json.dumps(theirs[name])}, not {json.dumps(value)}; give "
+                f"{plan.out} holds runs whose {name} was {json.dumps(theirs.get(name))}, not {json.dumps(value)}; give "
                 "another --out"
             )
 
@@ -223,7 +224,9 @@ def write(plan: Plan, figures: dict[Cell, dict[str, float]]) -> Path:
     """The figures of every run as JSON, in the folder of all."""
     path = plan.out / RECORD
     runs = [asdict(cell) | of_cell for cell, of_cell in figures.items()]
-    path.write_text(json.dumps(_about(plan) | {"runs": runs}, indent=1) + "\n")
+    half = path.with_suffix(".tmp")  # a kill leaves the old file or the new one
+    half.write_text(json.dumps(_about(plan) | {"runs": runs}, indent=1) + "\n")
+    half.replace(path)
     return path
 
 
@@ -232,8 +235,18 @@ def read(folder: Path) -> dict[Cell, dict[str, float]]:
     path = folder / RECORD
     if not path.is_file():
         raise UserError(f"{path} is missing; --against names the --out of another call of this tool")
-    runs = json.loads(path.read_text())["runs"]
+    runs = _parsed(path)["runs"]
     return {Cell(run["fold"], run["seed"]): {name: run[name] for name in METRICS if name in run} for run in runs}
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+        if isinstance(found, dict) and isinstance(found.get("runs"), list):
+            return found
+    except ValueError:
+        pass
+    raise UserError(f"{path} is not what this tool has written; remove it, the runs beside it stay")
 
 
 def _about(plan: Plan) -> dict[str, object]:
@@ -246,6 +259,9 @@ def planned(args: argparse.Namespace) -> Plan:
     Raises:
         UserError: the dataset has no such split, or nothing would be left to train on; the configuration is wrong.
     """
+    for name in ("jobs", "ranks"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)} must be at least 1")
     splits = tuple(load_dataset(Path(args.data)).splits)
     folds = tuple(args.hold_out or splits)
     for fold in folds:
