@@ -104,7 +104,10 @@ def _serve() -> None:
 
 def _reap(children: dict[int, str]) -> None:
     for pid in list(children):
-        done, status = os.waitpid(pid, os.WNOHANG)
+        try:
+            done, status = os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:  # two ended at once: a call inside this one has reaped it
+            continue
         if done:
             path = Path(children.pop(pid))
             path.with_suffix(".tmp").write_text(str(os.waitstatus_to_exitcode(status)))
