@@ -18,6 +18,7 @@ from asda.data.audio import SAMPLE_RATE_HZ
 from asda.data.clips import ClipDataset, read_clips
 from asda.data.fbank import num_samples
 from asda.data.order import Draw
+from asda.data.shards import load_dataset
 from asda.errors import UserError
 from asda.inference import Model
 from asda.probe import PENALTIES
@@ -25,6 +26,12 @@ from asda.probe import PENALTIES
 
 def arguments_of(shards: Path, *more: object) -> list[str]:
     return ["--train", f"{shards}:train", "--test", f"{shards}:test", *map(str, more)]
+
+
+def judged(out: Path) -> dict[str, dict[str, float]]:
+    """The figures of the only two sets that were named."""
+    (figures,) = json.loads(out.read_text())["judged"]
+    return figures
 
 
 def run_probe(*arguments: str, ranks: int = 0) -> str:
@@ -68,20 +75,29 @@ def test_frozen_encoders_are_judged_as_scikit_learn_does_on_any_number_of_ranks(
     folder, out = write_pretrained(tmp_path / "weights"), tmp_path / "new" / "probe.json"
     arguments = arguments_of(shards, "--checkpoint", folder, "--random", "--out", out)
     told = run_probe(*arguments)
-    figures = json.loads(out.read_text())
+    figures = judged(out)
     # The features are equal to the rounding of fp32, and with so few clips the decisions are.
     assert figures["teacher"] == expected_figures(asda.load(folder, "teacher", "cpu"), shards)
     assert f"knn_accuracy {figures['teacher']['knn_accuracy']:.4f}" in told
     assert figures["random"].keys() == figures["teacher"].keys()
     run_probe(*arguments, ranks=2)
-    assert json.loads(out.read_text()) == figures
+    assert judged(out) == figures
+    # Held out in turn: the sets of above are those of the split "test"; the mean stands below
+    splits = load_dataset(shards).splits
+    rest = "+".join(name for name in splits if name != "test")
+    held_out = ["--data", str(shards), "--hold-out", "test,train", "--checkpoint", str(folder), "--out", str(out)]
+    told = run_probe(*held_out)
+    first, second = json.loads(out.read_text())["judged"]
+    assert (first["train"], first["test"]) == (f"{shards}:{rest}", f"{shards}:test")
+    mean = (first["teacher"]["knn_accuracy"] + second["teacher"]["knn_accuracy"]) / 2
+    assert f"knn_accuracy {mean:.4f} +- " in told.splitlines()[-1]
 
 
 @pytest.mark.launch
 def test_the_encoder_of_a_classifier_is_judged_too(shards: Path, tmp_path: Path) -> None:
     tagger, out = write_tagger(tmp_path / "tagger"), tmp_path / "probe.json"
     run_probe(*arguments_of(shards, "--checkpoint", tagger, "--neighbours", 3, "--out", out))
-    assert json.loads(out.read_text())["student"] == expected_figures(asda.load(tagger, "student", "cpu"), shards, 3)
+    assert judged(out)["student"] == expected_figures(asda.load(tagger, "student", "cpu"), shards, 3)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +106,8 @@ def test_the_encoder_of_a_classifier_is_judged_too(shards: Path, tmp_path: Path)
         (["--checkpoint", "nowhere"], "there is no checkpoint in nowhere"),
         (["--checkpoint", "{tagger}", "--weights", "teacher"], "has no teacher, which only pre-training keeps"),
         (["--checkpoint", "{tagger}", "--neighbours", "0"], "--neighbours 0 must be 1 or more"),
+        (["--checkpoint", "{tagger}", "--data", "shards"], "name --train and --test; or --data, and --hold-out"),
+        (["--checkpoint", "{tagger}", "--hold-out", "test"], "name --train and --test; or --data, and --hold-out"),
         (["--checkpoint", "{tagger}", "--neighbours", "99"], r"probe.neighbours 99 exceeds the 48 clips"),
     ],
 )

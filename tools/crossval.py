@@ -79,7 +79,7 @@ class Plan:
     def arguments(self, cell: Cell) -> list[str]:
         """Overrides of one training."""
         own = [text.replace("{seed}", str(cell.seed)).replace("{fold}", cell.fold) for text in self.overrides]
-        train = "+".join(split for split in self.splits if split != cell.fold)
+        train = other_splits(self.data, self.splits, cell.fold)
         places = [f"data.train={self.data}:{train}", f"data.valid={self.data}:{cell.fold}"]
         return [*own, *places, f"run.seed={cell.seed}", f"run.folder={self.out / cell.name}"]
 
@@ -265,10 +265,7 @@ def planned(args: argparse.Namespace) -> Plan:
     splits = tuple(load_dataset(Path(args.data)).splits)
     folds = tuple(args.hold_out or splits)
     for fold in folds:
-        if fold not in splits or len(splits) < 2:
-            raise UserError(
-                f"--hold-out {fold}: {args.data} has the splits {', '.join(splits)}; name one or more of at least two"
-            )
+        other_splits(args.data, splits, fold)
     cells = tuple(Cell(fold, seed) for seed in args.seeds for fold in folds)
     plan = Plan(args.config, tuple(args.overrides), args.data, splits, cells, args.out)
     for cell in cells:
@@ -307,6 +304,19 @@ def main() -> None:
         if theirs:
             values = [figures[cell][metric] - theirs[cell][metric] for cell in figures]
             print(f"{'difference':12} {_spread(values, metric)}  to {args.against}")
+
+
+def other_splits(data: str, splits: Sequence[str], fold: str) -> str:
+    """What is left to train on where one split is held out: fold1+fold3.
+
+    Raises:
+        UserError: the dataset has no such split, or no other.
+    """
+    if fold not in splits or len(splits) < 2:
+        raise UserError(
+            f"--hold-out {fold}: {data} has the splits {', '.join(splits)}; name one or more of at least two"
+        )
+    return "+".join(split for split in splits if split != fold)
 
 
 def names(text: str) -> list[str]:

@@ -7,12 +7,15 @@ hides how good features are. Nothing is trained by gradient descent, so the figu
 import argparse
 import json
 from pathlib import Path
+from statistics import fmean
 
 import torch
+from crossval import interval, names, other_splits
 from torch import nn
 
 from asda import checkpoint
 from asda.config import Config, DataConfig, Description, EngineConfig, OptimizerConfig, ProbeConfig, RunConfig
+from asda.data.shards import load_dataset
 from asda.engine import join_processes, leave_processes
 from asda.errors import UserError, exit_with_sentence
 from asda.inference import load
@@ -21,8 +24,12 @@ from asda.probe import Probe
 
 EXAMPLES = """examples:
   python tools/probe.py --checkpoint runs/mine --train shards/esc10:fold1+fold2 --test shards/esc10:fold3 --random
+  python tools/probe.py --checkpoint runs/mine --data shards/esc10 --random       every fold is held out once
   deepspeed --num_accelerators 2 tools/probe.py --checkpoint weights/eat --train shards/x:train --test shards/x:valid
 """
+
+
+Sets = tuple[str, str]  # labelled clips to compare with, and those that are judged
 
 
 def probe(args: argparse.Namespace) -> None:
@@ -33,32 +40,66 @@ def probe(args: argparse.Namespace) -> None:
     encoders: dict[str, nn.Module] = {weights: load(folder, weights, "cpu").encoder}
     if args.random:
         encoders["random"] = _fresh(description, args.seed)
-    judge = Probe(_config(description, args))
+    sets = _sets(args)
+    judges = [Probe(_config(description, train, test, args.neighbours)) for train, test in sets]
     processes = join_processes()
-    rows = {name: judge.figures(encoder.to(processes.device), processes) for name, encoder in encoders.items()}
+    rows = {
+        name: [judge.figures(encoder.to(processes.device), processes) for judge in judges]
+        for name, encoder in encoders.items()
+    }
     leave_processes()
     if not processes.is_first:
         return
-    print(f"{folder}: {args.neighbours} neighbours and a linear layer, from {args.train}, judged on {args.test}")
-    for name, figures in rows.items():
-        print(f"  {name:8}" + "".join(f"  {key} {value:.4f}" for key, value in figures.items()))
+    print(f"{folder}: {args.neighbours} neighbours and a linear layer")
+    for number, (train, test) in enumerate(sets):
+        print(f"from {train}, judged on {test}")
+        for name, of_sets in rows.items():
+            print(_line(name, of_sets[number]))
+    if len(sets) > 1:
+        print("mean, and the 95 % interval by Student's t over the sets")
+        for name, of_sets in rows.items():
+            print(_mean_line(name, of_sets))
     if args.out:
-        settings = {"train": args.train, "test": args.test, "neighbours": args.neighbours}
+        judged = [
+            {"train": train, "test": test} | {name: of_sets[number] for name, of_sets in rows.items()}
+            for number, (train, test) in enumerate(sets)
+        ]
+        about = {"checkpoint": str(folder), "neighbours": args.neighbours}
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"checkpoint": str(folder), **settings, **rows}, indent=2) + "\n")
+        args.out.write_text(json.dumps(about | {"judged": judged}, indent=2) + "\n")
 
 
-def _config(description: Description, args: argparse.Namespace) -> Config:
+def _line(name: str, figures: dict[str, float | int]) -> str:
+    return f"  {name:8}" + "".join(f"  {key} {value:.4f}" for key, value in figures.items())
+
+
+def _mean_line(name: str, of_sets: list[dict[str, float | int]]) -> str:
+    values = {key: [figures[key] for figures in of_sets] for key in of_sets[0]}
+    return f"  {name:8}" + "".join(f"  {key} {fmean(v):.4f} +- {interval(v):.4f}" for key, v in values.items())
+
+
+def _sets(args: argparse.Namespace) -> list[Sets]:
+    """The two sets that were named; or, for every split that is held out, the other splits of the dataset and it."""
+    if not args.data:
+        return [(args.train, args.test)]
+    splits = tuple(load_dataset(Path(args.data)).splits)
+    return [
+        (f"{args.data}:{other_splits(args.data, splits, fold)}", f"{args.data}:{fold}")
+        for fold in args.hold_out or splits
+    ]
+
+
+def _config(description: Description, train: str, test: str, neighbours: int) -> Config:
     """A run that has the network's input, in fp32; its own training data, optimizer and folder are never used."""
     config = Config(
         objective=description.objective,
-        data=DataConfig(train=args.train, **description.data.model_dump()),
+        data=DataConfig(train=train, **description.data.model_dump()),
         model=description.model,
         optimizer=OptimizerConfig(steps=1, warmup_steps=0, lr=1.0, batch=1),
         engine=EngineConfig(precision="fp32"),
         run=RunConfig(folder="unused"),
     )
-    wanted = ProbeConfig(train=args.train, test=args.test, neighbours=args.neighbours)
+    wanted = ProbeConfig(train=train, test=test, neighbours=neighbours)
     return config.model_copy(update={"probe": wanted})  # which the encoder of a classifier may have here
 
 
@@ -77,8 +118,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkpoint", required=True, type=Path, help="a run, a checkpoint, or converted weights")
-    parser.add_argument("--train", required=True, metavar="FOLDER:SPLIT", help="labelled clips to compare with")
-    parser.add_argument("--test", required=True, metavar="FOLDER:SPLIT", help="labelled clips that are judged")
+    parser.add_argument("--train", metavar="FOLDER:SPLIT", help="labelled clips to compare with")
+    parser.add_argument("--test", metavar="FOLDER:SPLIT", help="labelled clips that are judged")
+    parser.add_argument("--data", metavar="FOLDER", help="instead of both: hold out one split after another")
+    parser.add_argument("--hold-out", metavar="A,B", type=names, help="with --data: these splits (default: every one)")
     parser.add_argument(
         "--weights", choices=["teacher", "student"], help="default: the teacher where there is one, as in pre-training"
     )
@@ -88,6 +131,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures there too")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
     args = parser.parse_args(argv)
+    named = [args.train, args.test]
+    if any(named) != all(named) or all(named) == bool(args.data) or (args.hold_out and not args.data):
+        raise UserError("name --train and --test; or --data, and --hold-out if not every split of it shall be held out")
     if args.neighbours < 1:
         raise UserError(f"--neighbours {args.neighbours} must be 1 or more")
     return args
