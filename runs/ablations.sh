@@ -13,6 +13,7 @@ BASE=("${SMALL[@]}" "data.train=[$UNLABELLED]" objective.target_layers=4 objecti
 # Steps of 1, 4 and 16 students that cost the FLOPs of 600 steps of 8: a student 183 MFLOP a clip, the teacher 279
 VARIANTS=(
     "base"
+    "one_map model.attention_lambda=absent"
     "lambda_0 model.attention_lambda=0.0"
     "lambda_0.3 model.attention_lambda=0.3"
     "lambda_0.5 model.attention_lambda=0.5"
