@@ -20,8 +20,8 @@ RUNS = Path("runs/exp")
 SEEDS = (1, 2, 3)
 TASKS = ("esc10", "us8k", "speech_commands", "arabic_sc")
 VARIANTS = (
-    "base", "one_map", "lambda_0", "lambda_0.3", "lambda_0.5", "lambda_learned", "utterance_0", "utterance_96", "students_1",
-    "students_4", "students_16", "students_1_equal", "students_4_equal", "students_16_equal",
+    "base", "one_map", "lambda_0", "lambda_0.3", "lambda_0.5", "lambda_learned", "utterance_0", "utterance_96",
+    "students_1", "students_4", "students_16", "students_1_equal", "students_4_equal", "students_16_equal",
 )  # fmt: skip
 LAMBDAS = ("one_map", "lambda_0", "base", "lambda_0.3", "lambda_0.5", "lambda_learned")
 HAM = ("ham-ast", "ham-channels", "ham-conformer3", "ham-conformer6-channels")

@@ -6,6 +6,7 @@ hides how good features are. Nothing is trained by gradient descent, so the figu
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
@@ -29,6 +30,7 @@ EXAMPLES = """examples:
 """
 
 
+Figures = dict[str, float | int]
 Sets = tuple[str, str]  # labelled clips to compare with, and those that are judged
 
 
@@ -50,15 +52,7 @@ def probe(args: argparse.Namespace) -> None:
     leave_processes()
     if not processes.is_first:
         return
-    print(f"{folder}: {args.neighbours} neighbours and a linear layer")
-    for number, (train, test) in enumerate(sets):
-        print(f"from {train}, judged on {test}")
-        for name, of_sets in rows.items():
-            print(_line(name, of_sets[number]))
-    if len(sets) > 1:
-        print("mean, and the 95 % interval by Student's t over the sets")
-        for name, of_sets in rows.items():
-            print(_mean_line(name, of_sets))
+    print(f"{folder}: {args.neighbours} neighbours and a linear layer", *_told(sets, rows), sep="\n")
     if args.out:
         judged = [
             {"train": train, "test": test} | {name: of_sets[number] for name, of_sets in rows.items()}
@@ -69,11 +63,20 @@ def probe(args: argparse.Namespace) -> None:
         args.out.write_text(json.dumps(about | {"judged": judged}, indent=2) + "\n")
 
 
-def _line(name: str, figures: dict[str, float | int]) -> str:
+def _told(sets: list[Sets], rows: dict[str, list[Figures]]) -> Iterator[str]:
+    for number, (train, test) in enumerate(sets):
+        yield f"from {train}, judged on {test}"
+        yield from (_line(name, of_sets[number]) for name, of_sets in rows.items())
+    if len(sets) > 1:
+        yield "mean over the sets, with Student's 95 % interval"
+        yield from (_mean_line(name, of_sets) for name, of_sets in rows.items())
+
+
+def _line(name: str, figures: Figures) -> str:
     return f"  {name:8}" + "".join(f"  {key} {value:.4f}" for key, value in figures.items())
 
 
-def _mean_line(name: str, of_sets: list[dict[str, float | int]]) -> str:
+def _mean_line(name: str, of_sets: list[Figures]) -> str:
     values = {key: [figures[key] for figures in of_sets] for key in of_sets[0]}
     return f"  {name:8}" + "".join(f"  {key} {fmean(v):.4f} +- {interval(v):.4f}" for key, v in values.items())
 
