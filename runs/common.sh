@@ -4,6 +4,7 @@
 #   AUDIO=../shared/data bash runs/transfer.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+mkdir -p runs/exp
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
 AUDIO=${AUDIO:-../shared/data}
 JOBS=${JOBS:-2}
