@@ -117,9 +117,16 @@ def _inlined(svg: str, alt: str) -> str:
 
 
 def curve_panels(runs: dict[int, Run], curves: Sequence[Curve]) -> list[str]:
-    """An SVG of each figure that a run has; `runs` by their place among all, which gives the colour."""
-    present = [c for c in curves if any(c.key in entry for run in runs.values() for entry in run.entries[c.kind])]
-    return [_curve_panel(runs, curve) for curve in present]
+    """An SVG of each figure that a run has; `runs` by their place among all, which gives the colour.
+
+    What was judged only once, at the end, is no curve: it stands in the table of held-out clips.
+    """
+
+    def is_curve(curve: Curve) -> bool:
+        counts = [sum(curve.key in entry for entry in run.entries[curve.kind]) for run in runs.values()]
+        return max(counts, default=0) >= (1 if curve.kind == "train" else 2)
+
+    return [_curve_panel(runs, curve) for curve in curves if is_curve(curve)]
 
 
 def _curve_panel(runs: dict[int, Run], curve: Curve) -> str:
