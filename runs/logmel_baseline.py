@@ -1,6 +1,6 @@
 """The baseline of docs/results.md, without our code: scikit-learn's logistic regression on torchaudio's log-mel.
 
-    python runs/logmel_baseline.py ../shared/data/env --task esc10
+    python runs/logmel_baseline.py ../shared/data/env --task esc10 --out logmel.json
 
 A clip is the mean and the standard deviation over time of its 128 log-mel bins, standardised on the training clips.
 Each fold is held out once; the penalty is chosen within the others, each of which is held out too. Needs the extra dev.
@@ -8,6 +8,7 @@ Each fold is held out once; the penalty is chosen within the others, each of whi
 
 import argparse
 import csv
+import json
 import statistics
 from pathlib import Path
 
@@ -46,20 +47,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="recordings and a table of the folder's name: env/env.csv")
     parser.add_argument("--task", required=True, help="rows of the table that have it in their column task")
+    parser.add_argument("--out", required=True, type=Path, help="JSON: the accuracy on each fold")
     args = parser.parse_args()
     with (args.folder / f"{args.folder.name}.csv").open(newline="") as table:
         rows = [row for row in csv.DictReader(table) if row["task"] == args.task]
     features_ND = np.stack([statistics_of(args.folder / row["path"]) for row in rows])
     labels_N, folds_N = (np.array([row[name] for row in rows]) for name in ("label", "fold"))
-    shares = []
+    shares: dict[str, float] = {}
     for fold in sorted(set(folds_N)):
         train_N = folds_N != fold
         classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
         model = GridSearchCV(classifier, {"logisticregression__C": PENALTIES}, cv=LeaveOneGroupOut())
         model.fit(features_ND[train_N], labels_N[train_N], groups=folds_N[train_N])
-        shares.append(model.score(features_ND[~train_N], labels_N[~train_N]))
-        print(f"fold{fold}  accuracy {100 * shares[-1]:.1f} %  of {int((~train_N).sum())}")
-    print(f"mean   accuracy {100 * statistics.fmean(shares):.1f} %")
+        shares[f"fold{fold}"] = float(model.score(features_ND[~train_N], labels_N[~train_N]))
+        print(f"fold{fold}  accuracy {100 * shares[f'fold{fold}']:.1f} %  of {int((~train_N).sum())}")
+    print(f"mean   accuracy {100 * statistics.fmean(shares.values()):.1f} %")
+    args.out.write_text(json.dumps(shares, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 for task in esc10 us8k; do
     python tools/probe.py --checkpoint runs/exp/pretrained --data "shards/$task" --hold-out $ESC10_FOLDS --random \
         --out "runs/exp/probe-$task.json" | tee "runs/exp/probe-$task.txt"
-    python runs/logmel_baseline.py "$AUDIO/env" --task "$task" | tee "runs/exp/logmel-$task.txt"
+    python runs/logmel_baseline.py "$AUDIO/env" --task "$task" --out "runs/exp/logmel-$task.json"
 done
 for task in speech_commands arabic_sc; do
     python tools/probe.py --checkpoint runs/exp/pretrained_words --train "shards/$task:train" --test "shards/$task:valid" \
