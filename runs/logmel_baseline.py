@@ -49,8 +49,13 @@ def main() -> None:
     parser.add_argument("--task", required=True, help="rows of the table that have it in their column task")
     parser.add_argument("--out", required=True, type=Path, help="JSON: the accuracy on each fold")
     args = parser.parse_args()
-    with (args.folder / f"{args.folder.name}.csv").open(newline="") as table:
+    path = args.folder / f"{args.folder.name}.csv"
+    if not path.is_file():
+        parser.error(f"{path} is missing; name the folder of the recordings, in which the table has the folder's name")
+    with path.open(newline="") as table:
         rows = [row for row in csv.DictReader(table) if row["task"] == args.task]
+    if not rows:
+        parser.error(f"--task {args.task}: no row of {path} has it in its column task")
     features_ND = np.stack([statistics_of(args.folder / row["path"]) for row in rows])
     labels_N, folds_N = (np.array([row[name] for row in rows]) for name in ("label", "fold"))
     shares: dict[str, float] = {}

@@ -14,6 +14,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import crossval  # noqa: E402  in tools/
 
+from asda.errors import exit_with_sentence  # noqa: E402
 from asda.runlog import read_metrics  # noqa: E402
 
 RUNS = Path("runs/exp")
@@ -143,7 +144,7 @@ def ham() -> list[Row]:
 
 def attention() -> list[Row]:
     """Weight on the unrelated half, over that on the clip's own: by the first map, and by the mixture."""
-    rows = [["variant", "seed", "A1", "abs(A1 - lambda A2)"]]
+    rows = [["variant", "seed", "A1, or the only map", "abs(A1 - lambda A2)"]]
     for seed in SEEDS:
         if found := read_json(f"attention-{seed}.json"):
             rows += [[name, str(seed), *_ratios(found["runs"][f"{name}-{seed}"])] for name in LAMBDAS]
@@ -153,7 +154,8 @@ def attention() -> list[Row]:
 def _ratios(maps: dict[str, list[dict[str, dict[str, float]]]]) -> Row:
     """Means over blocks of `unrelated / own`, of the maps that have it."""
     wanted = [blocks for name, blocks in maps.items() if name != "A2" and "unrelated / own" in blocks[0]]
-    return [f"{statistics.fmean(block['unrelated / own']['value'] for block in blocks):.3f}" for blocks in wanted]
+    ratios = [f"{statistics.fmean(block['unrelated / own']['value'] for block in blocks):.3f}" for blocks in wanted]
+    return [*ratios, ""][:2]
 
 
 def main() -> None:
@@ -165,4 +167,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_sentence(main)

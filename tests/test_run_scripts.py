@@ -3,6 +3,7 @@
 The scripts train for hours, so here they run with a `python` that only writes down how it was called.
 """
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -15,6 +16,12 @@ from launching import ROOT, environment
 from asda.config import ClassifyConfig, load_config
 
 RECORDER = 'python() { printf "%s\\0" "$@" >> "$CALLS"; printf "\\n" >> "$CALLS"; }; export -f python; exec bash "$0"'
+PARSERS = {
+    "asda/evaluate.py": "asda.evaluate",
+    "tools/make_shards.py": "make_shards",
+    "tools/probe.py": "probe",
+    "tools/attention.py": "attention",
+}
 SCRIPTS = sorted(path.name for path in (ROOT / "runs").glob("*.sh") if path.name not in ("common.sh", "ham_grid.sh"))
 
 
@@ -39,12 +46,17 @@ def overrides_of(arguments: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_command_of_a_script_is_one_that_its_program_takes(script: str, tmp_path: Path) -> None:
+def test_every_command_of_a_script_is_one_that_its_program_takes(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commands = commands_of(script, tmp_path)
     assert commands
     made = {value_of("--out", words) for words in commands if words[0] == "tools/make_shards.py"}
     for program, *arguments in commands:
         assert (ROOT / program).is_file()
+        if program in PARSERS:
+            monkeypatch.setattr(sys, "argv", [program, *arguments])
+            importlib.import_module(PARSERS[program]).parse_args()
         if program == "asda/train.py":
             config = load_config(ROOT / value_of("--config", arguments), overrides_of(arguments))
             assert config.run.folder.startswith("runs/exp/")
@@ -72,3 +84,16 @@ def test_tables_tell_the_difference_run_by_run_and_what_was_not_run(tmp_path: Pa
     # By hand: deviations 0.129, 0.129 and 0.0816 of 4 values; Student's quantile with 3 degrees of freedom is 3.182
     assert "| us8k | 65.0 +- 20.5 | 55.0 +- 20.5 | 10.0 +- 13.0 | 4 |" in done.stdout
     assert "| esc10 | not run | not run |  | 0 |" in done.stdout
+
+
+def test_the_one_map_of_a_network_without_lambda_has_a_row_of_attention_too(tmp_path: Path) -> None:
+    block = [{"unrelated / own": {"value": 0.9}}]
+    two = {"A1": block, "A2": block, "|A1 - lambda A2|": block, "A1 - lambda A2": [{"own": {"value": 1.0}}]}
+    names = ("lambda_0", "base", "lambda_0.3", "lambda_0.5", "lambda_learned")
+    runs = {f"{name}-1": two for name in names} | {"one_map-1": {"A": block}}
+    (tmp_path / "runs/exp").mkdir(parents=True)
+    (tmp_path / "runs/exp/attention-1.json").write_text(json.dumps({"runs": runs}))
+    command = [sys.executable, str(ROOT / "runs/tables.py")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True)
+    assert "| one_map | 1 | 0.900 |  |" in done.stdout
+    assert "| base | 1 | 0.900 | 0.900 |" in done.stdout
