@@ -6,6 +6,7 @@
     3    another rank has gone; what it said, or its last checkpoint, tells more
     75   stopped as it was asked to, with a checkpoint; the same command goes on (EX_TEMPFAIL of sysexits.h)
     130, 138, 143   left at once: interrupted before training, or by a second SIGINT, SIGUSR1, SIGTERM
+    141  nobody reads what it prints any more (| head), as the shells count SIGPIPE
 
 So ends a rank, and with it plain python and srun. `deepspeed` hands on the code of the first rank that fails, so all
 ranks of a stopped run leave with the same one; but it ends with 143 or 130 when it gets the signal itself (the ranks
@@ -13,6 +14,7 @@ see that it has gone, save, and leave) and with 1 when its launch.py does. With 
 """
 
 import os
+import select
 import sys
 from collections.abc import Callable
 
@@ -20,6 +22,7 @@ USER_ERROR_EXIT = 2  # the exit code of every UserError, as argparse uses for ba
 LOST_PEER_EXIT = 3
 STOPPED_EXIT = 75
 INTERRUPTED_EXIT = 130  # Ctrl-C, by the shells' convention
+UNREAD_EXIT = 141
 
 # How gloo and NCCL say that the process at the other end has gone, or does not answer.
 LOST_PEER_WORDS = (
@@ -49,11 +52,14 @@ def exit_with_sentence(main: Callable[[], None]) -> None:
     """Run `main`; turn what may be expected to end it into one line on stderr and an exit code of the list above."""
     try:
         main()
+        sys.stdout.flush()  # or Python does it when it ends, where nothing can be caught
     except UserError as error:
         _leave(f"error: {error}", USER_ERROR_EXIT)
     except Stopped as stop:
         _leave(str(stop), STOPPED_EXIT)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            sys.exit(UNREAD_EXIT)
         if error.filename is None:
             raise
         _leave(f"error: {error.filename}: {error.strerror}", USER_ERROR_EXIT)
@@ -63,6 +69,16 @@ def exit_with_sentence(main: Callable[[], None]) -> None:
         _leave("stopped, because another rank has gone; its message says why, unless it was killed", LOST_PEER_EXIT)
     except KeyboardInterrupt:
         _leave("interrupted", INTERRUPTED_EXIT)
+
+
+def _nobody_reads() -> bool:
+    """Whether the pipe that broke is stdout; what is still to be written there goes nowhere."""
+    watch = select.poll()
+    watch.register(sys.stdout, 0)
+    gone = any(events & select.POLLERR for _, events in watch.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 def _leave(line: str, code: int) -> None:

@@ -2,10 +2,11 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from fault_table import Count, counter, table
 from launching import finetuning, launch, pretraining
 from sounds_dataset import make_dataset
@@ -28,6 +29,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def count_fault(record_property: Callable[[str, object], None]) -> Count:
     """Puts a line into the table of faults: row of the matrix, fault, trials, detected, lost."""
     return counter(record_property)
+
+
+@pytest.fixture
+def fresh_memory_is_nan() -> Iterator[None]:
+    """Memory that torch gives out without a value holds NaN, so that whoever reads it before writing is found out."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

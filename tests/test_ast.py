@@ -30,6 +30,8 @@ from asda.objectives import make_objective
 from asda.official.ast import from_hugging_face
 from asda.official.weights import Wishes
 
+pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
+
 CONFIG = ROOT / "configs" / "esc50_ast.json"
 LAYER = "audio_spectrogram_transformer.encoder.layer."
 CLASSES = 5

@@ -26,6 +26,8 @@ from asda.models.attention import (
     set_attention_path,
 )
 
+pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
+
 B, H, N, E = 3, 4, 7, 24
 
 
@@ -133,7 +135,7 @@ FP64_ATOL = 1e-12  # of numbers of size 1: at most 133 products of rounding 2^-5
 
 
 def attended(
-    path: Path | None, tokens: int, maps: int, padded: bool, learned: bool, dtype: torch.dtype
+    path: Path | None, tokens: int, maps: int, padded: bool, learned: bool, dtype: torch.dtype, lam_value: float = 0.3
 ) -> list[Tensor]:
     """What attention gives of inputs of `dtype`, then the gradients of qk, v and lambda; by the definition in fp64
     where the path is None.
@@ -142,14 +144,14 @@ def attended(
     draws = torch.randn(B, tokens, 2 * maps * H * E), torch.randn(B, tokens, H * E), torch.randn(B, tokens, H * E)
     wide = dtype if path else torch.float64
     qk_BNC, v_BND, cotangent_BND = (x.to(dtype).to(wide) for x in draws)
-    lam = torch.tensor(0.3, dtype=torch.float64 if wide == torch.float64 else torch.float32)
+    lam = torch.tensor(lam_value, dtype=torch.float64 if wide == torch.float64 else torch.float32)
     wanted = [x.requires_grad_() for x in ([qk_BNC, v_BND, lam] if learned else [qk_BNC, v_BND])]
     present_BN = torch.rand(B, tokens) < 0.7
     present_BN[:, 0] = True
 
     qk_2BGNE = qk_BNC.unflatten(-1, (2, -1, E)).permute(2, 0, 3, 1, 4)
     v_BHNE = v_BND.unflatten(-1, (H, E)).transpose(1, 2)
-    arguments = qk_2BGNE, v_BHNE, lam if learned else 0.3, present_BN if padded else None
+    arguments = qk_2BGNE, v_BHNE, lam if learned else lam_value, present_BN if padded else None
     mixed_BHNE = attend(*arguments, path=path) if path else by_definition(*arguments)
     mixed_BND = mixed_BHNE.transpose(1, 2).flatten(2)
     return [mixed_BND, *torch.autograd.grad(mixed_BND, wanted, cotangent_BND, allow_unused=maps == 1)]
@@ -186,6 +188,14 @@ def test_every_path_rounds_no_more_than_its_steps_allow(
         assert abs(gradients.pop() - exact_gradients.pop()) < bound * exact_mixed.norm()
     for result, exact in zip([mixed, *gradients], [exact_mixed, *exact_gradients], strict=True):
         assert golden.rel_rms(result, exact) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lambda_zero_leaves_the_second_map_without_gradient_in_every_dtype(dtype: torch.dtype):
+    _, dqk_BNC, _ = attended("explicit", KEPT, 2, False, False, dtype, lam_value=0.0)
+    of_first, of_second = dqk_BNC.unflatten(-1, (2, 2, -1)).unbind(-2)
+    assert of_first.any()
+    assert not of_second.any()  # nor NaN: torch's baddbmm leaves memory as it was when alpha is 0, in bf16 and fp16
 
 
 def test_several_blocks_of_heads_give_what_one_gives(monkeypatch: pytest.MonkeyPatch):

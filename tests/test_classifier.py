@@ -7,6 +7,8 @@ from torch import Tensor
 
 from asda.models.classifier import Classifier, classification_loss
 
+pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
+
 NUM_CLASSES = 13
 config_of = golden.classify_config
 

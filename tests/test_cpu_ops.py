@@ -21,7 +21,10 @@ EPS = 1e-6
 ROUNDING = torch.finfo(torch.bfloat16).eps / 12**0.5
 MARGIN = 2  # for what is not uniform, and for sums in fp32
 
-pytestmark = pytest.mark.skipif(kernels_for() is None, reason="torch's wheel brings no OpenMP library here")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_memory_is_nan"),
+    pytest.mark.skipif(kernels_for() is None, reason="torch's wheel brings no OpenMP library here"),
+]
 
 
 def draws(*shapes: tuple[int, ...]) -> list[Tensor]:

@@ -11,6 +11,8 @@ from asda.config import ModelConfig
 from asda.models.attention import Attention, initial_lambda, set_attention_path
 from asda.models.encoder import DropPath, Encoder
 
+pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
+
 
 def test_tokens_do_not_depend_on_the_order_in_which_patches_are_listed():
     torch.manual_seed(0)

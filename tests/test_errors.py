@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from asda.errors import INTERRUPTED_EXIT, LOST_PEER_EXIT, USER_ERROR_EXIT
+from asda.errors import INTERRUPTED_EXIT, LOST_PEER_EXIT, UNREAD_EXIT, USER_ERROR_EXIT
 
 
 def run(raised: str, **environment: str) -> tuple[int, str]:
@@ -42,5 +42,26 @@ def test_an_expected_end_is_one_line(raised: str, exit_code: int, line: str) -> 
 
 def test_our_own_mistakes_keep_their_traceback() -> None:
     code, text = run("RuntimeError('shapes differ')")
+    assert code == 1
+    assert "Traceback" in text
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("lines", [1, 100_000], ids=["at the end", "in the middle"])
+def test_a_reader_that_leaves_ends_a_command_quietly(
+    lines: int, unbuffered: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    code = f"from asda.errors import *\nexit_with_sentence(lambda: [print('a line') for _ in range({lines})])"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
+        assert command.stdout is not None
+        assert command.stderr is not None
+        command.stdout.close()
+        assert command.stderr.read() == b""
+    assert command.returncode == UNREAD_EXIT
+
+
+def test_another_pipe_that_breaks_keeps_its_traceback() -> None:
+    code, text = run("BrokenPipeError(32, 'Broken pipe')")
     assert code == 1
     assert "Traceback" in text

@@ -37,6 +37,8 @@ from asda.models.ham import (
 from asda.objectives import make_objective
 from asda.runlog import read_metrics
 
+pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
+
 WIDTH, HEADS, TIME, MEL = 12, 3, 5, 3
 FP64 = 1e-12  # sums of up to 64 terms of size 1, of a dozen operations: 1e-13 with 2^-53 each
 

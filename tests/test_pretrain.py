@@ -16,6 +16,8 @@ from asda.models.masks import inverse_block_masks, visible_indices
 from asda.models.pretrain import Decoder, MaskedStudents, Teacher, ema_update, feature_spread
 from asda.presets import PRESETS
 
+pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
+
 
 @pytest.fixture(scope="module")
 def case(shared: Path) -> golden.Pretraining:

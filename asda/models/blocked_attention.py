@@ -174,6 +174,9 @@ class _Call:
         parts = zip(d_logits_CNN.chunk(self.num_maps), x_MIJNE, self.products_MIJNE, (1.0, -self.lam), strict=False)
         for d_logits_XNN, x_IJNE, product_IJNE, factor in parts:
             product_XNE, alpha = product_IJNE.flatten(0, 1), factor * self.scale
+            if factor == 0:
+                product_XNE.zero_()  # torch's baddbmm leaves what lay there when alpha is 0, in bf16 and fp16
+                continue
             torch.baddbmm(product_XNE, d_logits_XNN, x_IJNE.flatten(0, 1), beta=0, alpha=alpha, out=product_XNE)
         return self.products_MIJNE
 
