@@ -123,11 +123,13 @@ def _ablation(name: str, base: dict[crossval.Cell, float] | None) -> Row:
         return [name, "not run", *[""] * 5]
     lines = [read_metrics(run, "train") for run in runs]
     loss = statistics.fmean(of_run[-1]["frame_loss"] for of_run in lines)
-    pace = statistics.median(line["clips_per_s"] for of_run in lines for line in of_run)  # a mean would keep a busy hour
+    # A mean would keep the hour in which something else ran.
+    pace = statistics.median(line["clips_per_s"] for of_run in lines for line in of_run)
     memory = max(line["rss_gib"] for of_run in lines for line in of_run)
     linear = [read_metrics(run, "probe")[-1]["linear_accuracy"] for run in runs]
     ours = accuracies(f"esc10-{name}")
-    return [name, f"{loss:.2f}", f"{pace:.1f}", f"{memory:.2f}", percent(linear), told(ours), "" if name == "base" else difference(ours, base)]
+    trained = [f"{loss:.2f}", f"{pace:.1f}", f"{memory:.2f}", percent(linear)]
+    return [name, *trained, told(ours), "" if name == "base" else difference(ours, base)]
 
 
 def ham() -> list[Row]:
