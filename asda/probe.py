@@ -10,6 +10,8 @@ do: it learns to predict a clip's mean target, of which the norms of the targets
 Shapes: N labelled clips, T held-out clips, D width, C classes.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +31,13 @@ PENALTIES = tuple(10.0**power for power in range(-4, 3))  # of the linear layer'
 ROWS = 1024  # held-out clips that are compared at once
 
 
+class Features(NamedTuple):
+    """What an encoder makes of clips, and what they are: fp32, in the dataset's order, on the device of every rank."""
+
+    of_clips_ND: Tensor
+    targets_NC: Tensor
+
+
 class Probe:
     """The two sets of labelled clips of config.probe. Open it before the first step: mistakes show then."""
 
@@ -43,8 +52,8 @@ class Probe:
         """
         assert config.probe is not None
         self._config, self._neighbours = config, config.probe.neighbours
-        self._train = _opened(config, "probe.train", config.probe.train)
-        self._test = _opened(config, "probe.test", config.probe.test)
+        self._train = open_labelled(config, "probe.train", config.probe.train)
+        self._test = open_labelled(config, "probe.test", config.probe.test)
         if self._train.vocabulary != self._test.vocabulary:
             raise UserError(
                 f"probe.test {config.probe.test} has {len(self._test.vocabulary)} classes that are not the "
@@ -72,18 +81,23 @@ class Probe:
             "linear_mAP", the mean of the average precisions of all classes; nan where the features are not finite.
         """
         assert not teacher.training
-        train_ND, train_targets_NC = _features(teacher, self._train, self._config, processes)
-        test_TD, test_targets_TC = _features(teacher, self._test, self._config, processes)
-        targets_TC = test_targets_TC.double().cpu().numpy()
-        name = "accuracy" if have_one_label(targets_TC) else "mAP"
-        if not (train_ND.isfinite().all() and test_TD.isfinite().all()):
-            return {f"knn_{name}": float("nan"), f"linear_{name}": float("nan")}
-        train_ND, test_TD = standardised(train_ND, test_TD)
-        scores = {
-            "knn": neighbour_scores(train_ND, train_targets_NC, test_TD, self._neighbours),
-            "linear": linear_scores(train_ND, train_targets_NC, test_TD),
-        }
-        return {f"{of}_{name}": summary(scores_TC.cpu().numpy(), targets_TC)[name] for of, scores_TC in scores.items()}
+        train, test = (features_of(teacher, clips, self._config, processes) for clips in (self._train, self._test))
+        return judge(train, test, self._neighbours)
+
+
+def judge(train: Features, test: Features, neighbours: int) -> dict[str, float | int]:
+    """The figures of Probe.figures, from features that are there already."""
+    train_ND, test_TD = train.of_clips_ND, test.of_clips_ND
+    targets_TC = test.targets_NC.double().cpu().numpy()
+    name = "accuracy" if have_one_label(targets_TC) else "mAP"
+    if not (train_ND.isfinite().all() and test_TD.isfinite().all()):
+        return {f"knn_{name}": float("nan"), f"linear_{name}": float("nan")}
+    train_ND, test_TD = standardised(train_ND, test_TD)
+    scores = {
+        "knn": neighbour_scores(train_ND, train.targets_NC, test_TD, neighbours),
+        "linear": linear_scores(train_ND, train.targets_NC, test_TD),
+    }
+    return {f"{of}_{name}": summary(scores_TC.cpu().numpy(), targets_TC)[name] for of, scores_TC in scores.items()}
 
 
 def standardised(train_ND: Tensor, test_TD: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,23 +152,24 @@ def linear_scores(train_ND: Tensor, train_targets_NC: Tensor, test_TD: Tensor) -
     return test_TD @ weights_DC + bias_C
 
 
-def _opened(config: Config, key: str, specs: DataSpecs) -> ClipDataset:
+def open_labelled(config: Config, key: str, specs: DataSpecs) -> ClipDataset:
+    """Clips with labels; a UserError that begins with `key` if there are none."""
     dataset = ClipDataset(specs, labelled=True, cache=CacheConfig(config.data.cache, config.data.cache_gib))
     if not dataset.num_labels:
         raise UserError(f"{key} {specs} has no labels on its {len(dataset)} clips; name a split of labelled clips")
     return dataset
 
 
-def _features(teacher: nn.Module, dataset: ClipDataset, config: Config, processes: Processes) -> tuple[Tensor, Tensor]:
-    """Features [N, D] and targets [N, C] of all clips, fp32 in the dataset's order, on the device of every rank."""
+def features_of(encoder: nn.Module, dataset: ClipDataset, config: Config, processes: Processes) -> Features:
+    """What an encoder, in eval mode, makes of all clips. All ranks call this together."""
     device = processes.device
 
-    def features_of(patches_BNP: Tensor, clips: Batch) -> Tensor:
-        tokens_BND = teacher(patches_BNP, present_BN=clips.present(config, device)).float()
-        if isinstance(teacher, AstEncoder):  # whose patches are others than the data's, and which knows no padding
-            return mean(tokens_BND[:, teacher.num_special :])
+    def mean_patch(patches_BNP: Tensor, clips: Batch) -> Tensor:
+        tokens_BND = encoder(patches_BNP, present_BN=clips.present(config, device)).float()
+        if isinstance(encoder, AstEncoder):  # whose patches are others than the data's, and which knows no padding
+            return mean(tokens_BND[:, encoder.num_special :])
         audio_BN = torch.from_numpy(present_patches(clips.lengths, None, config.data.frames, config.model.patch))
         return mean(tokens_BND[:, 1:], audio_BN.to(device))
 
-    features_ND, targets_NC = over_clips(dataset, config, processes, features_of)
-    return torch.from_numpy(features_ND).to(device), torch.from_numpy(targets_NC).to(device)
+    features_ND, targets_NC = over_clips(dataset, config, processes, mean_patch)
+    return Features(torch.from_numpy(features_ND).to(device), torch.from_numpy(targets_NC).to(device))

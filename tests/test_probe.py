@@ -23,7 +23,7 @@ from asda.data.order import Draw
 from asda.engine import Processes
 from asda.errors import UserError
 from asda.models.encoder import Encoder
-from asda.probe import PENALTIES, Probe, _features, linear_scores, neighbour_scores, standardised
+from asda.probe import PENALTIES, Features, Probe, features_of, judge, linear_scores, neighbour_scores, standardised
 
 CHANCE = 1 / 8  # of the eight classes of the fixture `shards`
 
@@ -134,7 +134,7 @@ class Echo(nn.Module):
 def test_a_clips_feature_is_the_mean_over_the_tokens_that_hold_audio(shards: Path, alone: Processes) -> None:
     config = config_with_probe(shards, "data.frames=512")  # 5.12 s, longer than the clips
     dataset = ClipDataset(f"{shards}:test", labelled=True)
-    features_ND, targets_NC = _features(Echo().eval(), dataset, config, alone)
+    features_ND, targets_NC = features_of(Echo().eval(), dataset, config, alone)
     for number, clip in enumerate(read_clips(dataset, [Draw(0, number) for number in range(len(dataset))])):
         spectrum_TF = (log_mel(clip.samples) + 7.0) / (2 * 4.5)  # as config_with_probe says
         assert len(spectrum_TF) < 512
@@ -145,23 +145,18 @@ def test_a_clips_feature_is_the_mean_over_the_tokens_that_hold_audio(shards: Pat
         assert targets_NC[number].nonzero().flatten().tolist() == list(clip.labels)
 
 
-def test_several_labels_a_clip_are_judged_by_the_mean_of_the_average_precisions(
-    shards: Path, alone: Processes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (train, train_classes), (test, test_classes) = clusters(200, 16, 1), clusters(300, 16, 2)
+def test_several_labels_a_clip_are_judged_by_the_mean_of_the_average_precisions() -> None:
     sets = []
-    for features, classes in ((train, train_classes), (test, test_classes)):
+    for features, classes in (clusters(200, 16, 1), clusters(300, 16, 2)):
         also = one_hot(np.where(features[:, 0] > 3, 0, classes))  # a second label that a feature tells
-        sets.append((torch.from_numpy(features), one_hot(classes).maximum(also)))
-    given = iter(sets)
-    monkeypatch.setattr("asda.probe._features", lambda *arguments: next(given))
-    config = config_with_probe(shards)
-    figures = Probe(config).figures(encoder_of(config), alone)
-    train_ND, test_TD = standardised(sets[0][0], sets[1][0])
-    scores = linear_scores(train_ND, sets[0][1], test_TD)
+        sets.append(Features(torch.from_numpy(features), one_hot(classes).maximum(also)))
+    train, test = sets
+    figures = judge(train, test, neighbours=10)
+    train_ND, test_TD = standardised(train.of_clips_ND, test.of_clips_ND)
+    scores = linear_scores(train_ND, train.targets_NC, test_TD)
     assert list(figures) == ["knn_mAP", "linear_mAP"]
     assert figures["linear_mAP"] == pytest.approx(
-        average_precision_score(sets[1][1].numpy(), scores.numpy()), abs=1e-12
+        average_precision_score(test.targets_NC.numpy(), scores.numpy()), abs=1e-12
     )
     assert 0.3 < figures["knn_mAP"] < 1
 

@@ -89,6 +89,8 @@ def test_frozen_encoders_are_judged_as_scikit_learn_does_on_any_number_of_ranks(
     told = run_probe(*held_out)
     first, second = json.loads(out.read_text())["judged"]
     assert (first["train"], first["test"]) == (f"{shards}:{rest}", f"{shards}:test")
+    run_probe("--train", first["train"], "--test", first["test"], "--checkpoint", str(folder), "--out", str(out))
+    assert judged(out)["teacher"] == first["teacher"]
     mean = (first["teacher"]["knn_accuracy"] + second["teacher"]["knn_accuracy"]) / 2
     assert f"knn_accuracy {mean:.4f} +- " in told.splitlines()[-1]
 

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from crossval import interval, names, other_splits
@@ -17,11 +18,11 @@ from torch import nn
 from asda import checkpoint
 from asda.config import Config, DataConfig, Description, EngineConfig, OptimizerConfig, ProbeConfig, RunConfig
 from asda.data.shards import load_dataset
-from asda.engine import join_processes, leave_processes
+from asda.engine import Processes, join_processes, leave_processes
 from asda.errors import UserError, exit_with_sentence
 from asda.inference import load
 from asda.models.classifier import make_encoder
-from asda.probe import Probe
+from asda.probe import Features, Probe, features_of, judge, open_labelled
 
 EXAMPLES = """examples:
   python tools/probe.py --checkpoint runs/mine --train shards/esc10:fold1+fold2 --test shards/esc10:fold3 --random
@@ -31,7 +32,14 @@ EXAMPLES = """examples:
 
 
 Figures = dict[str, float | int]
-Sets = tuple[str, str]  # labelled clips to compare with, and those that are judged
+
+
+class Sets(NamedTuple):
+    """What is compared with what."""
+
+    train: str  # FOLDER:SPLIT+SPLIT
+    test: str
+    parts: tuple[str, ...]  # of train, FOLDER:SPLIT each
 
 
 def probe(args: argparse.Namespace) -> None:
@@ -43,29 +51,47 @@ def probe(args: argparse.Namespace) -> None:
     if args.random:
         encoders["random"] = _fresh(description, args.seed)
     sets = _sets(args)
-    judges = [Probe(_config(description, train, test, args.neighbours)) for train, test in sets]
+    configs = [_config(description, one.train, one.test, args.neighbours) for one in sets]
+    for config in configs:
+        Probe(config)  # which refuses what cannot be compared
     processes = join_processes()
-    rows = {
-        name: [judge.figures(encoder.to(processes.device), processes) for judge in judges]
-        for name, encoder in encoders.items()
-    }
+    rows = {name: _figures(encoder, sets, configs[0], processes) for name, encoder in encoders.items()}
     leave_processes()
     if not processes.is_first:
         return
     print(f"{folder}: {args.neighbours} neighbours and a linear layer", *_told(sets, rows), sep="\n")
     if args.out:
         judged = [
-            {"train": train, "test": test} | {name: of_sets[number] for name, of_sets in rows.items()}
-            for number, (train, test) in enumerate(sets)
+            {"train": one.train, "test": one.test} | {name: of_sets[number] for name, of_sets in rows.items()}
+            for number, one in enumerate(sets)
         ]
         about = {"checkpoint": str(folder), "neighbours": args.neighbours}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(about | {"judged": judged}, indent=2) + "\n")
 
 
+def _figures(encoder: nn.Module, sets: list[Sets], config: Config, processes: Processes) -> list[Figures]:
+    """Of each of the sets; every clip is encoded once, in however many of them it is."""
+    assert config.probe is not None
+    encoder.to(processes.device)
+    parts = {part for one in sets for part in (*one.parts, one.test)}
+    features = {
+        part: features_of(encoder, open_labelled(config, "--data", part), config, processes)
+        for part in sorted(parts)  # on all ranks in one order
+    }
+    return [
+        judge(_joined([features[part] for part in one.parts]), features[one.test], config.probe.neighbours)
+        for one in sets
+    ]
+
+
+def _joined(parts: list[Features]) -> Features:
+    return Features(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
 def _told(sets: list[Sets], rows: dict[str, list[Figures]]) -> Iterator[str]:
-    for number, (train, test) in enumerate(sets):
-        yield f"from {train}, judged on {test}"
+    for number, one in enumerate(sets):
+        yield f"from {one.train}, judged on {one.test}"
         yield from (_line(name, of_sets[number]) for name, of_sets in rows.items())
     if len(sets) > 1:
         yield "mean over the sets, with Student's 95 % interval"
@@ -84,12 +110,14 @@ def _mean_line(name: str, of_sets: list[Figures]) -> str:
 def _sets(args: argparse.Namespace) -> list[Sets]:
     """The two sets that were named; or, for every split that is held out, the other splits of the dataset and it."""
     if not args.data:
-        return [(args.train, args.test)]
+        return [Sets(args.train, args.test, (args.train,))]
     splits = tuple(load_dataset(Path(args.data)).splits)
-    return [
-        (f"{args.data}:{other_splits(args.data, splits, fold)}", f"{args.data}:{fold}")
-        for fold in args.hold_out or splits
-    ]
+    sets = []
+    for fold in args.hold_out or splits:
+        others = other_splits(args.data, splits, fold)
+        parts = tuple(f"{args.data}:{split}" for split in others.split("+"))
+        sets.append(Sets(f"{args.data}:{others}", f"{args.data}:{fold}", parts))
+    return sets
 
 
 def _config(description: Description, train: str, test: str, neighbours: int) -> Config:
