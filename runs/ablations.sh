@@ -36,6 +36,18 @@ for seed in 1 2 3; do
 done
 wait
 
+# Whether the better lambda depends on the task: frozen features, on others than esc10
+for seed in 1 2 3; do
+    for variant in "${VARIANTS[@]}"; do
+        read -r name overrides <<< "$variant"
+        [[ $name == base || $overrides == model.attention_lambda=* ]] || continue
+        beside probe "us8k-$name-$seed" --checkpoint "runs/exp/$name-$seed" --data shards/us8k --hold-out $ESC10_FOLDS
+        beside probe "speech_commands-$name-$seed" --checkpoint "runs/exp/$name-$seed" --train shards/speech_commands:train \
+            --test shards/speech_commands:valid
+    done
+done
+wait
+
 FINE=("${SMALL[@]}" engine.micro_batch=16 optimizer.steps=200 optimizer.warmup_steps=20 optimizer.lr=0.001
     objective.pooling=mean run.log_every=50)
 crossval exp/esc10-small-scratch real_finetune esc10 $ESC10_FOLDS 1,2,3 "${FINE[@]}" objective.init_from= \

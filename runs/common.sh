@@ -22,18 +22,31 @@ all_shards() {
     for words in speech_commands arabic_sc; do shards "$words" kws/kws.csv --where "source=$words"; done
 }
 
-# train NAME CONFIG [overrides]: one training in runs/NAME beside others, at most JOBS at a time
-train() {
-    [ -e "runs/$1/finished" ] && return
+# beside COMMAND...: in the background, at most JOBS of them at a time
+beside() {
     while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n; done
+    "$@" &
+}
+
+# train NAME CONFIG [overrides]: one training in runs/NAME beside others
+train() {
+    [ -e "runs/$1/finished" ] || beside train_now "$@"
+}
+
+train_now() {
     echo "runs/$1"
     mkdir -p "runs/$1"
-    { python asda/train.py --config "configs/$2.json" "run.folder=runs/$1" run.keep=1 "${@:3}" >> "runs/$1/log.txt" 2>&1 \
-        && touch "runs/$1/finished" || echo "runs/$1 has not finished; see runs/$1/log.txt" >&2; } &
+    python asda/train.py --config "configs/$2.json" "run.folder=runs/$1" run.keep=1 "${@:3}" >> "runs/$1/log.txt" 2>&1 \
+        && touch "runs/$1/finished" || echo "runs/$1 has not finished; see runs/$1/log.txt" >&2
 }
 
 # crossval NAME CONFIG DATA SPLITS SEEDS [arguments]: held-out splits and seeds, in runs/NAME
 crossval() {
     python tools/crossval.py --config "configs/$2.json" --data "shards/$3" --hold-out "$4" --seeds "$5" --jobs "$JOBS" \
         --out "runs/$1" run.keep=1 run.eval_every=100000 run.save_every=100000 "${@:6}" | tee "runs/$1.txt"
+}
+
+# probe NAME [arguments]: features judged by tools/probe.py, once, in runs/exp/probe-NAME.json
+probe() {
+    [ -f "runs/exp/probe-$1.json" ] || python tools/probe.py --out "runs/exp/probe-$1.json" "${@:2}" | tee "runs/exp/probe-$1.txt"
 }

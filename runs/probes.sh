@@ -3,11 +3,9 @@
 # weights, and the logistic regression on log-mel statistics that a network should beat. Tables: docs/results.md.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 for task in esc10 us8k; do
-    python tools/probe.py --checkpoint runs/exp/pretrained --data "shards/$task" --hold-out $ESC10_FOLDS --random \
-        --out "runs/exp/probe-$task.json" | tee "runs/exp/probe-$task.txt"
+    probe "$task" --checkpoint runs/exp/pretrained --data "shards/$task" --hold-out $ESC10_FOLDS --random
     python runs/logmel_baseline.py "$AUDIO/env" --task "$task" --out "runs/exp/logmel-$task.json"
 done
 for task in speech_commands arabic_sc; do
-    python tools/probe.py --checkpoint runs/exp/pretrained_words --train "shards/$task:train" --test "shards/$task:valid" \
-        --random --out "runs/exp/probe-$task.json" | tee "runs/exp/probe-$task.txt"
+    probe "$task" --checkpoint runs/exp/pretrained_words --train "shards/$task:train" --test "shards/$task:valid" --random
 done

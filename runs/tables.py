@@ -132,6 +132,30 @@ def _ablation(name: str, base: dict[crossval.Cell, float] | None) -> Row:
     return [name, *trained, told(ours), "" if name == "base" else difference(ours, base)]
 
 
+def lambdas() -> list[Row]:
+    """Frozen features of the ablations' teachers on two more tasks: whether the better lambda depends on it."""
+    rows = [["variant", "us8k, linear, %", "difference to base", "speech_commands, linear, %", "difference to base"]]
+    for name in LAMBDAS:
+        row = [name]
+        for task in ("us8k", "speech_commands"):
+            ours, base = _of_seeds(task, name), _of_seeds(task, "base")
+            row += [told(ours), "" if name == "base" else difference(ours, base)]
+        rows.append(row)
+    return rows
+
+
+def _of_seeds(task: str, name: str) -> dict[crossval.Cell, float] | None:
+    """The linear layer's accuracy by seed, over all held-out sets."""
+    found = {seed: read_json(f"probe-{task}-{name}-{seed}.json") for seed in SEEDS}
+    if not all(found.values()):
+        return None
+    return {
+        crossval.Cell("all", seed): statistics.fmean(one["teacher"]["linear_accuracy"] for one in of_seed["judged"])
+        for seed, of_seed in found.items()
+        if of_seed
+    }
+
+
 def ham() -> list[Row]:
     """AST and what HAM-AST adds."""
     first = accuracies(HAM[0])
@@ -159,7 +183,7 @@ def _ratios(maps: dict[str, list[dict[str, dict[str, float]]]]) -> Row:
 
 def main() -> None:
     """Print all tables, in Markdown."""
-    for table in (transfer, best, probes, ablations, ham, attention):
+    for table in (transfer, best, probes, ablations, lambdas, ham, attention):
         head, *rows = table()
         lines = [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
         print(f"\n{table.__doc__}\n", *lines, sep="\n")

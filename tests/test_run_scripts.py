@@ -29,7 +29,7 @@ def commands_of(script: str, folder: Path) -> list[list[str]]:
     """The arguments of every python that the script starts, in a checkout that has nothing but scripts."""
     shutil.copytree(ROOT / "runs", folder / "runs", ignore=lambda _, names: [n for n in names if not n.endswith(".sh")])
     calls = folder / "calls"
-    variables = environment() | {"CALLS": str(calls), "AUDIO": "audio"}
+    variables = environment() | {"CALLS": str(calls), "AUDIO": "audio", "JOBS": "1"}  # or lines would mix
     command = ["bash", "-c", RECORDER, f"runs/{script}"]
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -84,6 +84,19 @@ def test_tables_tell_the_difference_run_by_run_and_what_was_not_run(tmp_path: Pa
     # By hand: deviations 0.129, 0.129 and 0.0816 of 4 values; Student's quantile with 3 degrees of freedom is 3.182
     assert "| us8k | 65.0 +- 20.5 | 55.0 +- 20.5 | 10.0 +- 13.0 | 4 |" in done.stdout
     assert "| esc10 | not run | not run |  | 0 |" in done.stdout
+
+
+def test_frozen_features_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    (tmp_path / "runs/exp").mkdir(parents=True)
+    for name, shares in (("base", (0.5, 0.6, 0.7)), ("lambda_0", (0.4, 0.4, 0.7))):
+        for seed, share in zip((1, 2, 3), shares, strict=True):
+            judged = [{"teacher": {"linear_accuracy": share + of_fold}} for of_fold in (0.1, -0.1)]
+            (tmp_path / f"runs/exp/probe-us8k-{name}-{seed}.json").write_text(json.dumps({"judged": judged}))
+    command = [sys.executable, str(ROOT / "runs/tables.py")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True)
+    # By hand: deviations 0.1, 0.1732 and 0.1 of 3 values; Student's quantile with 2 degrees of freedom is 4.303
+    assert "| base | 60.0 +- 24.8 |  | not run |  |" in done.stdout
+    assert "| lambda_0 | 50.0 +- 43.0 | -10.0 +- 24.8 | not run |  |" in done.stdout
 
 
 def test_the_one_map_of_a_network_without_lambda_has_a_row_of_attention_too(tmp_path: Path) -> None:
