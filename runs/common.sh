@@ -22,9 +22,9 @@ all_shards() {
     for words in speech_commands arabic_sc; do shards "$words" kws/kws.csv --where "source=$words"; done
 }
 
-# beside COMMAND...: in the background, at most JOBS of them at a time
+# beside COMMAND...: in the background, at most JOBS of them at a time; what fails says so itself
 beside() {
-    while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n; done
+    while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || true; done  # 127: it has ended in between
     "$@" &
 }
 
