@@ -26,6 +26,10 @@ VARIANTS = (
     "students_1", "students_4", "students_16", "students_1_equal", "students_4_equal", "students_16_equal",
 )  # fmt: skip
 LAMBDAS = ("one_map", "lambda_0", "base", "lambda_0.3", "lambda_0.5", "lambda_learned")
+NETWORKS = {  # whose attention is measured: the record, and the run in it
+    "teacher": ("attention", "{name}-{seed}"),
+    "fine-tuned": ("attention-tuned", "esc10-{name}/fold4-seed{seed}"),
+}
 HAM = ("ham-ast", "ham-channels", "ham-conformer3", "ham-conformer6-channels")
 Row = list[str]
 
@@ -166,19 +170,32 @@ def ham() -> list[Row]:
 
 
 def attention() -> list[Row]:
-    """Weight on the unrelated half, over that on the clip's own: by the first map, and by the mixture."""
-    rows = [["variant", "seed", "A1, or the only map", "abs(A1 - lambda A2)"]]
-    for seed in SEEDS:
-        if found := read_json(f"attention-{seed}.json"):
-            rows += [[name, str(seed), *_ratios(found["runs"][f"{name}-{seed}"])] for name in LAMBDAS]
+    """Weight on foreign sound over that on the clip's own, means over blocks and then over seeds, by the map."""
+    maps = ("A1, or the only map", "abs(A1 - lambda A2)")
+    rows = [["variant", *(f"{network}: {of_map}" for network in NETWORKS for of_map in maps)]]
+    for name in LAMBDAS:
+        of_maps = [values for network in NETWORKS for values in attention_of(name, network)]
+        rows.append([name, *map(_mean_ratio, of_maps)])
     return rows
 
 
-def _ratios(maps: dict[str, list[dict[str, dict[str, float]]]]) -> Row:
-    """Means over blocks of `unrelated / own`, of the maps that have it."""
+def attention_of(name: str, network: str) -> list[list[float]]:
+    """The ratios of each seed: of the first map, or the only one; and of the mixture, none where there is one map."""
+    record, run = NETWORKS[network]
+    found = {seed: one["runs"] for seed in SEEDS if (one := read_json(f"{record}-{seed}.json"))}
+    each = [_ratios(runs[run.format(name=name, seed=seed)]) for seed, runs in found.items()]
+    return [[ratios[number] for ratios in each if number < len(ratios)] for number in range(2)]
+
+
+def _mean_ratio(values: list[float]) -> str:
+    mean = f"{statistics.fmean(values):.3f}" if values else ""
+    return f"{mean} +- {crossval.interval(values):.3f}" if len(values) > 1 else mean
+
+
+def _ratios(maps: dict[str, list[dict[str, dict[str, float]]]]) -> list[float]:
+    """Means over blocks of `unrelated / own`: of the first map and of the mixture, or of the only map."""
     wanted = [blocks for name, blocks in maps.items() if name != "A2" and "unrelated / own" in blocks[0]]
-    ratios = [f"{statistics.fmean(block['unrelated / own']['value'] for block in blocks):.3f}" for blocks in wanted]
-    return [*ratios, ""][:2]
+    return [statistics.fmean(block["unrelated / own"]["value"] for block in blocks) for blocks in wanted]
 
 
 def main() -> None:
