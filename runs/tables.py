@@ -118,7 +118,9 @@ def ablations() -> list[Row]:
     """Every variant: how its pre-training went, and what came of it on esc10."""
     head = ["variant", "frame loss", "clips/s", "peak GiB", "probe, linear, %", "esc10, %", "difference to base"]
     base = accuracies("esc10-base")
-    return [head, *(_ablation(name, base) for name in VARIANTS)]
+    scratch = accuracies("esc10-small-scratch")
+    rows = [["not pre-trained", *[""] * 4, told(scratch), difference(scratch, base)]]
+    return [head, *rows, *(_ablation(name, base) for name in VARIANTS)]
 
 
 def _ablation(name: str, base: dict[crossval.Cell, float] | None) -> Row:
