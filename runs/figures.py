@@ -27,7 +27,7 @@ def draw() -> None:
     """Three panels: with and without pre-training, what each choice changes, where attention falls."""
     plt = pyplot("runs/figures.py")
     plt.rcParams.update({"svg.hashsalt": "asda", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(12.5, 4.6), layout="constrained")
     _transfer(axes[0])
     _ablations(axes[1])
     _attention(axes[2])
@@ -61,7 +61,7 @@ def _ablations(axes: Any) -> None:
 
 
 def _attention(axes: Any) -> None:
-    axes.set_title("Weight on foreign sound, of that on its own\n(1: content does nothing; a dot is a seed)")
+    axes.set_title("Weight on foreign sound\nover that on the clip's own; a dot is a seed")
     for row, name in enumerate(tables.LAMBDAS):
         for network, shape, shift in (("teacher", "o", -0.15), ("fine-tuned", "s", 0.15)):
             maps = zip(
@@ -75,7 +75,7 @@ def _attention(axes: Any) -> None:
                 axes.plot(values, [row + shift] * len(values), shape, color=colour, markersize=5, label=of)
     axes.axvline(1, color=LINE, linewidth=1)
     _name_rows(axes, list(tables.LAMBDAS))
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.08), ncols=2)
 
 
 def _percent(shares: list[float]) -> tuple[float, float]:
