@@ -26,7 +26,8 @@ DOT = {"fmt": "o", "capsize": 3, "markersize": 5, "linewidth": 1.2}
 def draw() -> None:
     """Three panels: with and without pre-training, what each choice changes, where attention falls."""
     plt = pyplot("runs/figures.py")
-    plt.rcParams.update({"svg.hashsalt": "asda", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update({"svg.hashsalt": "asda", "svg.fonttype": "none", "font.size": 9})
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(1, 3, figsize=(12.5, 4.6), layout="constrained")
     _transfer(axes[0])
     _ablations(axes[1])
@@ -52,7 +53,7 @@ def _transfer(axes: Any) -> None:
 def _ablations(axes: Any) -> None:
     axes.set_title("esc10: points more than the base\n(lambda 0.1, 8 students, utterance weight 1)")
     base = tables.accuracies("esc10-base") or {}
-    done = {name: found for name in tables.VARIANTS[1:] if (found := tables.accuracies(f"esc10-{name}"))}
+    done = {name: found for name in tables.VARIANTS[1:] if base and (found := tables.accuracies(f"esc10-{name}"))}
     for row, found in enumerate(done.values()):
         mean, half = _percent([found[cell] - base[cell] for cell in found])
         axes.errorbar(mean, row, xerr=half, color=OURS, **DOT)

@@ -86,6 +86,20 @@ def test_tables_tell_the_difference_run_by_run_and_what_was_not_run(tmp_path: Pa
     assert "| esc10 | not run | not run |  | 0 |" in done.stdout
 
 
+def test_the_picture_is_drawn_from_what_there_is(tmp_path: Path) -> None:
+    record(tmp_path / "runs/exp/us8k-pretrained", [0.5, 0.6, 0.7, 0.8])
+    record(tmp_path / "runs/exp/us8k-scratch", [0.4, 0.5, 0.7, 0.6])
+    record(tmp_path / "runs/exp/esc10-base", [0.4, 0.5, 0.7, 0.6])
+    record(tmp_path / "runs/exp/esc10-lambda_0.3", [0.5, 0.5, 0.7, 0.7])
+    (tmp_path / "docs").mkdir()
+    command = [sys.executable, str(ROOT / "runs/figures.py")]
+    subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True)
+    picture = (tmp_path / "docs/results.svg").read_text()
+    assert ">us8k<" in picture
+    assert ">esc10<" not in picture, "not run"
+    assert ">lambda 0.3<" in picture
+
+
 def test_frozen_features_are_compared_seed_by_seed(tmp_path: Path) -> None:
     (tmp_path / "runs/exp").mkdir(parents=True)
     for name, shares in (("base", (0.5, 0.6, 0.7)), ("lambda_0", (0.4, 0.4, 0.7))):
