@@ -25,3 +25,9 @@ for task in speech_commands arabic_sc; do
     crossval "exp/$task-pretrained" real_finetune "$task" valid 1,2,3 data.frames=128 "${FINE[@]}" \
         objective.init_from=runs/exp/pretrained_words --against "runs/exp/$task-scratch"
 done
+
+# Whether the start from scratch has the worse learning rate: half and twice as much
+for rate in 0.00025 0.001; do
+    crossval "exp/esc10-scratch-$rate" real_finetune esc10 $ESC10_FOLDS 1,2,3 "${FINE[@]}" "${SCRATCH[@]}" \
+        "optimizer.lr=$rate" --against runs/exp/esc10-scratch
+done
