@@ -67,6 +67,7 @@ class State:
     bad_steps_in_a_row: int = 0  # the last of them without an update between
     best_step: int = 0  # whose checkpoint run.keep_best keeps; 0: none
     best_figure: float | None = None  # of that step, on data.valid
+    best_on: str = ""  # fingerprint of the shards of data.valid, which chose it
     order_version: int = ORDER_VERSION
     format: int = FORMAT
 

@@ -12,6 +12,7 @@ from asda.checkpoint import State
 from asda.config import ClassifyConfig, Config, DataSpecs
 from asda.data.clips import ClipDataset
 from asda.errors import UserError
+from asda.evaluate import held_out
 
 
 @dataclass
@@ -32,9 +33,12 @@ class Best:
             self.step, self.figure = 0, None
 
 
-def best_so_far(saved: Config, state: State, config: Config) -> Best:
+def best_so_far(saved: Config, state: State, config: Config, valid: ClipDataset | None) -> Best:
     """What a checkpoint knows of the best step; nothing where the choice is now made by something else."""
-    same = saved.run.keep_best == config.run.keep_best and saved.data.valid == config.data.valid
+    same_clips = saved.data.valid == config.data.valid
+    if state.best_on and valid:  # the shards may have moved; a checkpoint of before the field knows their place alone
+        same_clips = state.best_on == valid.fingerprint
+    same = same_clips and saved.run.keep_best == config.run.keep_best
     return Best(state.best_step, state.best_figure) if same else Best()
 
 
@@ -47,14 +51,36 @@ def check_choice(config: Config) -> None:
         raise UserError(f"{key} {name or test!r} is for objective.kind classify; leave it empty in pre-training")
     if name and not valid:
         raise UserError(f"run.keep_best {name} chooses by an evaluation; give data.valid=FOLDER:SPLIT")
-    if test and test == valid:
-        raise UserError(f"data.test and data.valid are both {test}; a test set must not choose the checkpoint")
+
+
+def open_held_out(config: Config, train: ClipDataset) -> tuple[ClipDataset | None, list[str]]:
+    """Open data.valid and data.test before the first step, so that mistakes show then, and not after hours.
+
+    Returns:
+        data.valid, if there is one, and warnings where a network is judged on clips that it learns.
+
+    Raises:
+        UserError: they are not what can be judged on; or they have clips in common.
+    """
+    opened = {}
+    for key, data in (("data.valid", config.data.valid), ("data.test", config.data.test)):
+        if data:
+            opened[key] = held_out(config, train.vocabulary, data)
+            check_labels(config, data, opened[key])
+    valid, test = opened.get("data.valid"), opened.get("data.test")
+    if valid and test and test.shares_shards_with(valid):
+        raise UserError(
+            f"data.test {config.data.test} and data.valid {config.data.valid} have shards in common; a test set must "
+            "not choose the checkpoint"
+        )
+    return valid, [
+        f"{key} has shards of data.train: its figures are of clips that the network learns, not of held-out ones"
+        for key, dataset in opened.items()
+        if dataset.shares_shards_with(train)
+    ]
 
 
 def check_labels(config: Config, data: DataSpecs, judged: ClipDataset) -> None:
     """Raise UserError where an accuracy shall choose, and held-out clips have several labels or none."""
-    if config.run.keep_best == "accuracy" and judged.num_labels != len(judged):
-        raise UserError(
-            f"run.keep_best accuracy needs one label a clip, and {data} has {judged.num_labels} labels on "
-            f"{len(judged)} clips; choose by mAP"
-        )
+    if config.run.keep_best == "accuracy" and (complaint := judged.without_one_label()):
+        raise UserError(f"run.keep_best accuracy needs one label a clip. {data}: {complaint}; choose by mAP")

@@ -60,6 +60,11 @@ class Probe:
                 f"{len(self._train.vocabulary)} of probe.train {config.probe.train}; make the shards with the same "
                 "--labels FILE"
             )
+        if self._test.shares_shards_with(self._train):
+            raise UserError(
+                f"probe.test {config.probe.test} and probe.train {config.probe.train} have shards in common, where "
+                "each clip is its own neighbour; name splits that are apart"
+            )
         if len(self._train) < self._neighbours:
             raise UserError(
                 f"probe.neighbours {self._neighbours} exceeds the {len(self._train)} clips of probe.train "

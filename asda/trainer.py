@@ -22,7 +22,7 @@ from torch import Tensor
 from asda import checkpoint
 from asda.checkpoint import State
 from asda.checkpoint_writer import CheckpointWriter, Outcome
-from asda.choosing import Best, best_so_far, check_choice, check_labels
+from asda.choosing import Best, best_so_far, check_choice, open_held_out
 from asda.config import ClassifyConfig, Config, DataSpecs, dump_config
 from asda.continuing import check_continuation
 from asda.costs import gemm_rate, network_costs
@@ -45,7 +45,7 @@ from asda.engine import (
     was_applied,
 )
 from asda.errors import Stopped, UserError, say
-from asda.evaluate import evaluate_weights, held_out
+from asda.evaluate import evaluate_weights
 from asda.hosts import check_folder_is_shared, claim_folder
 from asda.meter import Meter
 from asda.objectives import DTYPES, Pretraining, make_objective
@@ -96,8 +96,7 @@ class Trainer:
         self.accumulation = config.optimizer.batch // processes.world_size // self.micro_batch
         self.budget = DamageBudget(int(config.data.max_damaged * len(dataset)))
         self.probe = Probe(config) if config.probe else None
-        for data in filter(None, (config.data.valid, config.data.test)):
-            check_labels(config, data, held_out(config, dataset.vocabulary, data))  # now, not after hours
+        self.valid, warnings = open_held_out(config, dataset)
         self.progress, self.best = Progress(), Best()
         self.clips: list[Clip] = []  # this rank's part of the last step
 
@@ -119,6 +118,8 @@ class Trainer:
         about = derived_numbers(config, dataset, processes, self.micro_batch, costs, rate, self.progress.step)
         self.locks.append(claim_folder(self.folder, processes.rank, make=True))
         self.log = self._open_log(about + changes)
+        for sentence in warnings:
+            self.log.warn(sentence)
         self.writer = CheckpointWriter(self.folder, config, processes)
         self.meter = Meter(processes, sum(costs.flops.values()), rate, self.progress.skipped_steps)
 
@@ -318,6 +319,7 @@ class Trainer:
             bad_steps_in_a_row=self.progress.bad_in_a_row,
             best_step=self.best.step,
             best_figure=self.best.figure,
+            best_on=self.valid.fingerprint if self.valid and self.best.step else "",
         )
         with self.meter.paused():
             stem, moments = optimizer_file(self.engine)
@@ -353,7 +355,11 @@ class Trainer:
                 "run.folder"
             )
         self.progress = Progress(state.step, state.applied_steps, state.bad_steps_in_a_row)
-        self.best = best_so_far(saved, state, self.config)
+        self.best = best_so_far(saved, state, self.config, self.valid)
+        if state.best_step and not self.best.step:
+            changes.append(
+                f"the best so far, step {state.best_step}, was chosen on or by something else: it is not kept"
+            )
         self.budget.met.update(state.damaged_clips)
         if state.world_size != self.processes.world_size:
             changes.append(f"changed since {folder.name}: ranks {state.world_size} -> {self.processes.world_size}")
@@ -416,10 +422,13 @@ def _open_data(config: Config) -> ClipDataset:
     cache = CacheConfig(config.data.cache, config.data.cache_gib)
     labelled = isinstance(config.objective, ClassifyConfig)
     dataset = ClipDataset(*sources, labelled=labelled, tolerant=config.data.max_damaged > 0, cache=cache)
-    one_label = isinstance(config.objective, ClassifyConfig) and config.objective.loss == "ce"
-    if one_label and dataset.num_labels != len(dataset):
+    if labelled and not dataset.num_labels:
         raise UserError(
-            f"{config.data.train} has {dataset.num_labels} labels on {len(dataset)} clips; objective.loss ce wants "
-            "one label on every clip, use bce for any number"
+            f"{config.data.train} has no labels on its {len(dataset)} clips; objective.kind classify learns from labels"
+        )
+    one_label = isinstance(config.objective, ClassifyConfig) and config.objective.loss == "ce"
+    if one_label and (complaint := dataset.without_one_label()):
+        raise UserError(
+            f"{config.data.train}: {complaint}; objective.loss ce wants one label on every clip, use bce for any number"
         )
     return dataset

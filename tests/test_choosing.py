@@ -12,8 +12,9 @@ from tiny_checkpoints import ALONE, files_at, state_at, tiny_config
 
 from asda import checkpoint
 from asda.checkpoint_writer import CheckpointWriter
-from asda.choosing import Best, best_so_far, check_choice
+from asda.choosing import Best, best_so_far, check_choice, open_held_out
 from asda.config import load_config
+from asda.data.clips import ClipDataset
 from asda.errors import UserError
 from asda.runlog import read_metrics
 
@@ -35,16 +36,38 @@ def test_the_best_is_the_earliest_of_the_highest_figures_and_never_one_without_a
 def test_what_was_chosen_by_something_else_is_forgotten() -> None:
     saved = load_config(FINETUNE, ["run.keep_best=mAP"])
     state = replace(state_at(9), best_step=4, best_figure=0.75)
-    assert best_so_far(saved, state, saved) == Best(4, 0.75)
+    assert best_so_far(saved, state, saved, None) == Best(4, 0.75)
     for other in ("run.keep_best=accuracy", "data.valid=elsewhere:test"):
-        assert best_so_far(saved, state, load_config(FINETUNE, ["run.keep_best=mAP", other])) == Best()
+        assert best_so_far(saved, state, load_config(FINETUNE, ["run.keep_best=mAP", other]), None) == Best()
+
+
+def test_the_choice_goes_on_where_its_clips_have_moved_and_begins_anew_on_others(shards: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(shards, tmp_path / "moved")
+    saved = load_config(FINETUNE, ["run.keep_best=mAP", f"data.valid={shards}:test"])
+    valid = ClipDataset(f"{shards}:test", labelled=True)
+    state = replace(state_at(9), best_step=4, best_figure=0.75, best_on=valid.fingerprint)
+    for now, best in ((f"{moved}:test", Best(4, 0.75)), (f"{shards}:train", Best())):
+        config = load_config(FINETUNE, ["run.keep_best=mAP", f"data.valid={now}"])
+        assert best_so_far(saved, state, config, ClipDataset(now, labelled=True)) == best
+
+
+def test_clips_that_choose_or_are_learned_do_not_test_in_silence(shards: Path) -> None:
+    train = ClipDataset(f"{shards}:train", labelled=True)
+    sets = {"valid": f"{shards}:test", "test": f"{shards}/:test+train"}
+    config = load_config(FINETUNE, [f"data.{key}={specs}" for key, specs in sets.items()])
+    with pytest.raises(UserError, match="have shards in common; a test set must not choose the checkpoint"):
+        open_held_out(config, train)
+    valid, warnings = open_held_out(load_config(FINETUNE, ["data.valid=", f"data.test={sets['test']}"]), train)
+    assert valid is None
+    assert [sentence.partition(":")[0] for sentence in warnings] == ["data.test has shards of data.train"]
+    valid, warnings = open_held_out(load_config(FINETUNE, [f"data.valid={sets['valid']}"]), train)
+    assert (len(valid or ()), warnings) == (16, [])
 
 
 @pytest.mark.parametrize(
     ("config", "overrides", "sentence"),
     [
         ("demo_finetune", ["run.keep_best=mAP", "data.valid="], "chooses by an evaluation; give data.valid"),
-        ("demo_finetune", ["data.test=demo/shards:test"], "a test set must not choose the checkpoint"),
         ("demo_pretrain", ["run.keep_best=mAP"], "run.keep_best 'mAP' is for objective.kind classify"),
         ("demo_pretrain", ["data.test=x:y"], "data.test 'x:y' is for objective.kind classify"),
     ],

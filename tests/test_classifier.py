@@ -66,6 +66,10 @@ def test_masked_padding_gets_no_gradient(pooling: str):
     assert (patches_BNP.grad[present_BN].abs().sum(1) > 0).all()
 
 
-def test_a_bf16_classifier_gives_fp32_logits():
-    classifier = Classifier(golden.TINY, config_of(), NUM_CLASSES).bfloat16()
-    assert classifier(patches_of(2)).dtype == torch.float32
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_bf16_classifier_gives_logits_that_fp32_tells_apart(autocast: bool):
+    classifier = Classifier(golden.TINY, config_of(), NUM_CLASSES)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits_BC = (classifier if autocast else classifier.bfloat16())(patches_of(8))
+    assert logits_BC.dtype == torch.float32
+    assert (logits_BC != logits_BC.bfloat16()).float().mean() > 0.9  # of 65,536 values one is a value of bf16

@@ -16,6 +16,7 @@ from asda.config import load_config
 from asda.data.clips import ClipDataset
 from asda.errors import UserError
 from asda.metrics import summary
+from asda.trainer import train
 
 LABELLED = ("alarm", "bird")  # the classes of split some
 
@@ -48,15 +49,29 @@ for split in splits:
 
 @pytest.fixture(scope="module")
 def odd_splits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards with the splits some (two classes of eight), bare (no labels) and empty (make_shards writes none such)."""
+    """Shards with the splits some (two classes of eight), bare (no labels), uneven (two labels on one of two clips,
+    none on the other) and empty (make_shards writes none such).
+    """
     folder = tmp_path_factory.mktemp("odd")
     write_dataset(folder / "audio", 2, seed=5)
     clips = sorted((folder / "audio").glob("*/*.wav"))
-    rows = [f"{p},{p.parent.name},some" if p.parent.name in LABELLED else f"{p},,bare" for p in clips]
+    rows = [f"{p},{p.parent.name},some" if p.parent.name in LABELLED else f"{p},,bare" for p in clips[:-2]]
+    rows += [f"{clips[-2]},{';'.join(LABELLED)},uneven", f"{clips[-1]},,uneven"]
     (folder / "clips.csv").write_text("\n".join(["path,label,split", *rows]))
     (folder / "labels.txt").write_text("\n".join(sorted({path.parent.name for path in clips})) + "\n")
     tool = [sys.executable, ROOT / "tools" / "make_shards.py", "--source", "csv", "--input", folder / "clips.csv"]
-    tool += ["--labels", folder / "labels.txt", "--out", folder / "shards", "--split", "some", "--split", "bare"]
+    tool += [
+        "--labels",
+        folder / "labels.txt",
+        "--out",
+        folder / "shards",
+        "--split",
+        "some",
+        "--split",
+        "bare",
+        "--split",
+        "uneven",
+    ]
     subprocess.run(tool, check=True, capture_output=True)
     index = json.loads((folder / "shards" / "dataset.json").read_text())
     nothing = {"clips": 0, "seconds": 0.0, "shards": [], "class_counts": [0] * len(index["vocabulary"])}
@@ -75,7 +90,7 @@ def test_held_out_clips_without_labels_or_without_some_classes_are_said(odd_spli
     some, bare, empty = [json.loads(line) for line in done.stdout.splitlines() if line[0] in '{"']
     assert (some["clips"], some["classes"], some["classes_without_positives"]) == (4, 8, 6)
     assert 0 < some["mAP"] <= 1
-    assert f"{odd_splits}:bare has no labels on its 12 clips, so there is nothing to measure" in bare
+    assert f"{odd_splits}:bare has no labels on its 10 clips, so there is nothing to measure" in bare
     assert f"{odd_splits}:empty has no labels on its 0 clips" in empty
     count_fault("32", "held-out clips: none, none labelled, of some classes only", 3, 3)
 
@@ -83,8 +98,25 @@ def test_held_out_clips_without_labels_or_without_some_classes_are_said(odd_spli
 def test_an_accuracy_chooses_among_clips_of_one_label_only(odd_splits: Path, shards: Path) -> None:
     config = load_config(ROOT / "configs" / "demo_finetune.json", ["run.keep_best=accuracy"])
     check_labels(config, "x:test", ClipDataset(f"{shards}:test", labelled=True))
-    with pytest.raises(UserError, match="x:bare has 0 labels on 12 clips; choose by mAP"):
+    with pytest.raises(UserError, match=r"x:bare: clip bare-000000\.tar\.zst:.* has no labels; choose by mAP"):
         check_labels(config, "x:bare", ClipDataset(f"{odd_splits}:bare", labelled=True))
+    uneven = ClipDataset(f"{odd_splits}:uneven", labelled=True)
+    assert uneven.num_labels == len(uneven) == 2
+    with pytest.raises(UserError, match=r"x:uneven: clip uneven-000000\.tar\.zst:.* has (2|no) labels; choose by mAP"):
+        check_labels(config, "x:uneven", uneven)
+
+
+@pytest.mark.parametrize(
+    ("split", "loss", "sentence"),
+    [
+        ("bare", "bce", "bare has no labels on its 10 clips; objective.kind classify learns from labels"),
+        ("uneven", "ce", "labels; objective.loss ce wants one label on every clip"),
+    ],
+)
+def test_clips_that_teach_nothing_are_refused(odd_splits: Path, split: str, loss: str, sentence: str) -> None:
+    overrides = [f"data.train={odd_splits}:{split}", f"objective.loss={loss}", "objective.label_smoothing=0"]
+    with pytest.raises(UserError, match=sentence):
+        train(load_config(ROOT / "configs" / "demo_finetune.json", overrides))
 
 
 def test_the_mean_is_over_the_classes_that_have_a_clip() -> None:

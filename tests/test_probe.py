@@ -184,6 +184,7 @@ def test_features_without_a_value_give_figures_without_a_value(shards: Path, alo
     ("probe", "words"),
     [
         ({"train": "{}:nothing"}, "nothing"),
+        ({"train": "{}:train+test"}, "have shards in common, where each clip is its own neighbour"),
         ({"neighbours": 49}, "probe.neighbours 49 exceeds the 48 clips"),
     ],
 )

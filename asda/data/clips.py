@@ -45,7 +45,7 @@ class ClipDataset:
 
     Attributes:
         vocabulary: class names, a label's id is its position; empty where labels are not used.
-        num_labels: labels of all clips together; equal to the number of clips where each has one.
+        num_labels: labels of all clips together.
         log_mel: mean and standard deviation of the log-mel values of all clips.
         shards: all shards, in the order that numbers the clips.
         fingerprint: one hash of all shards; what it stays equal for is the same data in the same order.
@@ -82,6 +82,22 @@ class ClipDataset:
 
     def __len__(self) -> int:
         return self._first_clip[-1]
+
+    def without_one_label(self) -> str | None:
+        """Which clip, the first of them, has several labels or none; None where each has one."""
+        for shard in self.shards:
+            try:
+                index = shard.index
+            except UserError:
+                continue  # reading a clip of the shard says so, and whether that may be
+            for key, labels in zip(index.keys, index.labels, strict=True):
+                if len(labels) != 1:
+                    return f"clip {shard.entry.name}:{key} has {len(labels) or 'no'} labels"
+        return None
+
+    def shares_shards_with(self, other: "ClipDataset") -> bool:
+        """Whether a shard, told by its hash, is in both."""
+        return not {shard.entry.hash for shard in self.shards}.isdisjoint(shard.entry.hash for shard in other.shards)
 
     def announce(self, shards: Iterable[int]) -> None:
         """Begin to bring shards near, in the background, in this order."""

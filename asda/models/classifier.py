@@ -8,7 +8,7 @@ import re
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, logsigmoid
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, linear, logsigmoid
 
 from asda.config import AstConfig, ClassifyConfig, ModelConfig
 from asda.models.ast import AstEncoder
@@ -31,7 +31,7 @@ class Classifier(nn.Module):
         self.encoder = make_encoder(model, config.drop_path)
         self.ham = Ham(model) if is_ast else nn.Identity()
         self.norm = nn.LayerNorm(model.width, eps=model.norm_eps if is_ast else NORM_EPS)
-        self.head = nn.Linear(model.width, num_classes)
+        self.head = Head(model.width, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=INIT_STD)
         nn.init.zeros_(self.head.bias)
 
@@ -50,13 +50,21 @@ class Classifier(nn.Module):
             special_BKD, patches_BND = tokens_BND.tensor_split([self.encoder.num_special], dim=1)
             tokens_BND = torch.cat([special_BKD.mean(1, keepdim=True), patches_BND], dim=1)
         clip_BD = POOLINGS[self.pooling](tokens_BND, present_BN)
-        return self.head(self.norm(clip_BD)).float()
+        return self.head(self.norm(clip_BD))
 
     def set_recompute(self, recompute: bool) -> None:
         """Keep only the input of each block for the backward, and compute the block again there; or keep all."""
         for part in self.modules():
             if isinstance(part, Encoder | AstEncoder | Conformer):
                 part.recompute = recompute
+
+
+class Head(nn.Linear):
+    """[B, D] in any dtype -> [B, C] in fp32: scores with the 8 bits of bf16 would tie clips that differ."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """In fp64, the one type that autocast leaves as it is; next to the encoder it costs nothing."""
+        return linear(input.double(), self.weight.double(), self.bias.double()).float()
 
 
 def make_encoder(model: ModelConfig | AstConfig, drop_path: float = 0.0) -> Encoder | AstEncoder:
