@@ -228,7 +228,8 @@ class SpecAugmentConfig(Section):
 
     mel_ratio: Share = 0.0  # of the widest band to all mel bins; widths are uniform up to it
     frame_ratio: Share = 0.0  # of the longest stretch to all frames
-    # EAT blanks mixtures with 0 in normalised space, the mean; AST single clips with a log-mel of 0, before normalising
+    # EAT blanks mixtures with 0 in normalised space, the mean; AST with a log-mel of 0, before normalising, and its
+    # mixtures have one box, one noise and one roll of the frames
     order: Literal["after_mixup", "before_normalisation"] = "after_mixup"
 
 
@@ -376,6 +377,13 @@ class OptimizerConfig(Section):
     weight_decay: NonNegative = 0.05
     clip: NonNegative = 4.0  # global gradient norm; 0 does not clip
     batch: PositiveInt  # clips per step, over all ranks
+
+    @model_validator(mode="after")
+    def falls(self) -> Self:
+        """Refuse a floor above the peak, to which the rate would rise."""
+        if self.min_lr > self.lr:
+            raise ValueError(f"optimizer.min_lr {self.min_lr:g} must not be above optimizer.lr {self.lr:g}; lower it")
+        return self
 
     @model_validator(mode="after")
     def has_its_decay(self) -> Self:

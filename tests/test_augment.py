@@ -16,6 +16,7 @@ from asda.data.augment import (
     draw_augmentation,
     draw_augmentations,
     draw_share,
+    frames_alike,
     masked_range,
     mixed_targets,
     packed,
@@ -23,6 +24,7 @@ from asda.data.augment import (
     present_patches,
 )
 from asda.data.clips import ClipDataset
+from asda.data.cpu_patches import CpuPatches, PatchLayout
 from asda.data.fbank import num_samples
 from asda.data.order import Draw
 from asda.data.stream import evaluation_batches, training_batches, with_patches
@@ -185,6 +187,32 @@ def test_an_augmentation_belongs_to_the_visit_and_a_share_to_the_pair():
     assert len(set(mixed)) == len(mixed) >= 4
     assert draw_augmentations(draws, lengths, config, seed=4) != whole
     assert draw_augmentations(draws, lengths, load_config(CONFIG).data, seed=3) is None
+
+
+def test_in_the_order_of_ast_a_mixture_is_blanked_made_noisy_and_rolled_as_one_clip():
+    settings = EVERYTHING | {"spec_augment": {"mel_ratio": 0.4, "frame_ratio": 0.4, "order": "before_normalisation"}}
+    config = load_config(CONFIG, [f"data.augment={json.dumps(settings)}"]).data
+    draws = [Draw(epoch=0, clip=n, repeat=0) for n in range(40)]
+    some = draw_augmentations(draws, [S] * 40, config, seed=3)
+    assert some is not None
+    pairs = list(zip(some[::2], some[1::2], strict=True))
+    alike = {name for name in ClipAugmentation._fields if all(getattr(a, name) == getattr(b, name) for a, b in pairs)}
+    mixed = [pair for pair in pairs if pair[0].share < 1]
+    assert alike == {"share"}, "a pair that is not mixed is two clips"
+    for a, b in mixed:
+        of_waves = ("wave_shift", "gain", "noise_ratio")
+        assert a == b._replace(**{name: getattr(a, name) for name in of_waves})
+        assert all(getattr(a, name) != getattr(b, name) for name in of_waves)
+    # Both patches of a pair, with clips that have nothing in common: what is blank in the mixture is the blank value.
+    waves = [(np.random.default_rng(n).standard_normal(S) * 3000).astype(np.int16) for n in range(2)]
+    one = mixed[0][0]._replace(frame_noise=0.0, frame_shift=0)
+    both = frames_alike([one, mixed[0][1]])
+    layout = PatchLayout(T // 16 * 16, 16, -4.0, 4.0, 0.0, mask_first=True)
+    patches = CpuPatches(layout, batch_size=2, threads=0).augmented(waves, list(packed(both)))
+    bins = np.stack(patches).reshape(2, -1, 8, 16, 16).transpose(0, 1, 3, 2, 4).reshape(2, -1, 128)
+    box = bins[:, :, one.mel_start : one.mel_stop]
+    assert one.mel_stop - one.mel_start > 8
+    assert np.abs(box - 0.5).max() <= 2.0**-23  # (0 + 4) / 8, times a share and the rest of it
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch", "threads"), [(1, 4, 1), (1, 8, 2), (2, 4, 3), (4, 2, 1)])

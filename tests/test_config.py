@@ -106,6 +106,7 @@ def test_the_data_of_a_run_is_one_dataset_or_a_mixture_of_several(tmp_path: Path
             "data.order.mode=random",
             "data.order.mode is \"random\": input should be 'shuffled', 'balanced' or 'sequential'",
         ),
+        ("optimizer.min_lr=1", "optimizer.min_lr 1 must not be above optimizer.lr"),
         ("data.order.mode=balanced", "data.order.draws_per_epoch must be given in mode balanced without replacement"),
         ("data.order.draws_per_epoch=5", "are of mode balanced; in mode shuffled an epoch is every clip once"),
         ("data.order.replacement=true", "are of mode balanced; in mode shuffled an epoch is every clip once"),

@@ -1,7 +1,8 @@
 """What chance does to a clip, as numbers: drawn before its audio is touched, applied by asda.data.pipeline.
 
     wave, minus its mean   rolled forward by `wave_shift`, times `gain`, plus white noise of `noise_ratio` times its rms
-    log-mel                padded to T frames; with SpecAug of order before_normalisation, the box becomes 0
+    log-mel                padded to T frames; with SpecAug of order before_normalisation, the box becomes 0;
+                           box, noise and roll of the frames are then its partner's too, and so the mixture's
     normalised             plus `frame_noise` times a uniform number for each value; rolled forward by `frame_shift`
     mixed                  `share` of it, and 1 - `share` of its partner: of clips 2k and 2k + 1 of a batch the other
     masked                 with SpecAug of order after_mixup, the box becomes 0, which is the mean
@@ -40,6 +41,9 @@ class ClipAugmentation(NamedTuple):
     share: float = 1.0  # of the clip itself in the mixture with its partner
 
 
+OF_FRAMES = ("frame_noise", "frame_shift", "noise_key", "mel_start", "mel_stop", "frame_start", "frame_stop")
+
+
 def draw_augmentations(
     draws: Sequence[Draw], clip_samples: Sequence[int], config: DataConfig, seed: int
 ) -> list[ClipAugmentation] | None:
@@ -57,9 +61,23 @@ def draw_augmentations(
         return None
     first_of_pair = [draw for draw in draws[::2] for _ in range(2)][: len(draws)]
     shares = [draw_share(clip_rng(seed, draw, "mixup"), augment.mixup) for draw in first_of_pair]
-    return [
+    drawn = [
         draw_augmentation(clip_rng(seed, draw, "augment"), augment, samples, config.frames, share)
         for draw, samples, share in zip(draws, clip_samples, shares, strict=True)
+    ]
+    return drawn if augment.spec_augment.order == "after_mixup" else frames_alike(drawn)
+
+
+def frames_alike(augmentations: Sequence[ClipAugmentation]) -> list[ClipAugmentation]:
+    """To the frames of both clips of a mixed pair happens what happens to those of the first.
+
+    AST mixes waves and then blanks, makes noisy and rolls the mixture. What is done alike to both parts of a mean is
+    done to it: blanks stay blank, and the noise is not averaged away.
+    """
+    firsts = [augmentations[min(place, partner)] for place, partner in enumerate(partners(augmentations))]
+    return [
+        one._replace(**{name: getattr(first, name) for name in OF_FRAMES})
+        for one, first in zip(augmentations, firsts, strict=True)
     ]
 
 
