@@ -8,9 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sounds_dataset  # noqa: F401  # puts tools/ on the path
-from crossval import STUDENT, Cell, interval, table
+from crossval import STUDENT, Cell, Plan, claim, interval, table
 from launching import ROOT, TINY, environment
 from scipy import stats
+from tiny_checkpoints import save
+
+from asda.config import dump_config
+from asda.data.clips import ClipDataset
+from asda.errors import UserError
 
 TOOL = ROOT / "tools" / "crossval.py"
 CONFIG = ROOT / "configs" / "demo_finetune.json"
@@ -38,6 +43,66 @@ def test_folds_are_averaged_over_seeds_before_they_deviate() -> None:
     means = {line.split()[0]: line.split()[1] for line in lines}
     assert means == {"fold1": "0.120", "fold2": "0.220", "fold3": "0.320", "mean": "0.220"}
     assert lines[-1].endswith("(deviation over folds 0.100)")
+
+
+def begun(plan: Plan, fold: str) -> Path:
+    """The folder of a training, as asda/train.py leaves it: its statistics of the shards are figures."""
+    cell = Cell(fold, 1)
+    config = plan.resolved(cell)
+    log_mel = ClipDataset(*(part.data for part in config.data.datasets), labelled=False).log_mel
+    config = config.model_copy(update={"data": config.data.model_copy(update={"log_mel": log_mel})})
+    folder = plan.out / cell.name
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(dump_config(config))
+    return folder
+
+
+@pytest.fixture
+def plan(shards: Path, tmp_path: Path) -> Plan:
+    """Of two folds, with a configuration that may be edited."""
+    config = tmp_path / "config.json"
+    config.write_bytes(CONFIG.read_bytes())
+    return Plan(config, (), str(shards), ("test", "train"), (Cell("test", 1), Cell("train", 1)), tmp_path / "all")
+
+
+def test_runs_go_on_where_nothing_that_decides_has_changed(plan: Plan) -> None:
+    begun(plan, "test")
+    claim(plan)
+    tree = json.loads(plan.config.read_text())
+    tree["run"]["log_every"] = 7
+    plan.config.write_text(json.dumps(tree))
+    claim(plan)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "words"),
+    [
+        ("optimizer", "lr", 0.25, "optimizer.lr 0.0003 -> 0.25"),
+        ("data", "frames", 128, "data.frames 256 -> 128"),
+        ("model", "depth", 2, "model.depth 4 -> 2"),
+        ("objective", "init_from", "other", 'objective.init_from "demo/pretrained" -> "other"'),
+    ],
+)
+def test_runs_of_a_configuration_that_was_edited_since_are_refused(
+    plan: Plan, section: str, key: str, value: object, words: str
+) -> None:
+    claim(plan)
+    folder = begun(plan, "train")
+    tree = json.loads(plan.config.read_text())
+    tree[section][key] = value
+    plan.config.write_text(json.dumps(tree))
+    with pytest.raises(UserError) as caught:
+        claim(plan)
+    assert str(caught.value).startswith(f"{folder} was trained with other values: {words}")
+    assert "give another --out" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_runs_of_shards_that_were_made_anew_since_are_refused(plan: Plan) -> None:
+    folder = begun(plan, "test")
+    save(folder, plan.resolved(Cell("test", 1)), 8)  # whose state names other shards
+    with pytest.raises(UserError, match=f"are not those that {folder} was trained on"):
+        claim(plan)
 
 
 @pytest.mark.launch

@@ -22,7 +22,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from asda import checkpoint
 from asda.config import Config, load_config
+from asda.continuing import changes, decides
+from asda.data.cache import CacheConfig
+from asda.data.clips import ClipDataset
 from asda.data.shards import load_dataset
 from asda.errors import STOPPED_EXIT, Stopped, UserError, exit_with_sentence
 from asda.runlog import read_metrics
@@ -205,7 +209,8 @@ def claim(plan: Plan) -> None:
     """Make the folder of the runs, unless it holds runs of another call.
 
     Raises:
-        UserError: it does; what is finished there would pass for this call's.
+        UserError: it does, also where the configuration or the shards have changed since; what is finished there would
+            pass for this call's.
     """
     plan.out.mkdir(parents=True, exist_ok=True)
     path = plan.out / RECORD
@@ -218,6 +223,32 @@ def claim(plan: Plan) -> None:
                 f"{plan.out} holds runs whose {name} was {json.dumps(theirs.get(name))}, not {json.dumps(value)}; give "
                 "another --out"
             )
+    for cell in plan.cells:
+        check_unchanged(plan, cell)
+
+
+def check_unchanged(plan: Plan, cell: Cell) -> None:
+    """Compare a training that has begun with what this call would train there.
+
+    Raises:
+        UserError: the shards, or a value of the configuration that decides its figures, are not what they were.
+    """
+    folder, config = plan.out / cell.name, plan.resolved(cell)
+    if not (folder / "config.json").is_file():
+        return
+    cache = CacheConfig(config.data.cache, config.data.cache_gib)
+    dataset = ClipDataset(*(part.data for part in config.data.datasets), labelled=False, cache=cache)
+    for newest in checkpoint.checkpoints(folder)[-1:]:
+        if checkpoint.read_state(newest)[1].data_fingerprint != dataset.fingerprint:
+            raise UserError(f"the shards of {plan.data} are not those that {folder} was trained on; give another --out")
+    if config.data.log_mel == "dataset":  # figures in what the training has written
+        config = config.model_copy(update={"data": config.data.model_copy(update={"log_mel": dataset.log_mel})})
+    changed = [line for key, line in changes(load_config(folder / "config.json"), config).items() if decides(key)]
+    if changed:
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise UserError(
+            f"{folder} was trained with other values: {changed[0]}{more}; set them back, or give another --out"
+        )
 
 
 def write(plan: Plan, figures: dict[Cell, dict[str, float]]) -> Path:
