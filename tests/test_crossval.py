@@ -1,6 +1,7 @@
 """Runs over held-out splits and seeds: all of them, once, and summed up as the textbook does."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sounds_dataset  # noqa: F401  # puts tools/ on the path
-from crossval import STUDENT, Cell, Plan, claim, interval, table
+from crossval import RECORD, STUDENT, Cell, Plan, check_same_data, claim, interval, paired, table
 from launching import ROOT, TINY, environment
 from scipy import stats
 from tiny_checkpoints import save
@@ -103,6 +104,44 @@ def test_runs_of_shards_that_were_made_anew_since_are_refused(plan: Plan) -> Non
     save(folder, plan.resolved(Cell("test", 1)), 8)  # whose state names other shards
     with pytest.raises(UserError, match=f"are not those that {folder} was trained on"):
         claim(plan)
+
+
+def leave(folder: Path, record: object) -> Path:
+    """A crossval.json with this in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORD).write_text(json.dumps(record))
+    return folder
+
+
+def test_runs_are_compared_with_those_on_the_same_data_alone(shards: Path, plan: Plan, tmp_path: Path) -> None:
+    for name, text in (("copy", (shards / "dataset.json").read_text()), ("other", "{}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dataset.json").write_text(text)
+    for same in (shards, f"{shards}/", os.path.relpath(shards), f"file://{shards}", tmp_path / "copy"):
+        check_same_data(plan, leave(tmp_path / "against", {"data": str(same), "runs": []}))
+    for other in (tmp_path / "other", tmp_path / "gone"):
+        against = leave(tmp_path / "against", {"data": str(other), "runs": []})
+        with pytest.raises(UserError, match=f"--against {against} was judged on {other}, not {shards}"):
+            check_same_data(plan, against)
+
+
+@pytest.mark.parametrize(
+    ("runs", "sentence"),
+    [
+        ([{"fold": "test", "seed": 1, "mAP": 0.5}], "has no accuracy of test-seed1"),
+        ([{"fold": "test", "seed": 1, "mAP": 0.5, "accuracy": None}], "has no accuracy of test-seed1"),
+        ([{"fold": "test", "seed": 2, "mAP": 0.5, "accuracy": 0.5}], "has no finished run test-seed1"),
+        ([{"seed": 1, "mAP": 0.5}], "is not what this tool has written"),
+        ([{"fold": "test", "mAP": 0.5}], "is not what this tool has written"),
+        (["test-seed1"], "is not what this tool has written"),
+    ],
+)
+def test_a_record_that_lacks_what_is_compared_is_one_sentence(
+    runs: list[object], sentence: str, tmp_path: Path
+) -> None:
+    against = leave(tmp_path / "against", {"runs": runs})
+    with pytest.raises(UserError, match=sentence):
+        paired({Cell("test", 1): {"accuracy": 0.5, "mAP": 0.25}}, against)
 
 
 @pytest.mark.launch
