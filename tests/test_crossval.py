@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sounds_dataset  # noqa: F401  # puts tools/ on the path
-from crossval import RECORD, STUDENT, Cell, Plan, check_same_data, claim, interval, paired, table
+from crossval import RECORD, STUDENT, Cell, Plan, check_same_data, claim, interval, paired, parse_args, planned, table
+from faulty_server import serving
 from launching import ROOT, TINY, environment
 from scipy import stats
 from tiny_checkpoints import save
@@ -142,6 +144,19 @@ def test_a_record_that_lacks_what_is_compared_is_one_sentence(
     against = leave(tmp_path / "against", {"runs": runs})
     with pytest.raises(UserError, match=sentence):
         paired({Cell("test", 1): {"accuracy": 0.5, "mAP": 0.25}}, against)
+
+
+def arguments_of(data: object, *more: str) -> Namespace:
+    return parse_args(["--config", str(CONFIG), "--data", str(data), "--out", "runs/x", *more])
+
+
+def test_data_may_lie_elsewhere(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serving(shards) as server:
+        found = planned(arguments_of(server.url))
+        assert f"data.train={server.url}:train" in found.arguments(Cell("test", 1))
+        with pytest.raises(UserError, match=f"--hold-out nonsense: {server.url} has the splits test, train"):
+            planned(arguments_of(server.url, "--hold-out", "nonsense"))
 
 
 @pytest.mark.launch

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from faulty_server import serving
 from launching import ROOT, environment
 from sklearn.linear_model import RidgeCV
 from sklearn.neighbors import KNeighborsClassifier
@@ -100,6 +101,15 @@ def test_the_encoder_of_a_classifier_is_judged_too(shards: Path, tmp_path: Path)
     tagger, out = write_tagger(tmp_path / "tagger"), tmp_path / "probe.json"
     run_probe(*arguments_of(shards, "--checkpoint", tagger, "--neighbours", 3, "--out", out))
     assert judged(out)["student"] == expected_figures(asda.load(tagger, "student", "cpu"), shards, 3)
+
+
+def test_data_may_lie_elsewhere(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import probe  # in tools/
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serving(shards) as server:
+        sets = probe._sets(probe.parse_args(["--checkpoint", "x", "--data", server.url, "--hold-out", "test"]))
+    assert sets == [(f"{server.url}:train", f"{server.url}:test", (f"{server.url}:train",))]
 
 
 @pytest.mark.parametrize(

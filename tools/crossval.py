@@ -310,7 +310,7 @@ def paired(figures: dict[Cell, dict[str, float]], against: Path) -> dict[Cell, d
         for metric in of_cell:
             if theirs[cell].get(metric) is None:
                 raise UserError(
-                    f"--against {against} has no {metric} of {cell.name}, so there is no difference; run that call again"
+                    f"--against {against} has no {metric} of {cell.name}, which a difference needs; run that call again"
                 )
     return theirs
 
@@ -339,7 +339,7 @@ def planned(args: argparse.Namespace) -> Plan:
     for name in ("jobs", "ranks"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} must be at least 1")
-    splits = tuple(load_dataset(Path(args.data)).splits)
+    splits = tuple(load_dataset(args.data).splits)
     folds = tuple(args.hold_out or splits)
     for fold in folds:
         other_splits(args.data, splits, fold)
@@ -350,8 +350,8 @@ def planned(args: argparse.Namespace) -> Plan:
     return plan
 
 
-def main() -> None:
-    """Parse the command line, train, and print."""
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; sys.argv by default."""
     parser = argparse.ArgumentParser(
         prog="tools/crossval.py",
         description="Train a configuration once for every held-out split and seed, and sum up.",
@@ -360,7 +360,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--config", required=True, type=Path, help="a run with objective.kind classify")
-    add("--data", required=True, help="folder of a dataset with at least two splits")
+    add("--data", required=True, help="folder or URL of a dataset with at least two splits")
     add("--hold-out", metavar="A,B", type=names, help="splits to hold out, one after another (default: every split)")
     add("--seeds", metavar="1,2", type=numbers, default=[1], help="values of run.seed (default: 1)")
     add("--out", required=True, type=Path, help="folder of the runs, their logs and crossval.json")
@@ -368,7 +368,12 @@ def main() -> None:
     add("--jobs", type=int, default=1, help="trainings at a time (default: 1)")
     add("--ranks", type=int, default=1, help="ranks of each training, by deepspeed (default: 1, plain python)")
     add("overrides", nargs="*", metavar="section.key=value", help="as for asda/train.py")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    """Parse the command line, train, and print."""
+    args = parse_args()
     plan = planned(args)
     claim(plan)
     if args.against:  # after the claim, because a call may be compared with itself
@@ -392,8 +397,9 @@ def other_splits(data: str, splits: Sequence[str], fold: str) -> str:
         UserError: the dataset has no such split, or no other.
     """
     if fold not in splits or len(splits) < 2:
+        where = without_credentials(data)
         raise UserError(
-            f"--hold-out {fold}: {data} has the splits {', '.join(splits)}; name one or more of at least two"
+            f"--hold-out {fold}: {where} has the splits {', '.join(splits)}; name one or more of at least two"
         )
     return "+".join(split for split in splits if split != fold)
 

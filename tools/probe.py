@@ -111,7 +111,7 @@ def _sets(args: argparse.Namespace) -> list[Sets]:
     """The two sets that were named; or, for every split that is held out, the other splits of the dataset and it."""
     if not args.data:
         return [Sets(args.train, args.test, (args.train,))]
-    splits = tuple(load_dataset(Path(args.data)).splits)
+    splits = tuple(load_dataset(args.data).splits)
     sets = []
     for fold in args.hold_out or splits:
         others = other_splits(args.data, splits, fold)
@@ -151,7 +151,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, type=Path, help="a run, a checkpoint, or converted weights")
     parser.add_argument("--train", metavar="FOLDER:SPLIT", help="labelled clips to compare with")
     parser.add_argument("--test", metavar="FOLDER:SPLIT", help="labelled clips that are judged")
-    parser.add_argument("--data", metavar="FOLDER", help="instead of both: hold out one split after another")
+    parser.add_argument(
+        "--data", metavar="FOLDER", help="instead of both, a folder or URL: hold out one split after another"
+    )
     parser.add_argument("--hold-out", metavar="A,B", type=names, help="with --data: these splits (default: every one)")
     parser.add_argument(
         "--weights", choices=["teacher", "student"], help="default: the teacher where there is one, as in pre-training"
