@@ -159,6 +159,14 @@ def test_data_may_lie_elsewhere(shards: Path, monkeypatch: pytest.MonkeyPatch) -
             planned(arguments_of(server.url, "--hold-out", "nonsense"))
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "twice"), [("--hold-out", "test,test", "test"), ("--seeds", "1,2,01", "1")]
+)
+def test_a_run_that_is_named_twice_would_count_twice(option: str, value: str, twice: str) -> None:
+    with pytest.raises(UserError, match=f"{value} names {twice} twice"):
+        arguments_of("shards", option, value)
+
+
 @pytest.mark.launch
 def test_every_fold_is_held_out_once_a_seed_and_nothing_is_done_twice(shards: Path, tmp_path: Path) -> None:
     tiny = [*TINY, "optimizer.steps=2", "objective.init_from=", "engine.micro_batch=8"]

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -33,6 +33,7 @@ from asda.data.shards import load_dataset
 from asda.errors import STOPPED_EXIT, Stopped, UserError, exit_with_sentence
 from asda.runlog import read_metrics
 
+Part = TypeVar("Part", str, int)
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = "crossval.json"
 METRICS = ("accuracy", "mAP")  # a run reports one or both
@@ -405,13 +406,20 @@ def other_splits(data: str, splits: Sequence[str], fold: str) -> str:
 
 
 def names(text: str) -> list[str]:
-    """Parts between commas."""
-    return text.split(",")
+    """Parts between commas. Raises UserError where one stands twice: its figures would count twice."""
+    return _once(text, text.split(","))
 
 
 def numbers(text: str) -> list[int]:
-    """Whole numbers between commas."""
-    return [int(number) for number in names(text)]
+    """Whole numbers between commas, as names."""
+    return _once(text, [int(number) for number in text.split(",")])
+
+
+def _once(text: str, parts: list[Part]) -> list[Part]:
+    for part in parts:
+        if parts.count(part) > 1:
+            raise UserError(f"{text} names {part} twice; name each once")
+    return parts
 
 
 if __name__ == "__main__":
