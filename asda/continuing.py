@@ -92,9 +92,7 @@ def check_continuation(folder: Path, saved: Config, config: Config) -> list[str]
     Raises:
         UserError: naming every value that decides and has changed, old -> new.
     """
-    theirs, ours = flattened(saved), flattened(config)
-    changed = [key for key in dict.fromkeys([*theirs, *ours]) if theirs.get(key) != ours.get(key)]
-    lines = {key: f"{key} {_shown(theirs, key)} -> {_shown(ours, key)}" for key in changed}
+    lines = changes(saved, config)
     refused = [line for key, line in lines.items() if decides(key)]
     if refused:
         raise UserError(
@@ -103,6 +101,13 @@ def check_continuation(folder: Path, saved: Config, config: Config) -> list[str]
         )
     allowed = [f"changed since {folder.name}: {line}" for line in lines.values()]
     return allowed + _moved(folder, saved, config)
+
+
+def changes(saved: Config, config: Config) -> dict[str, str]:
+    """By key with dots, a line "key old -> new" for every value that differs."""
+    theirs, ours = flattened(saved), flattened(config)
+    changed = [key for key in dict.fromkeys([*theirs, *ours]) if theirs.get(key) != ours.get(key)]
+    return {key: f"{key} {_shown(theirs, key)} -> {_shown(ours, key)}" for key in changed}
 
 
 def decides(key: str) -> bool:

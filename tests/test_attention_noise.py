@@ -229,6 +229,7 @@ def test_a_figure_that_is_none_is_null_in_the_file(shards: Path, tmp_path: Path,
     [
         (("--query", "cls"), "--query cls needs --context noise"),
         (("--clips", 1), "--clips 1 must be at least 2"),
+        (("--seed", -1), "--seed -1 must be a whole number from 0 to 1099511627776"),
         (("--out", "maps.png"), "--out maps.png is where the figures go"),
         (("--data", "nowhere:test"), "nowhere"),
     ],

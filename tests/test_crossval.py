@@ -1,16 +1,24 @@
 """Runs over held-out splits and seeds: all of them, once, and summed up as the textbook does."""
 
 import json
+import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sounds_dataset  # noqa: F401  # puts tools/ on the path
-from crossval import STUDENT, Cell, interval, table
+from crossval import RECORD, STUDENT, Cell, Plan, check_same_data, claim, interval, paired, parse_args, planned, table
+from faulty_server import serving
 from launching import ROOT, TINY, environment
 from scipy import stats
+from tiny_checkpoints import save
+
+from asda.config import dump_config
+from asda.data.clips import ClipDataset
+from asda.errors import UserError
 
 TOOL = ROOT / "tools" / "crossval.py"
 CONFIG = ROOT / "configs" / "demo_finetune.json"
@@ -38,6 +46,125 @@ def test_folds_are_averaged_over_seeds_before_they_deviate() -> None:
     means = {line.split()[0]: line.split()[1] for line in lines}
     assert means == {"fold1": "0.120", "fold2": "0.220", "fold3": "0.320", "mean": "0.220"}
     assert lines[-1].endswith("(deviation over folds 0.100)")
+
+
+def begun(plan: Plan, fold: str) -> Path:
+    """The folder of a training, as asda/train.py leaves it: its statistics of the shards are figures."""
+    cell = Cell(fold, 1)
+    config = plan.resolved(cell)
+    log_mel = ClipDataset(*(part.data for part in config.data.datasets), labelled=False).log_mel
+    config = config.model_copy(update={"data": config.data.model_copy(update={"log_mel": log_mel})})
+    folder = plan.out / cell.name
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(dump_config(config))
+    return folder
+
+
+@pytest.fixture
+def plan(shards: Path, tmp_path: Path) -> Plan:
+    """Of two folds, with a configuration that may be edited."""
+    config = tmp_path / "config.json"
+    config.write_bytes(CONFIG.read_bytes())
+    return Plan(config, (), str(shards), ("test", "train"), (Cell("test", 1), Cell("train", 1)), tmp_path / "all")
+
+
+def test_runs_go_on_where_nothing_that_decides_has_changed(plan: Plan) -> None:
+    begun(plan, "test")
+    claim(plan)
+    tree = json.loads(plan.config.read_text())
+    tree["run"]["log_every"] = 7
+    plan.config.write_text(json.dumps(tree))
+    claim(plan)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "words"),
+    [
+        ("optimizer", "lr", 0.25, "optimizer.lr 0.0003 -> 0.25"),
+        ("data", "frames", 128, "data.frames 256 -> 128"),
+        ("model", "depth", 2, "model.depth 4 -> 2"),
+        ("objective", "init_from", "other", 'objective.init_from "demo/pretrained" -> "other"'),
+    ],
+)
+def test_runs_of_a_configuration_that_was_edited_since_are_refused(
+    plan: Plan, section: str, key: str, value: object, words: str
+) -> None:
+    claim(plan)
+    folder = begun(plan, "train")
+    tree = json.loads(plan.config.read_text())
+    tree[section][key] = value
+    plan.config.write_text(json.dumps(tree))
+    with pytest.raises(UserError) as caught:
+        claim(plan)
+    assert str(caught.value).startswith(f"{folder} was trained with other values: {words}")
+    assert "give another --out" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_runs_of_shards_that_were_made_anew_since_are_refused(plan: Plan) -> None:
+    folder = begun(plan, "test")
+    save(folder, plan.resolved(Cell("test", 1)), 8)  # whose state names other shards
+    with pytest.raises(UserError, match=f"are not those that {folder} was trained on"):
+        claim(plan)
+
+
+def leave(folder: Path, record: object) -> Path:
+    """A crossval.json with this in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORD).write_text(json.dumps(record))
+    return folder
+
+
+def test_runs_are_compared_with_those_on_the_same_data_alone(shards: Path, plan: Plan, tmp_path: Path) -> None:
+    for name, text in (("copy", (shards / "dataset.json").read_text()), ("other", "{}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dataset.json").write_text(text)
+    for same in (shards, f"{shards}/", os.path.relpath(shards), f"file://{shards}", tmp_path / "copy"):
+        check_same_data(plan, leave(tmp_path / "against", {"data": str(same), "runs": []}))
+    for other in (tmp_path / "other", tmp_path / "gone"):
+        against = leave(tmp_path / "against", {"data": str(other), "runs": []})
+        with pytest.raises(UserError, match=f"--against {against} was judged on {other}, not {shards}"):
+            check_same_data(plan, against)
+
+
+@pytest.mark.parametrize(
+    ("runs", "sentence"),
+    [
+        ([{"fold": "test", "seed": 1, "mAP": 0.5}], "has no accuracy of test-seed1"),
+        ([{"fold": "test", "seed": 1, "mAP": 0.5, "accuracy": None}], "has no accuracy of test-seed1"),
+        ([{"fold": "test", "seed": 2, "mAP": 0.5, "accuracy": 0.5}], "has no finished run test-seed1"),
+        ([{"seed": 1, "mAP": 0.5}], "is not what this tool has written"),
+        ([{"fold": "test", "mAP": 0.5}], "is not what this tool has written"),
+        (["test-seed1"], "is not what this tool has written"),
+    ],
+)
+def test_a_record_that_lacks_what_is_compared_is_one_sentence(
+    runs: list[object], sentence: str, tmp_path: Path
+) -> None:
+    against = leave(tmp_path / "against", {"runs": runs})
+    with pytest.raises(UserError, match=sentence):
+        paired({Cell("test", 1): {"accuracy": 0.5, "mAP": 0.25}}, against)
+
+
+def arguments_of(data: object, *more: str) -> Namespace:
+    return parse_args(["--config", str(CONFIG), "--data", str(data), "--out", "runs/x", *more])
+
+
+def test_data_may_lie_elsewhere(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serving(shards) as server:
+        found = planned(arguments_of(server.url))
+        assert f"data.train={server.url}:train" in found.arguments(Cell("test", 1))
+        with pytest.raises(UserError, match=f"--hold-out nonsense: {server.url} has the splits test, train"):
+            planned(arguments_of(server.url, "--hold-out", "nonsense"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "twice"), [("--hold-out", "test,test", "test"), ("--seeds", "1,2,01", "1")]
+)
+def test_a_run_that_is_named_twice_would_count_twice(option: str, value: str, twice: str) -> None:
+    with pytest.raises(UserError, match=f"{value} names {twice} twice"):
+        arguments_of("shards", option, value)
 
 
 @pytest.mark.launch

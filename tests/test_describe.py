@@ -48,6 +48,7 @@ def test_a_trained_classifier_is_described_with_its_classes(finetuned: Path):
         (["nowhere.json"], "there is no config file nowhere.json"),
         (["configs"], "there is no checkpoint in configs"),
         (["configs", "model.width=3"], "configs is a folder of weights, which 'model.width=3' cannot change"),
+        (["configs/esc50_ham.json", "--classes", "-1"], "--classes -1 must be a whole number from 0 to 1099511627776"),
         (["configs/as2m.json", "model.widht=3"], "did you mean model.width?"),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from faulty_server import serving
 from launching import ROOT, environment
 from sklearn.linear_model import RidgeCV
 from sklearn.neighbors import KNeighborsClassifier
@@ -102,6 +103,26 @@ def test_the_encoder_of_a_classifier_is_judged_too(shards: Path, tmp_path: Path)
     assert judged(out)["student"] == expected_figures(asda.load(tagger, "student", "cpu"), shards, 3)
 
 
+def test_data_may_lie_elsewhere(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import probe  # in tools/
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serving(shards) as server:
+        sets = probe._sets(probe.parse_args(["--checkpoint", "x", "--data", server.url, "--hold-out", "test"]))
+    assert sets == [(f"{server.url}:train", f"{server.url}:test", (f"{server.url}:train",))]
+
+
+def test_splits_of_one_label_a_clip_and_of_several_have_no_mean() -> None:
+    import probe  # in tools/
+
+    sets = [probe.Sets("x:a", "x:b", ("x:a",)), probe.Sets("x:b", "x:a", ("x:b",))]
+    accuracy, others = {"knn_accuracy": 0.5, "linear_accuracy": 0.75}, {"knn_mAP": 0.25, "linear_mAP": 0.5}
+    told = list(probe._told(sets, {"student": [accuracy, others]}))
+    assert "  student   knn_mAP 0.2500  linear_mAP 0.5000" in told
+    assert told[-1].startswith("no mean over the sets: ")
+    assert "+-" in list(probe._told(sets, {"student": [accuracy, accuracy]}))[-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -110,6 +131,9 @@ def test_the_encoder_of_a_classifier_is_judged_too(shards: Path, tmp_path: Path)
         (["--checkpoint", "{tagger}", "--neighbours", "0"], "--neighbours 0 must be 1 or more"),
         (["--checkpoint", "{tagger}", "--data", "shards"], "name --train and --test; or --data, and --hold-out"),
         (["--checkpoint", "{tagger}", "--hold-out", "test"], "name --train and --test; or --data, and --hold-out"),
+        (["--checkpoint", "{tagger}", "--hold-out", "a,b,a"], "a,b,a names a twice"),
+        (["--checkpoint", "{tagger}", "--seed", "-1"], "--seed -1 must be a whole number from 0 to 1099511627776"),
+        (["--checkpoint", "{tagger}", "--seed", f"{2**70}"], f"--seed {2**70} must be a whole number from 0 to "),
         (["--checkpoint", "{tagger}", "--neighbours", "99"], r"probe.neighbours 99 exceeds the 48 clips"),
     ],
 )

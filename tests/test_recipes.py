@@ -18,6 +18,7 @@ from asda.config import (
     OptimizerConfig,
     PretrainConfig,
     StepDecayConfig,
+    dump_config,
     load_config,
 )
 from asda.engine import learning_rate
@@ -140,6 +141,27 @@ def test_the_grid_of_ham_ast_is_the_papers() -> None:
     assert found == [(0, False), (0, True), (3, False), (6, True)]
     assert len({config.run.folder for config in configs}) == 4
     assert done.stdout.count("asda/evaluate.py --checkpoint runs/esc50_ham/") == 4
+
+
+@pytest.mark.parametrize(("kept", "option"), [("accuracy", " --best"), ("", "")])
+def test_the_grid_evaluates_the_checkpoint_that_a_run_has_kept_as_its_best(
+    kept: str, option: str, tmp_path: Path
+) -> None:
+    variants = ("ast", "ast_channel_attention", "ast_3_conformer", "ast_6_conformer_channel_attention")
+    for variant in variants:  # as training leaves it
+        (tmp_path / variant).mkdir()
+        config = load_config(CONFIGS / "spc2_ham.json", [f"run.keep_best={kept}"])
+        (tmp_path / variant / "config.json").write_text(dump_config(config))
+    done = subprocess.run(
+        ["bash", "runs/ham_grid.sh", "configs/spc2_ham.json", f"run.keep_best={kept}"],
+        cwd=CONFIGS.parent,
+        env={**os.environ, "LAUNCH": "echo", "RUNS": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("asda/evaluate.py")]
+    assert lines == [f"asda/evaluate.py --checkpoint {tmp_path}/{variant}{option}" for variant in variants]
 
 
 @pytest.mark.parametrize("name", [*FINE_TUNING, *PRE_TRAINING, *AST])

@@ -125,15 +125,17 @@ def judged(tmp_path: Path) -> Path:
 
 
 @pytest.mark.launch
-def test_a_pre_training_and_its_fine_tuning_on_one_page(pretrained: Path, finetuned: Path, tmp_path: Path):
+def test_a_pre_training_and_its_fine_tuning_on_one_page(
+    shards: Path, pretrained: Path, finetuned: Path, tmp_path: Path
+):
     page = page_of(tmp_path / "deep" / "page.html", pretrained, finetuned)
     for heading in ("Pre-training: curves", "Fine-tuning: curves", "What students see", "Where the teacher looks"):
         assert heading in page.words
     assert "6 of 6" in page.words
     assert "4 of 4" in page.words
     evaluation = json.loads((finetuned / "evaluation.json").read_text())
-    row = [f"{100 * evaluation['accuracy']:.1f} %", f"{evaluation['mAP']:.3f}", "16", "8", "12.5 %", "4"]
-    assert row in [cells[1:7] for cells in cells_of(tmp_path / "deep" / "page.html")]
+    row = [f"{100 * evaluation['accuracy']:.1f} %", f"{evaluation['mAP']:.3f}", f"{shards}:test", "evaluation.json"]
+    assert [*row, "16", "8", "12.5 %", "4"] in [cells[1:] for cells in cells_of(tmp_path / "deep" / "page.html")]
 
 
 def cells_of(page: Path) -> list[list[str]]:
@@ -199,14 +201,49 @@ def test_held_out_figures_are_those_of_the_evaluation_and_else_the_newest(judged
     other = write_run(tmp_path / "other", finetuning(), *lines)
     page_of(tmp_path / "page.html", judged, other)
     rows = [cells[1:] for cells in cells_of(tmp_path / "page.html")]
-    assert ["75.0 %", "0.812", "12", "3", "33.3 %", "8", "evaluation.json"] in rows
-    assert ["25.0 %", "0.375", "12", "3", "33.3 %", "8", "valid"] in rows
+    assert ["75.0 %", "0.812", "shards:test", "evaluation.json", "12", "3", "33.3 %", "8"] in rows
+    assert ["25.0 %", "0.375", "shards:test", "valid", "12", "3", "33.3 %", "8"] in rows
+
+
+def test_figures_on_the_test_set_stand_for_the_run_and_say_whose_weights_they_are(judged: Path, tmp_path: Path):
+    figures = {"clips": 12, "classes": 3}
+    lines = (
+        line("valid", 4, accuracy=0.75, mAP=0.75, **figures),
+        line("valid", 8, accuracy=0.5, mAP=0.5, **figures),
+        line("test", 8, accuracy=0.125, mAP=0.125, **figures),
+        line("test_best", 8, accuracy=0.25, mAP=0.25, best_step=4, **figures),
+    )
+    config = finetuning("data.valid=shards:valid", 'data.test=["a:test","b:test"]', "run.keep_best=accuracy")
+    page = page_of(tmp_path / "page.html", write_run(tmp_path / "chosen", config, *lines), judged)
+    rows = [cells for cells in cells_of(tmp_path / "page.html") if cells[0] == "chosen"]
+    best = ["chosen", "25.0 %", "0.250", "a:test, b:test", "test, best on valid", "12", "3", "33.3 %", "4"]
+    last = ["chosen", "12.5 %", "0.125", "a:test, b:test", "test, last", "12", "3", "33.3 %", "8"]
+    assert rows[:2] == [best, last]
+    assert "held out accuracy 25.0 %, mAP 0.250" in page.words
+    assert "50.0 %" not in page.words, "what chose the step does not stand for it"
+
+
+def test_an_evaluation_stands_beside_the_figures_on_the_test_set_and_says_that_it_heard_all(
+    judged: Path, tmp_path: Path
+):
+    found = json.loads((judged / "evaluation.json").read_text()) | {"chunks": True}
+    (judged / "evaluation.json").write_text(json.dumps(found))
+    (judged / "metrics.jsonl").unlink()
+    JsonLines(judged / "metrics.jsonl").write(line("test", 8, accuracy=0.5, mAP=0.5, clips=9, classes=3))
+    config = finetuning("data.test=other:test")
+    (judged / "config.json").write_text(dump_config(config))
+    page = page_of(tmp_path / "page.html", judged)
+    rows = [cells[1:5] for cells in cells_of(tmp_path / "page.html")]
+    assert ["75.0 %", "0.812", "shards:test, chunks", "evaluation.json"] in rows
+    assert ["50.0 %", "0.500", "other:test", "test, last"] in rows
+    assert "held out accuracy 75.0 %" in page.words
 
 
 def test_the_probe_stands_for_a_pre_training(tmp_path: Path):
     probe = line("probe", 8, knn_accuracy=0.5, linear_accuracy=0.625)
-    page_of(tmp_path / "page.html", write_run(tmp_path / "run", pretraining("nowhere"), probe))
-    assert ["run", "50.0 %", "62.5 %", "accuracy", "8"] in cells_of(tmp_path / "page.html")
+    config = pretraining("nowhere", 'probe={"train": "env:a", "test": "env:b"}')
+    page_of(tmp_path / "page.html", write_run(tmp_path / "run", config, probe))
+    assert ["run", "50.0 %", "62.5 %", "accuracy", "env:b", "8"] in cells_of(tmp_path / "page.html")
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from attention_noise import (
 from pictures import DB_PER_NEPER, pyplot, show_levels, show_patches
 from report_runs import distinct_names
 
+from asda.config import MOST
 from asda.data.clips import ClipDataset
 from asda.errors import UserError, exit_with_sentence
 
@@ -163,6 +164,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError("--query cls needs --context noise: of two clips, neither is irrelevant to CLS")
     if args.clips < 2:
         raise UserError(f"--clips {args.clips} must be at least 2: each clip is mixed with another one")
+    if not 0 <= args.seed <= MOST:
+        raise UserError(f"--seed {args.seed} must be a whole number from 0 to {MOST}")
     if args.out.suffix == ".png":
         raise UserError(f"--out {args.out} is where the figures go; name it .json, the picture is written beside it")
     return args

@@ -8,6 +8,7 @@ folder of its own; what is judged is its last step. Stopped, the same command go
 
 import argparse
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -18,15 +19,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from asda import checkpoint
 from asda.config import Config, load_config
+from asda.continuing import changes, decides
+from asda.data.cache import CacheConfig
+from asda.data.clips import ClipDataset
+from asda.data.fetch import without_credentials
 from asda.data.shards import load_dataset
 from asda.errors import STOPPED_EXIT, Stopped, UserError, exit_with_sentence
 from asda.runlog import read_metrics
 
+Part = TypeVar("Part", str, int)
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = "crossval.json"
 METRICS = ("accuracy", "mAP")  # a run reports one or both
@@ -205,7 +212,8 @@ def claim(plan: Plan) -> None:
     """Make the folder of the runs, unless it holds runs of another call.
 
     Raises:
-        UserError: it does; what is finished there would pass for this call's.
+        UserError: it does, also where the configuration or the shards have changed since; what is finished there would
+            pass for this call's.
     """
     plan.out.mkdir(parents=True, exist_ok=True)
     path = plan.out / RECORD
@@ -218,6 +226,33 @@ def claim(plan: Plan) -> None:
                 f"{plan.out} holds runs whose {name} was {json.dumps(theirs.get(name))}, not {json.dumps(value)}; give "
                 "another --out"
             )
+    for cell in plan.cells:
+        check_unchanged(plan, cell)
+
+
+def check_unchanged(plan: Plan, cell: Cell) -> None:
+    """Compare a training that has begun with what this call would train there.
+
+    Raises:
+        UserError: the shards, or a value of the configuration that decides its figures, are not what they were.
+    """
+    folder, config = plan.out / cell.name, plan.resolved(cell)
+    if not (folder / "config.json").is_file():
+        return
+    cache = CacheConfig(config.data.cache, config.data.cache_gib)
+    dataset = ClipDataset(*(part.data for part in config.data.datasets), labelled=False, cache=cache)
+    for newest in checkpoint.checkpoints(folder)[-1:]:
+        if checkpoint.read_state(newest)[1].data_fingerprint != dataset.fingerprint:
+            shards = without_credentials(plan.data)
+            raise UserError(f"the shards of {shards} are not those that {folder} was trained on; give another --out")
+    if config.data.log_mel == "dataset":  # figures in what the training has written
+        config = config.model_copy(update={"data": config.data.model_copy(update={"log_mel": dataset.log_mel})})
+    changed = [line for key, line in changes(load_config(folder / "config.json"), config).items() if decides(key)]
+    if changed:
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise UserError(
+            f"{folder} was trained with other values: {changed[0]}{more}; set them back, or give another --out"
+        )
 
 
 def write(plan: Plan, figures: dict[Cell, dict[str, float]]) -> Path:
@@ -232,19 +267,62 @@ def write(plan: Plan, figures: dict[Cell, dict[str, float]]) -> Path:
 
 def read(folder: Path) -> dict[Cell, dict[str, float]]:
     """What `write` has written."""
-    path = folder / RECORD
-    if not path.is_file():
-        raise UserError(f"{path} is missing; --against names the --out of another call of this tool")
-    runs = _parsed(path)["runs"]
+    runs = _parsed(folder / RECORD)["runs"]
     return {Cell(run["fold"], run["seed"]): {name: run[name] for name in METRICS if name in run} for run in runs}
 
 
+def check_same_data(plan: Plan, against: Path) -> None:
+    """Raise UserError where the other call judged other clips, which no difference could be paired with."""
+    if not (against / RECORD).is_file():
+        raise UserError(f"{against / RECORD} is missing; --against names the --out of another call of this tool")
+    theirs = str(_parsed(against / RECORD).get("data"))
+    if not _is_same_dataset(plan.data, theirs):
+        raise UserError(
+            f"--against {against} was judged on {without_credentials(theirs)}, not {without_credentials(plan.data)}; "
+            "give the --out of a call with the same --data"
+        )
+
+
+def _is_same_dataset(ours: str, theirs: str) -> bool:
+    """By their places, or where those differ by the hashes of all shards."""
+    if os.path.abspath(ours) == os.path.abspath(theirs):
+        return True
+    try:
+        return _shards_of(theirs) == _shards_of(ours)
+    except UserError:  # theirs is not there any more, so nothing shows that it was the same
+        return False
+
+
+def _shards_of(data: str) -> dict[str, list[str]]:
+    splits = load_dataset(data, []).splits
+    return {name: [shard.hash for shard in split.shards] for name, split in splits.items()}
+
+
+def paired(figures: dict[Cell, dict[str, float]], against: Path) -> dict[Cell, dict[str, float]]:
+    """The other call's figures of the same runs.
+
+    Raises:
+        UserError: it has no such run, or lacks a figure of it.
+    """
+    theirs = read(against)
+    for cell, of_cell in figures.items():
+        if cell not in theirs:
+            raise UserError(f"--against {against} has no finished run {cell.name}; give it the same folds and seeds")
+        for metric in of_cell:
+            if theirs[cell].get(metric) is None:
+                raise UserError(
+                    f"--against {against} has no {metric} of {cell.name}, which a difference needs; run that call again"
+                )
+    return theirs
+
+
 def _parsed(path: Path) -> dict[str, Any]:
+    """A record; its rows are of runs."""
     try:
         found = json.loads(path.read_text())
-        if isinstance(found, dict) and isinstance(found.get("runs"), list):
+        if isinstance(found, dict) and all({"fold", "seed"} <= run.keys() for run in found["runs"]):
             return found
-    except ValueError:
+    except (ValueError, LookupError, TypeError, AttributeError):
         pass
     raise UserError(f"{path} is not what this tool has written; remove it, the runs beside it stay")
 
@@ -262,7 +340,7 @@ def planned(args: argparse.Namespace) -> Plan:
     for name in ("jobs", "ranks"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} must be at least 1")
-    splits = tuple(load_dataset(Path(args.data)).splits)
+    splits = tuple(load_dataset(args.data).splits)
     folds = tuple(args.hold_out or splits)
     for fold in folds:
         other_splits(args.data, splits, fold)
@@ -273,8 +351,8 @@ def planned(args: argparse.Namespace) -> Plan:
     return plan
 
 
-def main() -> None:
-    """Parse the command line, train, and print."""
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; sys.argv by default."""
     parser = argparse.ArgumentParser(
         prog="tools/crossval.py",
         description="Train a configuration once for every held-out split and seed, and sum up.",
@@ -283,20 +361,27 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--config", required=True, type=Path, help="a run with objective.kind classify")
-    add("--data", required=True, help="folder of a dataset with at least two splits")
+    add("--data", required=True, help="folder or URL of a dataset with at least two splits")
     add("--hold-out", metavar="A,B", type=names, help="splits to hold out, one after another (default: every split)")
     add("--seeds", metavar="1,2", type=numbers, default=[1], help="values of run.seed (default: 1)")
     add("--out", required=True, type=Path, help="folder of the runs, their logs and crossval.json")
-    add("--against", type=Path, help="--out of another call with the same folds and seeds: prints the difference")
+    add("--against", type=Path, help="--out of another call with the same data, folds and seeds: prints the difference")
     add("--jobs", type=int, default=1, help="trainings at a time (default: 1)")
     add("--ranks", type=int, default=1, help="ranks of each training, by deepspeed (default: 1, plain python)")
     add("overrides", nargs="*", metavar="section.key=value", help="as for asda/train.py")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    """Parse the command line, train, and print."""
+    args = parse_args()
     plan = planned(args)
     claim(plan)
+    if args.against:  # after the claim, because a call may be compared with itself
+        check_same_data(plan, args.against)
     figures = run(plan, args.jobs, args.ranks)
     print(f"{write(plan, figures)}: {len(figures)} runs")
-    theirs = _paired(figures, args.against) if args.against else {}
+    theirs = paired(figures, args.against) if args.against else {}
     for metric in METRICS:
         if not all(metric in of_cell for of_cell in figures.values()):
             continue
@@ -313,28 +398,28 @@ def other_splits(data: str, splits: Sequence[str], fold: str) -> str:
         UserError: the dataset has no such split, or no other.
     """
     if fold not in splits or len(splits) < 2:
+        where = without_credentials(data)
         raise UserError(
-            f"--hold-out {fold}: {data} has the splits {', '.join(splits)}; name one or more of at least two"
+            f"--hold-out {fold}: {where} has the splits {', '.join(splits)}; name one or more of at least two"
         )
     return "+".join(split for split in splits if split != fold)
 
 
 def names(text: str) -> list[str]:
-    """Parts between commas."""
-    return text.split(",")
+    """Parts between commas. Raises UserError where one stands twice: its figures would count twice."""
+    return _once(text, text.split(","))
 
 
 def numbers(text: str) -> list[int]:
-    """Whole numbers between commas."""
-    return [int(number) for number in names(text)]
+    """Whole numbers between commas, as names."""
+    return _once(text, [int(number) for number in text.split(",")])
 
 
-def _paired(figures: dict[Cell, dict[str, float]], against: Path) -> dict[Cell, dict[str, float]]:
-    theirs = read(against)
-    missing = [cell.name for cell in figures if cell not in theirs]
-    if missing:
-        raise UserError(f"--against {against} has no finished run {missing[0]}; give it the same folds and seeds")
-    return theirs
+def _once(text: str, parts: list[Part]) -> list[Part]:
+    for part in parts:
+        if parts.count(part) > 1:
+            raise UserError(f"{text} names {part} twice; name each once")
+    return parts
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from asda import checkpoint
-from asda.config import AstConfig, Config, Description, ModelConfig, PretrainConfig, load_config
+from asda.config import MOST, AstConfig, Config, Description, ModelConfig, PretrainConfig, load_config
 from asda.costs import Network, in_flop, network_costs
 from asda.data.audio import SAMPLE_RATE_HZ
 from asda.data.fbank import FRAME_SHIFT
@@ -108,6 +108,8 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=0, help="of a classifier's head, where the data decides them")
     parser.add_argument("--json", action="store_true", help="one JSON object on one line")
     args = parser.parse_args()
+    if not 0 <= args.classes <= MOST:
+        raise UserError(f"--classes {args.classes} must be a whole number from 0 to {MOST}")
     what, classes = _read(args.path, args.overrides)
     classes = args.classes or classes
     print(json.dumps(as_json(what, classes)) if args.json else "\n".join(describe(what, classes)))

@@ -16,7 +16,7 @@ from crossval import interval, names, other_splits
 from torch import nn
 
 from asda import checkpoint
-from asda.config import Config, DataConfig, Description, EngineConfig, OptimizerConfig, ProbeConfig, RunConfig
+from asda.config import MOST, Config, DataConfig, Description, EngineConfig, OptimizerConfig, ProbeConfig, RunConfig
 from asda.data.shards import load_dataset
 from asda.engine import Processes, join_processes, leave_processes
 from asda.errors import UserError, exit_with_sentence
@@ -93,7 +93,9 @@ def _told(sets: list[Sets], rows: dict[str, list[Figures]]) -> Iterator[str]:
     for number, one in enumerate(sets):
         yield f"from {one.train}, judged on {one.test}"
         yield from (_line(name, of_sets[number]) for name, of_sets in rows.items())
-    if len(sets) > 1:
+    if len({tuple(figures) for of_sets in rows.values() for figures in of_sets}) > 1:  # judge names them by the clips
+        yield "no mean over the sets: the clips of some have one label each (accuracy), those of others not (mAP)"
+    elif len(sets) > 1:
         yield "mean over the sets, with Student's 95 % interval"
         yield from (_mean_line(name, of_sets) for name, of_sets in rows.items())
 
@@ -111,7 +113,7 @@ def _sets(args: argparse.Namespace) -> list[Sets]:
     """The two sets that were named; or, for every split that is held out, the other splits of the dataset and it."""
     if not args.data:
         return [Sets(args.train, args.test, (args.train,))]
-    splits = tuple(load_dataset(Path(args.data)).splits)
+    splits = tuple(load_dataset(args.data).splits)
     sets = []
     for fold in args.hold_out or splits:
         others = other_splits(args.data, splits, fold)
@@ -151,7 +153,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, type=Path, help="a run, a checkpoint, or converted weights")
     parser.add_argument("--train", metavar="FOLDER:SPLIT", help="labelled clips to compare with")
     parser.add_argument("--test", metavar="FOLDER:SPLIT", help="labelled clips that are judged")
-    parser.add_argument("--data", metavar="FOLDER", help="instead of both: hold out one split after another")
+    parser.add_argument(
+        "--data", metavar="FOLDER", help="instead of both, a folder or URL: hold out one split after another"
+    )
     parser.add_argument("--hold-out", metavar="A,B", type=names, help="with --data: these splits (default: every one)")
     parser.add_argument(
         "--weights", choices=["teacher", "student"], help="default: the teacher where there is one, as in pre-training"
@@ -167,6 +171,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("name --train and --test; or --data, and --hold-out if not every split of it shall be held out")
     if args.neighbours < 1:
         raise UserError(f"--neighbours {args.neighbours} must be 1 or more")
+    if not 0 <= args.seed <= MOST:
+        raise UserError(f"--seed {args.seed} must be a whole number from 0 to {MOST}")
     return args
 
 

@@ -32,7 +32,7 @@ from report_figures import (
     mask_panels,
     swatch,
 )
-from report_runs import Run, confusions, differences, held_out, median, read_runs, training_hours
+from report_runs import Judged, Run, confusions, differences, held_out, median, read_runs, training_hours
 
 from asda.config import PretrainConfig, dump_config
 from asda.data.cache import CacheConfig
@@ -46,7 +46,7 @@ EPILOG = """examples:
   python tools/report.py runs/pretrain runs/finetune runs/scratch --out comparison.html
 
 A run whose data or checkpoints are not there has no pictures, and the page says why. Held-out figures are those of
-asda/evaluate.py where it has been run, else the newest of the training.
+asda/evaluate.py where it has been run and of data.test, of the best step and the last; else the newest of data.valid.
 """
 LOOKED_THROUGH = 24  # clips, of which the liveliest is pictured
 MIXTURES = 16  # clips for the measure of irrelevant context
@@ -129,7 +129,7 @@ def _objective(run: Run) -> str:
 
 
 def _headline(run: Run) -> str:
-    figures, _ = held_out(run)
+    figures = next((judged.figures for judged in held_out(run)), {})
     names = {"accuracy": "accuracy", "knn_accuracy": "nearest neighbours", "linear_accuracy": "linear layer"}
     words = [f"{name} {100 * figures[key]:.1f} %" for key, name in names.items() if key in figures]
     words += [
@@ -139,41 +139,44 @@ def _headline(run: Run) -> str:
 
 
 def _held_out_section(runs: Sequence[Run]) -> str:
-    tagged = [_classifier_row(run) for run in runs if not run.pretrains and held_out(run)[0]]
-    probed = [_probe_row(run) for run in runs if run.pretrains and held_out(run)[0]]
-    header = ["run", "accuracy", "mAP", "clips", "classes", "chance", "step", "source"]
+    tagged = [_classifier_row(run, judged) for run in runs if not run.pretrains for judged in held_out(run)]
+    probed = [_probe_row(run, judged) for run in runs if run.pretrains for judged in held_out(run)]
+    header = ["run", "accuracy", "mAP", "data", "source", "clips", "classes", "chance", "step"]
     parts = [_table(header, tagged)] if tagged else []
     if probed:
         note = "Pre-trainings, by labels they were not trained on (the probe of the newest evaluation):"
-        parts += [f"<p>{note}</p>", _table(["run", "nearest neighbours", "linear layer", "measure", "step"], probed)]
+        header = ["run", "nearest neighbours", "linear layer", "measure", "data", "step"]
+        parts += [f"<p>{note}</p>", _table(header, probed)]
     return "\n".join(
         ["<h2>Held-out clips</h2>", *(parts or ["<p>None of the runs has been judged on labels yet.</p>"])]
     )
 
 
-def _classifier_row(run: Run) -> list[Any]:
-    figures, source = held_out(run)
+def _classifier_row(run: Run, judged: Judged) -> list[Any]:
+    figures = judged.figures
     guessed = "accuracy" in figures and figures.get("classes")
     return [
         run.name,
         _percent(figures.get("accuracy")),
         _number(figures.get("mAP"), ".3f"),
+        judged.data or None,
+        judged.source,
         figures.get("clips"),
         figures.get("classes"),
         _percent(1 / figures["classes"]) if guessed else None,
         figures.get("step"),
-        source.partition(",")[0],
     ]
 
 
-def _probe_row(run: Run) -> list[Any]:
-    figures, _ = held_out(run)
+def _probe_row(run: Run, judged: Judged) -> list[Any]:
+    figures = judged.figures
     measure = "accuracy" if "knn_accuracy" in figures else "mAP"
     words = _percent if measure == "accuracy" else lambda value: _number(value, ".3f")
     return [
         run.name,
         *(words(figures.get(f"{judge}_{measure}")) for judge in ("knn", "linear")),
         measure,
+        judged.data or None,
         figures["step"],
     ]
 

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,9 +14,17 @@ from asda.config import Config, PretrainConfig, load_config
 from asda.errors import UserError
 from asda.runlog import read_metrics
 
-KINDS = ("train", "valid", "probe")
+KINDS = ("train", "valid", "test", "test_best", "probe")
 FIGURES = ("accuracy", "mAP", "clips", "classes", "step")  # of evaluation.json, all numbers
 Entry = dict[str, Any]  # a line of metrics.jsonl
+
+
+class Judged(NamedTuple):
+    """Figures on labelled clips."""
+
+    figures: Entry
+    source: str  # where they stand, and of which weights they are
+    data: str  # the clips
 
 
 @dataclass(frozen=True)
@@ -147,13 +155,28 @@ def median(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def held_out(run: Run) -> tuple[Entry, str]:
-    """The newest figures on labelled clips, and where they come from; empty where there are none."""
-    if run.evaluation:
-        return run.evaluation, "evaluation.json"
-    kind = "probe" if run.pretrains else "valid"
-    entries = run.entries[kind]
-    return (entries[-1], f"{kind}, step {entries[-1]['step']:,}") if entries else ({}, "")
+def held_out(run: Run) -> list[Judged]:
+    """Figures on labelled clips, those that stand for the run first; empty where there are none.
+
+    What chose a step, data.valid, does not stand beside what judged it.
+    """
+    data, entries = run.config.data, {kind: run.entries[kind][-1:] for kind in KINDS}
+    if run.pretrains:
+        return [
+            Judged(entry, "probe", in_words(run.config.probe and run.config.probe.test)) for entry in entries["probe"]
+        ]
+    evaluation = run.evaluation
+    heard = ", chunks" if evaluation.get("chunks") else ""
+    found = [Judged(evaluation, "evaluation.json", in_words(evaluation.get("data")) + heard)] if evaluation else []
+    best = [entry | {"step": entry["best_step"]} for entry in entries["test_best"]]
+    found += [Judged(entry, "test, best on valid", in_words(data.test)) for entry in best]
+    found += [Judged(entry, "test, last", in_words(data.test)) for entry in entries["test"]]
+    return found or [Judged(entry, "valid", in_words(data.valid)) for entry in entries["valid"]]
+
+
+def in_words(data: Any) -> str:
+    """Which clips: "FOLDER:SPLIT", or several; "" where that is not known."""
+    return ", ".join(map(str, data)) if isinstance(data, list) else str(data or "")
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
