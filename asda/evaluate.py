@@ -28,7 +28,7 @@ from asda.data.clips import ClipDataset
 from asda.data.stream import evaluation_batches, patch_maker, with_patches
 from asda.engine import Processes, join_processes, leave_processes
 from asda.errors import UserError, exit_with_sentence
-from asda.evaluation_files import write_evaluation
+from asda.evaluation_files import check_place, write_evaluation
 from asda.inference import Model, mean_logits
 from asda.metrics import summary
 from asda.models.attention import set_attention_path
@@ -207,6 +207,15 @@ def evaluate(several: list[Member], data: str | None, out: Path | None, *, ensem
     if not judged_on:
         raise UserError(f"{newest.folder} names no held-out data; give --data FOLDER:SPLIT")
     processes = join_processes()
+    name, about = "evaluation", {"checkpoint": str(newest.folder), "data": judged_on, "step": newest.state.step}
+    about |= {"chunks": chunks}
+    if len(several) > 1:
+        way = "ensemble" if ensemble else "average"
+        name += f"_{way}"  # beside the figures of a run's checkpoint alone, which a report may need
+        about |= {"combined": way, "of": [str(one.folder) for one in several]}
+    out = out or newest.folder.parent.parent / f"{name}.json"
+    if processes.is_first:
+        check_place(out)  # the only rank that writes
     dataset = held_out(newest.config, newest.state.vocabulary, judged_on)
     logits_NC, targets_NC = combined_logits(several, dataset, processes, ensemble=ensemble, chunks=chunks)
     leave_processes()
@@ -214,15 +223,11 @@ def evaluate(several: list[Member], data: str | None, out: Path | None, *, ensem
     if not processes.is_first:
         return
     figures = summary(logits_NC, targets_NC)
-    about = {"checkpoint": str(newest.folder), "data": judged_on, "step": newest.state.step, "chunks": chunks}
-    name = "evaluation"
-    if len(several) > 1:
-        way = "ensemble" if ensemble else "average"
-        name += f"_{way}"  # beside the figures of a run's checkpoint alone, which a report may need
-        about |= {"combined": way, "of": [str(one.folder) for one in several]}
-    out = out or newest.folder.parent.parent / f"{name}.json"
-    lines = write_evaluation(out, about, figures, logits_NC, targets_NC, dataset.vocabulary)
-    print(_in_words(figures, judged_on), *lines, sep="\n")
+    try:
+        print(_in_words(figures, judged_on), flush=True)  # first of all: a disk may be full by now
+    finally:  # also where nobody reads it
+        lines = write_evaluation(out, about, figures, logits_NC, targets_NC, dataset.vocabulary)
+    print(*lines, sep="\n")
 
 
 def _check_values(logits_NC: np.ndarray, folder: Path) -> None:

@@ -4,6 +4,7 @@ Runs are made of random weights by the checkpoint writer, because what is measur
 """
 
 import csv
+import errno
 import json
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from tiny_checkpoints import ALONE
 from tiny_tools import noise, wav
 
 from asda import evaluate as command
+from asda import evaluation_files
 from asda.averaging import averaged, members
 from asda.checkpoint import State
 from asda.checkpoint_writer import CheckpointWriter
@@ -29,7 +31,7 @@ from asda.config import ClassifyConfig, Config, load_config
 from asda.data.clips import Clip, ClipDataset, read_clips
 from asda.data.fbank import FRAME_SHIFT, log_mel, num_samples
 from asda.data.order import Draw
-from asda.engine import Processes
+from asda.engine import Processes, leave_processes
 from asda.errors import UserError
 from asda.evaluate import combined_logits, logits_of_clips
 from asda.evaluation_files import write_evaluation
@@ -261,6 +263,74 @@ def test_without_matplotlib_the_evaluation_says_so_and_is_whole(
     lines = write_evaluation(tmp_path / "e.json", {}, figures, scores_NC, targets_NC, (*CLASSES, "e"))
     assert lines[-1] == "no picture of the confusions: that needs matplotlib, pip install 'asda[report]'"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e.json", "e_classes.csv"]
+
+
+def test_a_class_may_be_called_anything_in_the_picture(tmp_path: Path) -> None:
+    scores_NC, targets_NC = predictions()
+    names = ("US$ and A$^", "$x^$", r"$\frac$", "a_b", "50 %")  # mathtext, if they were read as such
+    write_evaluation(tmp_path / "e.json", {}, summary(scores_NC, targets_NC), scores_NC, targets_NC, names)
+    assert json.loads((tmp_path / "e.json").read_text())["labels"] == list(names)
+    assert (tmp_path / "e_confusion.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_picture_that_fails_costs_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "e_confusion.png")
+
+    monkeypatch.setattr(evaluation_files, "_draw", fail)
+    scores_NC, targets_NC = predictions()
+    figures = summary(scores_NC, targets_NC)
+    with pytest.raises(OSError, match="No space left"):
+        write_evaluation(tmp_path / "e.json", {}, figures, scores_NC, targets_NC, (*CLASSES, "e"))
+    assert json.loads((tmp_path / "e.json").read_text())["mAP"] == figures["mAP"]
+    assert (tmp_path / "e_classes.csv").is_file()
+
+
+@pytest.fixture
+def parted() -> Iterator[None]:
+    """For a command that ends in the middle: its process leaves the group, as it would at its end."""
+    yield
+    leave_processes()
+
+
+def test_figures_are_printed_before_anything_is_written(
+    lengths: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> list[str]:
+        raise OSError(errno.ENOSPC, "No space left on device", "evaluation.json")
+
+    monkeypatch.setattr(command, "write_evaluation", fail)
+    monkeypatch.setattr(
+        sys, "argv", ["evaluate.py", "--checkpoint", str(write_run(tmp_path / "run", config_of(lengths), 1))]
+    )
+    with pytest.raises(OSError, match="No space left"):
+        command.main()
+    assert "14 clips of" in (told := capsys.readouterr().out)
+    assert "mAUC" in told
+
+
+@pytest.mark.usefixtures("parted")
+@pytest.mark.parametrize(
+    ("out", "sentence"),
+    [
+        (".", r"\. is a folder, and --out names the JSON file to write; add a file name: evaluation\.json"),
+        ("{run}", "run is a folder, and --out names the JSON file to write; add a file name: .*run/evaluation.json"),
+        ("{run}/taken.json", "taken_classes.csv is a folder, .*; name another file in --out"),
+        ("{run}/checkpoints/latest/e.json", "checkpoints/latest is not a folder that can be written to, .* --out"),
+        ("{run}/checkpoints/latest/new/e.json", "checkpoints/latest is not a folder that can be written to, .* --out"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_the_evaluation(
+    out: str, sentence: str, lengths: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path / "run", config_of(lengths), 1)
+    (run / "taken_classes.csv").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(command, "combined_logits", lambda *_, **__: pytest.fail("evaluated"))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--checkpoint", str(run), "--out", out.format(run=run)])
+    with pytest.raises(UserError, match=sentence):
+        command.main()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_figures_without_a_value_are_null_in_the_file(tmp_path: Path) -> None:
