@@ -40,7 +40,7 @@ def members(paths: list[Path], *, last: int = 0, best: bool = False) -> list[Mem
 
     Args:
         paths: run folders (the newest intact checkpoint of each) or checkpoints.
-        last: the newest so many of a single run instead; 0: not asked for.
+        last: the newest so many of a single run instead, without one that is kept only as its best; 0: not asked for.
         best: the one that run.keep_best has kept of each run instead.
 
     Raises:
@@ -104,12 +104,24 @@ def _newest(paths: list[Path], last: int) -> list[Path]:
     if len(paths) > 1:
         raise UserError(f"--last {last} is for one run, and --checkpoint names {len(paths)} folders")
     found = checkpoint.checkpoints(paths[0])
+    old_best = _kept_only_as_best(paths[0], found)
+    found = [folder for folder in found if folder != old_best]
     if len(found) < last:
+        beside = f", and {old_best.name} kept only as its best" if old_best else ""
         raise UserError(
-            f"{paths[0]} holds {len(found)} checkpoints of a run, --last asks for {last}; ask for fewer, or train with "
-            "a larger run.keep"
+            f"{paths[0]} holds {len(found)} checkpoints of a run{beside}, --last asks for {last}; ask for fewer, or "
+            "train with a larger run.keep"
         )
     return found[-last:]
+
+
+def _kept_only_as_best(run: Path, found: list[Path]) -> Path | None:
+    """The checkpoint that lies there for run.keep_best alone: those that came between it and the newest are gone."""
+    if not found:
+        return None
+    config, state = checkpoint.read_state(checkpoint.resolve(found[-1]))
+    best = checkpoint.step_folder(run, state.best_step)
+    return best if best in found[: -config.run.keep] else None
 
 
 def _opened(folder: Path) -> Member:

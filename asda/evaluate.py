@@ -207,13 +207,8 @@ def evaluate(several: list[Member], data: str | None, out: Path | None, *, ensem
     if not judged_on:
         raise UserError(f"{newest.folder} names no held-out data; give --data FOLDER:SPLIT")
     processes = join_processes()
-    name, about = "evaluation", {"checkpoint": str(newest.folder), "data": judged_on, "step": newest.state.step}
-    about |= {"chunks": chunks}
-    if len(several) > 1:
-        way = "ensemble" if ensemble else "average"
-        name += f"_{way}"  # beside the figures of a run's checkpoint alone, which a report may need
-        about |= {"combined": way, "of": [str(one.folder) for one in several]}
-    out = out or newest.folder.parent.parent / f"{name}.json"
+    way = ("ensemble" if ensemble else "average") if len(several) > 1 else ""
+    out = out or _default_out(newest.folder, way)
     if processes.is_first:
         check_place(out)  # the only rank that writes
     dataset = held_out(newest.config, newest.state.vocabulary, judged_on)
@@ -223,11 +218,26 @@ def evaluate(several: list[Member], data: str | None, out: Path | None, *, ensem
     if not processes.is_first:
         return
     figures = summary(logits_NC, targets_NC)
-    try:
-        print(_in_words(figures, judged_on), flush=True)  # first of all: a disk may be full by now
+    about = {"checkpoint": str(newest.folder), "data": judged_on, "step": newest.state.step, "chunks": chunks}
+    if way:
+        about |= {"combined": way, "of": [str(one.folder) for one in several]}
+    try:  # first of all print: a disk may be full by now
+        print(*_which(several, way), _in_words(figures, judged_on), sep="\n", flush=True)
     finally:  # also where nobody reads it
         lines = write_evaluation(out, about, figures, logits_NC, targets_NC, dataset.vocabulary)
     print(*lines, sep="\n")
+
+
+def _default_out(folder: Path, way: str) -> Path:
+    """In the run's folder; not over the figures of a run's checkpoint alone, which a report may need."""
+    return folder.parent.parent / f"evaluation{'_' if way else ''}{way}.json"
+
+
+def _which(several: list[Member], way: str) -> list[str]:
+    """Lines that say what is combined, if anything is."""
+    if not way:
+        return []
+    return [f"{way} of {len(several)} checkpoints", *(f"  step {one.state.step}  {one.folder}" for one in several)]
 
 
 def _check_values(logits_NC: np.ndarray, folder: Path) -> None:
@@ -265,7 +275,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--checkpoint", required=True, type=Path, nargs="+", help="run folders (the newest of each), or checkpoints"
     )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--last", type=_positive, default=0, metavar="N", help="the newest N checkpoints of the run")
+    which.add_argument(
+        "--last",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="the newest N checkpoints of the run, without an older one that is kept only as its best",
+    )
     which.add_argument("--best", action="store_true", help="of each run the one that run.keep_best has kept")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--average", action="store_true", help="one network with the mean of all their weights")
@@ -290,15 +306,25 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _check_way(number: int, args: argparse.Namespace) -> None:
+    """Raise UserError where several checkpoints are not told how to be combined, or one cannot be."""
+    if number > 1 and not (args.average or args.ensemble):
+        raise UserError(
+            f"{number} checkpoints are named; say how to combine them: --average of their weights, or --ensemble "
+            "of their probabilities"
+        )
+    if number == 1 and (args.average or args.ensemble):
+        raise UserError(
+            f"{'--average' if args.average else '--ensemble'} combines several checkpoints, and 1 is named; give "
+            "--last N for the newest N of a run, or more of them in --checkpoint"
+        )
+
+
 def main() -> None:
     """Evaluate what the command line asks for."""
     args = parse_args()
     several = members(args.checkpoint, last=args.last, best=args.best)
-    if len(several) > 1 and not (args.average or args.ensemble):
-        raise UserError(
-            f"{len(several)} checkpoints are named; say how to combine them: --average of their weights, or --ensemble "
-            "of their probabilities"
-        )
+    _check_way(len(several), args)
     if args.ensemble:
         check_same_classes(several)
     evaluate(several, args.data, args.out, ensemble=args.ensemble, chunks=args.chunks)

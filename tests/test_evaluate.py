@@ -22,8 +22,8 @@ from sklearn.metrics import average_precision_score, confusion_matrix, precision
 from tiny_checkpoints import ALONE
 from tiny_tools import noise, wav
 
+from asda import checkpoint, evaluation_files
 from asda import evaluate as command
-from asda import evaluation_files
 from asda.averaging import averaged, members
 from asda.checkpoint import State
 from asda.checkpoint_writer import CheckpointWriter
@@ -191,6 +191,21 @@ def test_averaged_weights_are_the_mean_and_an_ensemble_the_mean_of_probabilities
     assert (logits_NC == logits_of_clips(config, mean, dataset, alone)[0]).all()
 
 
+def test_a_checkpoint_that_is_kept_only_as_the_best_is_none_of_the_last(lengths: Path, tmp_path: Path) -> None:
+    def steps(run: Path, last: int) -> list[int]:
+        return [one.state.step for one in members([run], last=last)]
+
+    few = config_of(lengths, "run.keep=2")
+    old = write_run(tmp_path / "old", few, 1, 2, 3, 4, best_step=1)
+    assert [folder.name[-1] for folder in checkpoint.checkpoints(old)] == ["1", "3", "4"]
+    assert steps(old, 2) == [3, 4]
+    sentence = "old holds 2 checkpoints of a run, and step-0000001 kept only as its best, --last asks for 3; ask"
+    with pytest.raises(UserError, match=sentence):
+        members([old], last=3)
+    assert steps(write_run(tmp_path / "young", few, 1, 2, 3, 4, best_step=3), 2) == [3, 4]
+    assert steps(write_run(tmp_path / "all", config_of(lengths), 1, 2, 3, best_step=1), 3) == [1, 2, 3]
+
+
 @pytest.mark.launch
 def test_the_command_on_two_ranks_leaves_figures_table_and_picture(lengths: Path, tmp_path: Path) -> None:
     config = config_of(lengths)
@@ -198,6 +213,9 @@ def test_the_command_on_two_ranks_leaves_figures_table_and_picture(lengths: Path
     told = launch(2, "evaluate.py", "--checkpoint", str(run), "--last", "2", "--average", "--chunks")
     figures = json.loads((run / "evaluation_average.json").read_text())
     assert f"mAUC      {figures['mAUC']:.4f}" in told
+    folders = [run / "checkpoints" / f"step-000000{step}" for step in (1, 2)]
+    assert f"average of 2 checkpoints\n  step 1  {folders[0]}\n  step 2  {folders[1]}\n14 clips of " in told
+    assert figures["of"] == [str(folder) for folder in folders]
     assert (figures["clips"], figures["classes"], figures["combined"], figures["step"]) == (14, 4, "average", 2)
     mean = averaged(members([run], last=2))
     expected_NC = np.stack([probabilities(config, mean, clip) for clip in clips_of(lengths)])
@@ -345,6 +363,8 @@ def test_figures_without_a_value_are_null_in_the_file(tmp_path: Path) -> None:
     ("arguments", "sentence"),
     [
         (["{a}", "{b}"], "2 checkpoints are named; say how to combine them: --average .* or --ensemble"),
+        (["{a}", "--average"], "--average combines several checkpoints, and 1 is named; give --last N .* --checkpoint"),
+        (["{a}", "--last", "1", "--ensemble"], "--ensemble combines several checkpoints, and 1 is named; give --last"),
         (["{a}", "{wide}", "--average"], r"they differ in model\.width, model\.heads; take"),
         (["{a}", "{other}", "--average"], r"they differ in data\.log_mel; take"),
         (["{a}", "{bce}", "--ensemble"], "they differ in loss; take"),
