@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from asda import checkpoint
@@ -51,6 +52,20 @@ def members(paths: list[Path], *, last: int = 0, best: bool = False) -> list[Mem
     if best:
         paths = [checkpoint.best(path) for path in paths]
     return [_opened(checkpoint.resolve(path)) for path in paths]
+
+
+def those_of_the_first_rank(several: list[Member]) -> list[Member]:
+    """What the first rank found, on all ranks: a run may have saved a checkpoint between their look-ups.
+
+    All ranks call this together.
+
+    Raises:
+        UserError: it is not there any more, or damaged.
+    """
+    found = [[one.folder for one in several]]
+    dist.broadcast_object_list(found)
+    both = zip(several, found[0], strict=True)
+    return [one if one.folder == folder else _opened(checkpoint.resolve(folder)) for one, folder in both]
 
 
 def averaged(several: list[Member]) -> dict[str, Tensor]:

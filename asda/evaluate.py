@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from asda import checkpoint
-from asda.averaging import Member, averaged, check_same_classes, members
+from asda.averaging import Member, averaged, check_same_classes, members, those_of_the_first_rank
 from asda.config import ClassifyConfig, Config, DataSpecs
 from asda.data.audio import SAMPLE_RATE_HZ
 from asda.data.batches import Batch
@@ -202,11 +202,12 @@ def combined_logits(
 
 def evaluate(several: list[Member], data: str | None, out: Path | None, *, ensemble: bool, chunks: bool) -> None:
     """Evaluate checkpoints, print the figures and write the files of asda.evaluation_files."""
+    processes = join_processes()
+    several = those_of_the_first_rank(several)
     newest = several[-1]
     judged_on = data or newest.config.data.test or newest.config.data.valid
     if not judged_on:
         raise UserError(f"{newest.folder} names no held-out data; give --data FOLDER:SPLIT")
-    processes = join_processes()
     way = ("ensemble" if ensemble else "average") if len(several) > 1 else ""
     out = out or _default_out(newest.folder, way)
     if processes.is_first:

@@ -230,6 +230,26 @@ def test_the_command_on_two_ranks_leaves_figures_table_and_picture(lengths: Path
     assert not (run / "evaluation.json").exists()
 
 
+def evaluated_while_the_run_goes_on(processes: Processes, run: Path, out: Path) -> None:
+    """The newest checkpoint was step 1 when the first rank looked, and step 2 when the other did."""
+    seen = checkpoint.step_folder(run, processes.rank + 1)
+    command.evaluate(members([seen]), None, out, ensemble=False, chunks=False)
+
+
+@pytest.mark.launch
+def test_all_ranks_judge_the_checkpoint_that_the_first_one_found(
+    lengths: Path, tmp_path: Path, alone: Processes
+) -> None:
+    config, out = config_of(lengths), tmp_path / "e.json"
+    run = write_run(tmp_path / "run", config, 1, 2)
+    run_ranks(2, evaluated_while_the_run_goes_on, run, out)
+    dataset = ClipDataset(f"{lengths}:test", labelled=True)
+    expected = summary(*logits_of_clips(config, weights_of(config, 1), dataset, alone))
+    figures = json.loads(out.read_text())
+    assert figures["step"] == 1
+    assert {key: figures[key] for key in expected} == pytest.approx(expected, abs=1e-12)
+
+
 def predictions() -> tuple[np.ndarray, np.ndarray]:
     """Scores and one label a clip, of 40 clips and five classes; the last class has no clip, but is predicted."""
     rng = np.random.default_rng(3)
