@@ -143,4 +143,14 @@ def _opened(folder: Path) -> Member:
     config, state = checkpoint.read_state(folder)
     if not isinstance(config.objective, ClassifyConfig):
         raise UserError(f"{folder} is a pre-training checkpoint and has no classes; fine-tune it first")
-    return Member(folder, config, state)
+    return Member(folder, _anywhere(config), state)
+
+
+def _anywhere(config: Config) -> Config:
+    """A run's configuration for any machine: with a GPU asked for by name it could not be evaluated on a CPU.
+
+    Where patches are made and how attention is computed decide no more than a rounding, and no override could be given.
+    """
+    data = config.data.model_copy(update={"device": "auto"})
+    engine = config.engine.model_copy(update={"attention": "auto"})
+    return config.model_copy(update={"data": data, "engine": engine})

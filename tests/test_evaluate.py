@@ -250,6 +250,17 @@ def test_all_ranks_judge_the_checkpoint_that_the_first_one_found(
     assert {key: figures[key] for key in expected} == pytest.approx(expected, abs=1e-12)
 
 
+def test_where_a_run_computed_its_patches_and_attention_does_not_bind_its_evaluation(
+    lengths: Path, tmp_path: Path, alone: Processes
+) -> None:
+    config = config_of(lengths, "data.device=gpu", "engine.attention=triton")
+    (one,) = members([write_run(tmp_path / "run", config, 1)])
+    assert one.config == config_of(lengths)
+    dataset = ClipDataset(f"{lengths}:test", labelled=True)
+    logits_NC, _ = combined_logits([one], dataset, alone, ensemble=False, chunks=False)
+    assert (logits_NC == logits_of_clips(config_of(lengths), weights_of(config, 1), dataset, alone)[0]).all()
+
+
 def predictions() -> tuple[np.ndarray, np.ndarray]:
     """Scores and one label a clip, of 40 clips and five classes; the last class has no clip, but is predicted."""
     rng = np.random.default_rng(3)
