@@ -209,7 +209,7 @@ def evaluate(several: list[Member], data: str | None, out: Path | None, *, ensem
     if not judged_on:
         raise UserError(f"{newest.folder} names no held-out data; give --data FOLDER:SPLIT")
     way = ("ensemble" if ensemble else "average") if len(several) > 1 else ""
-    out = out or _default_out(newest.folder, way)
+    out = out or default_out(newest.folder, way)
     if processes.is_first:
         check_place(out)  # the only rank that writes
     dataset = held_out(newest.config, newest.state.vocabulary, judged_on)
@@ -229,9 +229,14 @@ def evaluate(several: list[Member], data: str | None, out: Path | None, *, ensem
     print(*lines, sep="\n")
 
 
-def _default_out(folder: Path, way: str) -> Path:
-    """In the run's folder; not over the figures of a run's checkpoint alone, which a report may need."""
-    return folder.parent.parent / f"evaluation{'_' if way else ''}{way}.json"
+def default_out(folder: Path, way: str) -> Path:
+    """In the run's folder; for a checkpoint that was copied elsewhere beside it, under its name."""
+    name = f"evaluation_{way}.json" if way else "evaluation.json"  # a report may need the one of a checkpoint alone
+    if folder.parent.name != "checkpoints":
+        folder = folder.resolve()  # "." and "x/.." have no names
+    if folder.parent.name == "checkpoints":  # of a run
+        return folder.parent.parent / name
+    return folder.with_name(f"{folder.name}_{name}")
 
 
 def _which(several: list[Member], way: str) -> list[str]:
@@ -295,7 +300,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", help="FOLDER:SPLIT; default: the run's own data.test, else its data.valid")
     parser.add_argument(
         "--out", type=Path, help="the JSON file, beside which the table and the picture go; default: evaluation.json "
-        "in the run folder, or evaluation_average.json, evaluation_ensemble.json"
+        "in the run folder (for a copy of a checkpoint COPY_evaluation.json beside it), or evaluation_average.json, "
+        "evaluation_ensemble.json"
     )  # fmt: skip
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
     return parser.parse_args(argv)

@@ -230,6 +230,33 @@ def test_the_command_on_two_ranks_leaves_figures_table_and_picture(lengths: Path
     assert not (run / "evaluation.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("folder", "way", "expected"),
+    [
+        ("run/checkpoints/step-0000005", "", "run/evaluation.json"),
+        ("run/checkpoints/step-0000005", "average", "run/evaluation_average.json"),
+        ("copies/good", "", "copies/good_evaluation.json"),
+        ("copies/good", "ensemble", "copies/good_evaluation_ensemble.json"),
+        ("copies/other/../good", "", "copies/good_evaluation.json"),
+    ],
+)
+def test_figures_lie_in_the_folder_of_the_run_and_else_beside_the_checkpoint(
+    folder: str, way: str, expected: str, tmp_path: Path
+) -> None:
+    (tmp_path / folder).mkdir(parents=True)
+    assert command.default_out(tmp_path / folder, way).resolve() == tmp_path / expected
+
+
+def test_figures_of_the_checkpoint_that_one_stands_in_lie_in_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run" / "checkpoints" / "step-0000005").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run" / "checkpoints")
+    assert command.default_out(Path("step-0000005"), "") == tmp_path / "run" / "evaluation.json"
+    monkeypatch.chdir("step-0000005")
+    assert command.default_out(Path("."), "") == tmp_path / "run" / "evaluation.json"
+
+
 def evaluated_while_the_run_goes_on(processes: Processes, run: Path, out: Path) -> None:
     """The newest checkpoint was step 1 when the first rank looked, and step 2 when the other did."""
     seen = checkpoint.step_folder(run, processes.rank + 1)
