@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from asda import checkpoint
@@ -40,7 +41,7 @@ def members(paths: list[Path], *, last: int = 0, best: bool = False) -> list[Mem
 
     Args:
         paths: run folders (the newest intact checkpoint of each) or checkpoints.
-        last: the newest so many of a single run instead; 0: not asked for.
+        last: the newest so many of a single run instead, without one that is kept only as its best; 0: not asked for.
         best: the one that run.keep_best has kept of each run instead.
 
     Raises:
@@ -51,6 +52,20 @@ def members(paths: list[Path], *, last: int = 0, best: bool = False) -> list[Mem
     if best:
         paths = [checkpoint.best(path) for path in paths]
     return [_opened(checkpoint.resolve(path)) for path in paths]
+
+
+def those_of_the_first_rank(several: list[Member]) -> list[Member]:
+    """What the first rank found, on all ranks: a run may have saved a checkpoint between their look-ups.
+
+    All ranks call this together.
+
+    Raises:
+        UserError: it is not there any more, or damaged.
+    """
+    found = [[one.folder for one in several]]
+    dist.broadcast_object_list(found)
+    both = zip(several, found[0], strict=True)
+    return [one if one.folder == folder else _opened(checkpoint.resolve(folder)) for one, folder in both]
 
 
 def averaged(several: list[Member]) -> dict[str, Tensor]:
@@ -104,16 +119,38 @@ def _newest(paths: list[Path], last: int) -> list[Path]:
     if len(paths) > 1:
         raise UserError(f"--last {last} is for one run, and --checkpoint names {len(paths)} folders")
     found = checkpoint.checkpoints(paths[0])
+    old_best = _kept_only_as_best(paths[0], found)
+    found = [folder for folder in found if folder != old_best]
     if len(found) < last:
+        beside = f", and {old_best.name} kept only as its best" if old_best else ""
         raise UserError(
-            f"{paths[0]} holds {len(found)} checkpoints of a run, --last asks for {last}; ask for fewer, or train with "
-            "a larger run.keep"
+            f"{paths[0]} holds {len(found)} checkpoints of a run{beside}, --last asks for {last}; ask for fewer, or "
+            "train with a larger run.keep"
         )
     return found[-last:]
+
+
+def _kept_only_as_best(run: Path, found: list[Path]) -> Path | None:
+    """The checkpoint that lies there for run.keep_best alone: those that came between it and the newest are gone."""
+    if not found:
+        return None
+    config, state = checkpoint.read_state(checkpoint.resolve(found[-1]))
+    best = checkpoint.step_folder(run, state.best_step)
+    return best if best in found[: -config.run.keep] else None
 
 
 def _opened(folder: Path) -> Member:
     config, state = checkpoint.read_state(folder)
     if not isinstance(config.objective, ClassifyConfig):
         raise UserError(f"{folder} is a pre-training checkpoint and has no classes; fine-tune it first")
-    return Member(folder, config, state)
+    return Member(folder, _anywhere(config), state)
+
+
+def _anywhere(config: Config) -> Config:
+    """A run's configuration for any machine: with a GPU asked for by name it could not be evaluated on a CPU.
+
+    Where patches are made and how attention is computed decide no more than a rounding, and no override could be given.
+    """
+    data = config.data.model_copy(update={"device": "auto"})
+    engine = config.engine.model_copy(update={"attention": "auto"})
+    return config.model_copy(update={"data": data, "engine": engine})

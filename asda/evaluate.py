@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from asda import checkpoint
-from asda.averaging import Member, averaged, check_same_classes, members
+from asda.averaging import Member, averaged, check_same_classes, members, those_of_the_first_rank
 from asda.config import ClassifyConfig, Config, DataSpecs
 from asda.data.audio import SAMPLE_RATE_HZ
 from asda.data.batches import Batch
@@ -28,7 +28,7 @@ from asda.data.clips import ClipDataset
 from asda.data.stream import evaluation_batches, patch_maker, with_patches
 from asda.engine import Processes, join_processes, leave_processes
 from asda.errors import UserError, exit_with_sentence
-from asda.evaluation_files import write_evaluation
+from asda.evaluation_files import check_place, write_evaluation
 from asda.inference import Model, mean_logits
 from asda.metrics import summary
 from asda.models.attention import set_attention_path
@@ -202,11 +202,16 @@ def combined_logits(
 
 def evaluate(several: list[Member], data: str | None, out: Path | None, *, ensemble: bool, chunks: bool) -> None:
     """Evaluate checkpoints, print the figures and write the files of asda.evaluation_files."""
+    processes = join_processes()
+    several = those_of_the_first_rank(several)
     newest = several[-1]
     judged_on = data or newest.config.data.test or newest.config.data.valid
     if not judged_on:
         raise UserError(f"{newest.folder} names no held-out data; give --data FOLDER:SPLIT")
-    processes = join_processes()
+    way = ("ensemble" if ensemble else "average") if len(several) > 1 else ""
+    out = out or default_out(newest.folder, way)
+    if processes.is_first:
+        check_place(out)  # the only rank that writes
     dataset = held_out(newest.config, newest.state.vocabulary, judged_on)
     logits_NC, targets_NC = combined_logits(several, dataset, processes, ensemble=ensemble, chunks=chunks)
     leave_processes()
@@ -215,14 +220,30 @@ def evaluate(several: list[Member], data: str | None, out: Path | None, *, ensem
         return
     figures = summary(logits_NC, targets_NC)
     about = {"checkpoint": str(newest.folder), "data": judged_on, "step": newest.state.step, "chunks": chunks}
-    name = "evaluation"
-    if len(several) > 1:
-        way = "ensemble" if ensemble else "average"
-        name += f"_{way}"  # beside the figures of a run's checkpoint alone, which a report may need
+    if way:
         about |= {"combined": way, "of": [str(one.folder) for one in several]}
-    out = out or newest.folder.parent.parent / f"{name}.json"
-    lines = write_evaluation(out, about, figures, logits_NC, targets_NC, dataset.vocabulary)
-    print(_in_words(figures, judged_on), *lines, sep="\n")
+    try:  # first of all print: a disk may be full by now
+        print(*_which(several, way), _in_words(figures, judged_on), sep="\n", flush=True)
+    finally:  # also where nobody reads it
+        lines = write_evaluation(out, about, figures, logits_NC, targets_NC, dataset.vocabulary)
+    print(*lines, sep="\n")
+
+
+def default_out(folder: Path, way: str) -> Path:
+    """In the run's folder; for a checkpoint that was copied elsewhere beside it, under its name."""
+    name = f"evaluation_{way}.json" if way else "evaluation.json"  # a report may need the one of a checkpoint alone
+    if folder.parent.name != "checkpoints":
+        folder = folder.resolve()  # "." and "x/.." have no names
+    if folder.parent.name == "checkpoints":  # of a run
+        return folder.parent.parent / name
+    return folder.with_name(f"{folder.name}_{name}")
+
+
+def _which(several: list[Member], way: str) -> list[str]:
+    """Lines that say what is combined, if anything is."""
+    if not way:
+        return []
+    return [f"{way} of {len(several)} checkpoints", *(f"  step {one.state.step}  {one.folder}" for one in several)]
 
 
 def _check_values(logits_NC: np.ndarray, folder: Path) -> None:
@@ -260,7 +281,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--checkpoint", required=True, type=Path, nargs="+", help="run folders (the newest of each), or checkpoints"
     )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--last", type=_positive, default=0, metavar="N", help="the newest N checkpoints of the run")
+    which.add_argument(
+        "--last",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="the newest N checkpoints of the run, without an older one that is kept only as its best",
+    )
     which.add_argument("--best", action="store_true", help="of each run the one that run.keep_best has kept")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--average", action="store_true", help="one network with the mean of all their weights")
@@ -273,7 +300,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", help="FOLDER:SPLIT; default: the run's own data.test, else its data.valid")
     parser.add_argument(
         "--out", type=Path, help="the JSON file, beside which the table and the picture go; default: evaluation.json "
-        "in the run folder, or evaluation_average.json, evaluation_ensemble.json"
+        "in the run folder (for a copy of a checkpoint COPY_evaluation.json beside it), or evaluation_average.json, "
+        "evaluation_ensemble.json"
     )  # fmt: skip
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
     return parser.parse_args(argv)
@@ -285,15 +313,25 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _check_way(number: int, args: argparse.Namespace) -> None:
+    """Raise UserError where several checkpoints are not told how to be combined, or one cannot be."""
+    if number > 1 and not (args.average or args.ensemble):
+        raise UserError(
+            f"{number} checkpoints are named; say how to combine them: --average of their weights, or --ensemble "
+            "of their probabilities"
+        )
+    if number == 1 and (args.average or args.ensemble):
+        raise UserError(
+            f"{'--average' if args.average else '--ensemble'} combines several checkpoints, and 1 is named; give "
+            "--last N for the newest N of a run, or more of them in --checkpoint"
+        )
+
+
 def main() -> None:
     """Evaluate what the command line asks for."""
     args = parse_args()
     several = members(args.checkpoint, last=args.last, best=args.best)
-    if len(several) > 1 and not (args.average or args.ensemble):
-        raise UserError(
-            f"{len(several)} checkpoints are named; say how to combine them: --average of their weights, or --ensemble "
-            "of their probabilities"
-        )
+    _check_way(len(several), args)
     if args.ensemble:
         check_same_classes(several)
     evaluate(several, args.data, args.out, ensemble=args.ensemble, chunks=args.chunks)

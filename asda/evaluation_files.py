@@ -10,11 +10,13 @@ Shapes: N clips, C classes.
 import csv
 import json
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from asda.errors import UserError
 from asda.metrics import ByClass, by_class, confusion
 
 if TYPE_CHECKING:
@@ -30,6 +32,31 @@ MOST_COUNTED = 150  # classes; beyond, numbers are too small to read
 LIGHT_FROM = 0.55  # share of a row from which a count is written in white
 
 
+def check_place(out: Path) -> None:
+    """Raise UserError where write_evaluation could not write; ask it before long work. Nothing is made."""
+    if out.is_dir():
+        raise UserError(
+            f"{out} is a folder, and --out names the JSON file to write; add a file name: {out / 'evaluation.json'}"
+        )
+    files = [out, *_beside(out)]
+    if folder := next((path for path in files if path.is_dir()), None):
+        raise UserError(f"{folder} is a folder, where a file of the evaluation would go; name another file in --out")
+    if locked := next((path for path in files if path.exists() and not os.access(path, os.W_OK)), None):
+        raise UserError(f"{locked} is there and cannot be written to; make it writable, or name another file in --out")
+    place = next(path for path in out.absolute().parents if path.exists())
+    are_new = not all(path.exists() for path in files)
+    if are_new and not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise UserError(
+            f"{place} is not a folder that can be written to, so {out} cannot be made there; name a file elsewhere "
+            "in --out"
+        )
+
+
+def _beside(out: Path) -> list[Path]:
+    """The table and the picture."""
+    return [out.with_name(f"{out.stem}_{name}") for name in ("classes.csv", "confusion.png")]
+
+
 def write_evaluation(
     out: Path,
     about: dict[str, Any],
@@ -38,7 +65,7 @@ def write_evaluation(
     targets_NC: np.ndarray,
     vocabulary: tuple[str, ...],
 ) -> list[str]:
-    """Write the files; the JSON last, so that where it is, the others are.
+    """Write the files; the JSON first and the picture last, so that what is most likely to fail costs least.
 
     Args:
         out: the JSON file; the names of the others begin with its stem.
@@ -52,21 +79,18 @@ def write_evaluation(
         A line for each file, and one where the picture needs a package that is not there.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    table, picture = (out.with_name(f"{out.stem}_{name}") for name in ("classes.csv", "confusion.png"))
+    table, picture = _beside(out)
     counts_CC = confusion(scores_NC, targets_NC) if "accuracy" in figures else None
-    _write_table(table, vocabulary, by_class(scores_NC, targets_NC), counts_CC)
-    lines = [f"classes in {table}"]
-    if counts_CC is not None:
-        lines.append(_try_to_draw(picture, counts_CC, vocabulary))
     found = about | {key: _json(value) for key, value in figures.items()}
     if counts_CC is not None:
-        found |= {
-            "labels": vocabulary,
-            "confusion": counts_CC.tolist(),
-        }  # rows: labels; columns: taken for
+        found |= {"labels": vocabulary, "confusion": counts_CC.tolist()}  # rows: labels; columns: taken for
     lines_of_json = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in found.items()]
     out.write_text("{\n" + ",\n".join(lines_of_json) + "\n}\n")
-    return [f"written to {out}", *lines]
+    _write_table(table, vocabulary, by_class(scores_NC, targets_NC), counts_CC)
+    lines = [f"written to {out}", f"classes in {table}"]
+    if counts_CC is not None:
+        lines.append(_try_to_draw(picture, counts_CC, vocabulary))
+    return lines
 
 
 def _json(value: float) -> float | None:
@@ -114,8 +138,9 @@ def _draw(figure: "Figure", counts_CC: np.ndarray, vocabulary: tuple[str, ...], 
     axes.imshow(shares_CC, cmap="Blues", vmin=0, vmax=1)
     shrink = cell_inches / CELL_INCHES
     names = [name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 3] + "..." for name in vocabulary]
-    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=NAME_POINTS * shrink)
-    axes.set_yticks(range(len(names)), names, fontsize=NAME_POINTS * shrink)
+    as_they_are = {"fontsize": NAME_POINTS * shrink, "parse_math": False}  # a name may hold a $
+    axes.set_xticks(range(len(names)), names, rotation=90, **as_they_are)
+    axes.set_yticks(range(len(names)), names, **as_they_are)
     axes.set_xlabel("taken for", fontsize=TITLE_POINTS)
     axes.set_ylabel("label (colour: share of its clips)", fontsize=TITLE_POINTS)
     share = counts_CC.trace() / counts_CC.sum()

@@ -239,6 +239,23 @@ def test_without_a_config_everything_assumed_is_said_and_the_weights_are_the_sam
     assert checkpoint.read_description(tmp_path / "ours").data.frames == FRAMES
 
 
+def test_heads_that_no_config_tells_are_assumed_and_it_is_said(folders: Path, tmp_path: Path):
+    hf = copied(folders, tmp_path / "hf")
+    config = json.loads((hf / "config.json").read_text())
+    del config["num_attention_heads"]
+    (hf / "config.json").write_text(json.dumps(config))
+    printed = convert(hf, "--out", tmp_path / "ours").stdout
+    assert "heads of 64 features are assumed, no config.json says num_attention_heads (--heads)" in printed
+    assert checkpoint.read_description(tmp_path / "ours").model.heads == 1
+
+
+def test_a_preset_is_refused_where_the_network_has_no_lambda(folders: Path, tmp_path: Path):
+    done = convert(folders / "hf", "--out", tmp_path / "ours", "--preset", "paper")
+    assert done.returncode == 2
+    assert "--preset paper is for an ASDA, whose lambda no file tells, and hf is a network of preset ast" in done.stderr
+    assert not (tmp_path / "ours").exists()
+
+
 def test_a_pickled_file_and_a_network_without_a_classifier_are_read_too(folders: Path, tmp_path: Path):
     network = theirs().audio_spectrogram_transformer
     network.save_pretrained(tmp_path / "hf")
@@ -264,6 +281,11 @@ def test_a_pickled_file_and_a_network_without_a_classifier_are_read_too(folders:
         ({"max_length": 1024}, "embeddings.position_embeddings [1, 242, 48] should be [1, 1214, 48]"),
         ({"max_length": 200}, "model.frames 200 must be a multiple of model.patch 16"),
         ({"num_attention_heads": 5}, "model.width 48 must be a multiple of model.heads 5"),
+        ({"num_attention_heads": 0}, "num_attention_heads 0 in the config.json of hf must be a whole number"),
+        ({"num_attention_heads": "3"}, 'num_attention_heads "3" in the config.json of hf must be a whole number'),
+        ({"num_attention_heads": 3.0}, "num_attention_heads 3.0 in the config.json of hf must be a whole number"),
+        ({"time_stride": True}, "time_stride true in the config.json of hf must be a whole number"),
+        ({"max_length": None}, "max_length null in the config.json of hf must be a whole number"),
         ({"layer_norm_eps": "small"}, "(model.norm_eps: Input should be a valid number)"),
     ],
 )

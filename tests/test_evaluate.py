@@ -4,6 +4,7 @@ Runs are made of random weights by the checkpoint writer, because what is measur
 """
 
 import csv
+import errno
 import json
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from sklearn.metrics import average_precision_score, confusion_matrix, precision
 from tiny_checkpoints import ALONE
 from tiny_tools import noise, wav
 
+from asda import checkpoint, evaluation_files
 from asda import evaluate as command
 from asda.averaging import averaged, members
 from asda.checkpoint import State
@@ -29,7 +31,7 @@ from asda.config import ClassifyConfig, Config, load_config
 from asda.data.clips import Clip, ClipDataset, read_clips
 from asda.data.fbank import FRAME_SHIFT, log_mel, num_samples
 from asda.data.order import Draw
-from asda.engine import Processes
+from asda.engine import Processes, leave_processes
 from asda.errors import UserError
 from asda.evaluate import combined_logits, logits_of_clips
 from asda.evaluation_files import write_evaluation
@@ -189,6 +191,21 @@ def test_averaged_weights_are_the_mean_and_an_ensemble_the_mean_of_probabilities
     assert (logits_NC == logits_of_clips(config, mean, dataset, alone)[0]).all()
 
 
+def test_a_checkpoint_that_is_kept_only_as_the_best_is_none_of_the_last(lengths: Path, tmp_path: Path) -> None:
+    def steps(run: Path, last: int) -> list[int]:
+        return [one.state.step for one in members([run], last=last)]
+
+    few = config_of(lengths, "run.keep=2")
+    old = write_run(tmp_path / "old", few, 1, 2, 3, 4, best_step=1)
+    assert [folder.name[-1] for folder in checkpoint.checkpoints(old)] == ["1", "3", "4"]
+    assert steps(old, 2) == [3, 4]
+    sentence = "old holds 2 checkpoints of a run, and step-0000001 kept only as its best, --last asks for 3; ask"
+    with pytest.raises(UserError, match=sentence):
+        members([old], last=3)
+    assert steps(write_run(tmp_path / "young", few, 1, 2, 3, 4, best_step=3), 2) == [3, 4]
+    assert steps(write_run(tmp_path / "all", config_of(lengths), 1, 2, 3, best_step=1), 3) == [1, 2, 3]
+
+
 @pytest.mark.launch
 def test_the_command_on_two_ranks_leaves_figures_table_and_picture(lengths: Path, tmp_path: Path) -> None:
     config = config_of(lengths)
@@ -196,6 +213,9 @@ def test_the_command_on_two_ranks_leaves_figures_table_and_picture(lengths: Path
     told = launch(2, "evaluate.py", "--checkpoint", str(run), "--last", "2", "--average", "--chunks")
     figures = json.loads((run / "evaluation_average.json").read_text())
     assert f"mAUC      {figures['mAUC']:.4f}" in told
+    folders = [run / "checkpoints" / f"step-000000{step}" for step in (1, 2)]
+    assert f"average of 2 checkpoints\n  step 1  {folders[0]}\n  step 2  {folders[1]}\n14 clips of " in told
+    assert figures["of"] == [str(folder) for folder in folders]
     assert (figures["clips"], figures["classes"], figures["combined"], figures["step"]) == (14, 4, "average", 2)
     mean = averaged(members([run], last=2))
     expected_NC = np.stack([probabilities(config, mean, clip) for clip in clips_of(lengths)])
@@ -208,6 +228,64 @@ def test_the_command_on_two_ranks_leaves_figures_table_and_picture(lengths: Path
     assert [(row["class"], row["clips"]) for row in rows] == list(zip(CLASSES, "4433", strict=True))
     assert (run / "evaluation_average_confusion.png").read_bytes()[:4] == b"\x89PNG"
     assert not (run / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "way", "expected"),
+    [
+        ("run/checkpoints/step-0000005", "", "run/evaluation.json"),
+        ("run/checkpoints/step-0000005", "average", "run/evaluation_average.json"),
+        ("copies/good", "", "copies/good_evaluation.json"),
+        ("copies/good", "ensemble", "copies/good_evaluation_ensemble.json"),
+        ("copies/other/../good", "", "copies/good_evaluation.json"),
+    ],
+)
+def test_figures_lie_in_the_folder_of_the_run_and_else_beside_the_checkpoint(
+    folder: str, way: str, expected: str, tmp_path: Path
+) -> None:
+    (tmp_path / folder).mkdir(parents=True)
+    assert command.default_out(tmp_path / folder, way).resolve() == tmp_path / expected
+
+
+def test_figures_of_the_checkpoint_that_one_stands_in_lie_in_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run" / "checkpoints" / "step-0000005").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run" / "checkpoints")
+    assert command.default_out(Path("step-0000005"), "") == tmp_path / "run" / "evaluation.json"
+    monkeypatch.chdir("step-0000005")
+    assert command.default_out(Path("."), "") == tmp_path / "run" / "evaluation.json"
+
+
+def evaluated_while_the_run_goes_on(processes: Processes, run: Path, out: Path) -> None:
+    """The newest checkpoint was step 1 when the first rank looked, and step 2 when the other did."""
+    seen = checkpoint.step_folder(run, processes.rank + 1)
+    command.evaluate(members([seen]), None, out, ensemble=False, chunks=False)
+
+
+@pytest.mark.launch
+def test_all_ranks_judge_the_checkpoint_that_the_first_one_found(
+    lengths: Path, tmp_path: Path, alone: Processes
+) -> None:
+    config, out = config_of(lengths), tmp_path / "e.json"
+    run = write_run(tmp_path / "run", config, 1, 2)
+    run_ranks(2, evaluated_while_the_run_goes_on, run, out)
+    dataset = ClipDataset(f"{lengths}:test", labelled=True)
+    expected = summary(*logits_of_clips(config, weights_of(config, 1), dataset, alone))
+    figures = json.loads(out.read_text())
+    assert figures["step"] == 1
+    assert {key: figures[key] for key in expected} == pytest.approx(expected, abs=1e-12)
+
+
+def test_where_a_run_computed_its_patches_and_attention_does_not_bind_its_evaluation(
+    lengths: Path, tmp_path: Path, alone: Processes
+) -> None:
+    config = config_of(lengths, "data.device=gpu", "engine.attention=triton")
+    (one,) = members([write_run(tmp_path / "run", config, 1)])
+    assert one.config == config_of(lengths)
+    dataset = ClipDataset(f"{lengths}:test", labelled=True)
+    logits_NC, _ = combined_logits([one], dataset, alone, ensemble=False, chunks=False)
+    assert (logits_NC == logits_of_clips(config_of(lengths), weights_of(config, 1), dataset, alone)[0]).all()
 
 
 def predictions() -> tuple[np.ndarray, np.ndarray]:
@@ -263,6 +341,74 @@ def test_without_matplotlib_the_evaluation_says_so_and_is_whole(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e.json", "e_classes.csv"]
 
 
+def test_a_class_may_be_called_anything_in_the_picture(tmp_path: Path) -> None:
+    scores_NC, targets_NC = predictions()
+    names = ("US$ and A$^", "$x^$", r"$\frac$", "a_b", "50 %")  # mathtext, if they were read as such
+    write_evaluation(tmp_path / "e.json", {}, summary(scores_NC, targets_NC), scores_NC, targets_NC, names)
+    assert json.loads((tmp_path / "e.json").read_text())["labels"] == list(names)
+    assert (tmp_path / "e_confusion.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_picture_that_fails_costs_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "e_confusion.png")
+
+    monkeypatch.setattr(evaluation_files, "_draw", fail)
+    scores_NC, targets_NC = predictions()
+    figures = summary(scores_NC, targets_NC)
+    with pytest.raises(OSError, match="No space left"):
+        write_evaluation(tmp_path / "e.json", {}, figures, scores_NC, targets_NC, (*CLASSES, "e"))
+    assert json.loads((tmp_path / "e.json").read_text())["mAP"] == figures["mAP"]
+    assert (tmp_path / "e_classes.csv").is_file()
+
+
+@pytest.fixture
+def parted() -> Iterator[None]:
+    """For a command that ends in the middle: its process leaves the group, as it would at its end."""
+    yield
+    leave_processes()
+
+
+def test_figures_are_printed_before_anything_is_written(
+    lengths: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> list[str]:
+        raise OSError(errno.ENOSPC, "No space left on device", "evaluation.json")
+
+    monkeypatch.setattr(command, "write_evaluation", fail)
+    monkeypatch.setattr(
+        sys, "argv", ["evaluate.py", "--checkpoint", str(write_run(tmp_path / "run", config_of(lengths), 1))]
+    )
+    with pytest.raises(OSError, match="No space left"):
+        command.main()
+    assert "14 clips of" in (told := capsys.readouterr().out)
+    assert "mAUC" in told
+
+
+@pytest.mark.usefixtures("parted")
+@pytest.mark.parametrize(
+    ("out", "sentence"),
+    [
+        (".", r"\. is a folder, and --out names the JSON file to write; add a file name: evaluation\.json"),
+        ("{run}", "run is a folder, and --out names the JSON file to write; add a file name: .*run/evaluation.json"),
+        ("{run}/taken.json", "taken_classes.csv is a folder, .*; name another file in --out"),
+        ("{run}/checkpoints/latest/e.json", "checkpoints/latest is not a folder that can be written to, .* --out"),
+        ("{run}/checkpoints/latest/new/e.json", "checkpoints/latest is not a folder that can be written to, .* --out"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_the_evaluation(
+    out: str, sentence: str, lengths: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path / "run", config_of(lengths), 1)
+    (run / "taken_classes.csv").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(command, "combined_logits", lambda *_, **__: pytest.fail("evaluated"))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--checkpoint", str(run), "--out", out.format(run=run)])
+    with pytest.raises(UserError, match=sentence):
+        command.main()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_figures_without_a_value_are_null_in_the_file(tmp_path: Path) -> None:
     scores_NC = np.array([[1.0, 0.0], [0.0, 1.0]])
     figures = summary(scores_NC, np.eye(2))
@@ -275,6 +421,8 @@ def test_figures_without_a_value_are_null_in_the_file(tmp_path: Path) -> None:
     ("arguments", "sentence"),
     [
         (["{a}", "{b}"], "2 checkpoints are named; say how to combine them: --average .* or --ensemble"),
+        (["{a}", "--average"], "--average combines several checkpoints, and 1 is named; give --last N .* --checkpoint"),
+        (["{a}", "--last", "1", "--ensemble"], "--ensemble combines several checkpoints, and 1 is named; give --last"),
         (["{a}", "{wide}", "--average"], r"they differ in model\.width, model\.heads; take"),
         (["{a}", "{other}", "--average"], r"they differ in data\.log_mel; take"),
         (["{a}", "{bce}", "--ensemble"], "they differ in loss; take"),

@@ -65,7 +65,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="class names of a classifier, one per line, in their order",
     )
-    add("--preset", choices=("released", "paper"), help="lambda of an ASDA: 0.1 as released (default), or 0.3")
+    add("--preset", choices=("released", "paper"), help="lambda of an ASDA only: 0.1 as released (default), or 0.3")
     add("--force", action="store_true", help="replace --out")
     return parser.parse_args(arguments)
 
@@ -80,6 +80,11 @@ def to_ours(args: argparse.Namespace) -> list[str]:
         converted = from_hugging_face(file, config, preprocessor, _wishes(args), args.input.name)
     else:
         converted = from_official(file, cfg, _wishes(args), args.input.name)
+    if args.preset and converted.description.preset != args.preset:
+        raise UserError(
+            f"--preset {args.preset} is for an ASDA, whose lambda no file tells, and {args.input.name} is a network of "
+            f"preset {converted.description.preset}; leave --preset out"
+        )
     checkpoint.write_weights(args.out, converted.description, converted.weights, args.force)
     return [
         *described(converted.description, converted.weights),

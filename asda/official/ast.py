@@ -8,6 +8,7 @@ are one matrix; everything else has only another name. Sizes come from the shape
 config.json, and the statistics of the log-mel from preprocessor_config.json.
 """
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -117,10 +118,10 @@ def _model_tree(theirs: Tree, config: Tree, wishes: Wishes, source: str, notes: 
     conv = _tensor(theirs, EMBEDDINGS + "patch_embeddings.projection.weight", 4, source)
     width, _, _, patch = conv.shape
     hidden = len(_tensor(theirs, "encoder.layer.0.intermediate.dense.weight", 2, source))
-    heads = wishes.heads or _whole(config, "num_attention_heads")
+    heads = wishes.heads or _whole(config, "num_attention_heads", source)
     if not heads:
         heads = max(1, width // 64)
-        notes.append("heads of 64 features are assumed, there is no config.json (--heads)")
+        notes.append("heads of 64 features are assumed, no config.json says num_attention_heads (--heads)")
     model = {
         "architecture": "ast",
         "width": width,
@@ -128,12 +129,12 @@ def _model_tree(theirs: Tree, config: Tree, wishes: Wishes, source: str, notes: 
         "heads": heads,
         "mlp_ratio": _ratio(hidden, width),
         "patch": patch,
-        "time_stride": _whole(config, "time_stride") or 10,
-        "mel_stride": _whole(config, "frequency_stride") or 10,
+        "time_stride": _whole(config, "time_stride", source) or 10,
+        "mel_stride": _whole(config, "frequency_stride", source) or 10,
         "norm_eps": config.get("layer_norm_eps", 1e-12),
     }
     positions = _tensor(theirs, EMBEDDINGS + "position_embeddings", 3, source).shape[1]
-    return model | {"frames": _whole(config, "max_length") or _frames(positions - 2, model)}
+    return model | {"frames": _whole(config, "max_length", source) or _frames(positions - 2, model)}
 
 
 def _frames(num_patches: int, model: Tree) -> int:
@@ -149,10 +150,17 @@ def _ratio(hidden: int, width: int) -> float:
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
-def _whole(config: Tree, key: str) -> int:
-    """A whole number above 0; 0 where there is none."""
-    value = config.get(key)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+def _whole(config: Tree, key: str, source: str) -> int:
+    """A whole number above 0; 0 where config.json has no such key."""
+    if key not in config:
+        return 0
+    value = config[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(
+            f"{key} {json.dumps(value)} in the config.json of {source} must be a whole number above 0; correct it, or "
+            "fetch the file again"
+        )
+    return value
 
 
 def _loss(config: Tree, classes: int, notes: list[str]) -> str:
