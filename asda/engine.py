@@ -24,6 +24,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import xxhash
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -188,7 +189,14 @@ def make_engine(config: Config, model: nn.Module, lr_scales: dict[str, float], w
     """Wrap a module for ZeRO training with AdamW; one parameter group for each lr scale.
 
     The master weights are the module's weights bit for bit, whatever the training precision, and Adam stands at step 0.
+
+    Raises:
+        UserError: this machine does not compute in config.engine.precision.
     """
+    accelerator = get_accelerator()
+    assert accelerator is not None
+    if config.engine.precision == "fp16" and not accelerator.is_fp16_supported():
+        raise UserError("engine.precision fp16 is nothing that this machine computes in; use bf16 or fp32")
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         groups.setdefault(lr_scales.get(name, 1.0), []).append(parameter)

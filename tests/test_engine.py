@@ -8,12 +8,14 @@ drawn from the same distribution; four times the largest of the three leaves roo
 
 import contextlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from ranks import (
     BATCH,
+    FP16,
     PRECISIONS,
     clips,
     differing,
@@ -27,6 +29,8 @@ from ranks import (
     train_step,
 )
 from torch import Tensor, nn
+
+from asda.errors import UserError
 
 NUM_STEPS = 10
 SPLITS = (1, 2, 4)  # parts of the batch in the plain runs
@@ -187,7 +191,7 @@ def against_plain(processes: Any, precision: str) -> list[str]:
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("precision", ["fp32", "bf16", pytest.param("fp16", marks=pytest.mark.faults)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", FP16])
 def test_every_stage_is_as_near_to_the_exact_trajectory_as_plain_pytorch(precision: str) -> None:
     for complaints in run_ranks(2, against_plain, precision):
         assert not complaints, complaints
@@ -224,7 +228,7 @@ def poisoned(processes: Any, precision: str) -> dict[str, tuple[bool, list[str]]
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("precision", ["fp32", "bf16", pytest.param("fp16", marks=pytest.mark.faults)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", FP16])
 def test_bad_steps_on_one_rank_change_nothing_anywhere(precision: str, count_fault: Any) -> None:
     for found in run_ranks(2, poisoned, precision):
         for name, (skipped, changed) in found.items():
@@ -258,6 +262,14 @@ def untouched(processes: Any) -> list[str]:
                     complaints.append(f"{where}: Adam is at step {found['adam step']}")
                 assert train_step(objective, engine, processes, 0, 0) or precision == "fp16"
     return complaints
+
+
+def test_a_machine_without_fp16_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from asda import engine
+
+    monkeypatch.setattr(engine, "get_accelerator", lambda: SimpleNamespace(is_fp16_supported=lambda: False))
+    with pytest.raises(UserError, match=r"engine\.precision fp16 is nothing that this machine computes in; use bf16"):
+        engine.make_engine(tiny_config("engine.precision=fp16"), nn.Linear(1, 1), {}, 1)
 
 
 @pytest.mark.launch

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import differing, everything, make_run, run_ranks, stages_of, tiny_config, train_step
+from ranks import FP16, differing, everything, make_run, run_ranks, stages_of, tiny_config, train_step
 from safetensors.torch import save_file
 
 from asda.errors import UserError
@@ -69,9 +69,7 @@ def moved(processes: Any, precision: str, sources: Path, targets: Path | None, e
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize(
-    "precision", ["bf16", *(pytest.param(name, marks=pytest.mark.faults) for name in ("fp32", "fp16"))]
-)
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.faults), FP16])
 def test_a_checkpoint_continues_bit_for_bit_from_two_ranks_on_one_and_on_two_again_in_every_stage(
     precision: str, tmp_path: Path, count_fault: Any
 ) -> None:
