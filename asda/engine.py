@@ -196,7 +196,7 @@ def make_engine(config: Config, model: nn.Module, lr_scales: dict[str, float], w
     accelerator = get_accelerator()
     assert accelerator is not None
     if config.engine.precision == "fp16" and not accelerator.is_fp16_supported():
-        raise UserError("engine.precision fp16 is nothing that this machine computes in; use bf16 or fp32")
+        raise UserError("engine.precision is fp16, in which this machine does not compute; use bf16 or fp32")
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         groups.setdefault(lr_scales.get(name, 1.0), []).append(parameter)

@@ -84,7 +84,7 @@ class ClipDataset:
         return self._first_clip[-1]
 
     def without_one_label(self) -> str | None:
-        """Which clip, the first of them, has several labels or none; None where each has one."""
+        """Which clip, the first of them, has several labels or none; None where each has one. Reads all indexes."""
         for shard in self.shards:
             try:
                 index = shard.index
@@ -93,7 +93,7 @@ class ClipDataset:
             for key, labels in zip(index.keys, index.labels, strict=True):
                 if len(labels) != 1:
                     return f"clip {shard.entry.name}:{key} has {len(labels) or 'no'} labels"
-        return None
+        return None if self.num_labels == len(self) else f"its {len(self)} clips have {self.num_labels} labels"
 
     def shares_shards_with(self, other: "ClipDataset") -> bool:
         """Whether a shard, told by its hash, is in both."""
