@@ -8,6 +8,7 @@ replace it, and the config.json of a run spells all values out.
 """
 
 import json
+from fractions import Fraction as Rational
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -26,11 +27,12 @@ PositiveFloat = Annotated[float, Field(gt=0, le=MOST)]
 NonNegative = Annotated[float, Field(ge=0, le=MOST)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Decibels = Annotated[float, Field(ge=-200, le=200)]  # more than float32 and any sound have
 Preset = Literal["released", "paper", "learned", "eat", "ast"]  # asda/presets.py
 Size = Literal["tiny", "small", "base", "large"]
 Padding = Literal["constant", "masked"]  # of clips that are too short: seen as it is, or not seen
 Kind = TypeVar("Kind", "Config", "Description")
-DataSpecs = str | list[str]  # "FOLDER:SPLIT" or "FOLDER:SPLIT+SPLIT", or several of them
+DataSpecs = str | Annotated[list[str], Field(min_length=1)]  # "FOLDER:SPLIT" or "FOLDER:SPLIT+SPLIT", or several
 MIN_SHARE = 0.001  # of a dataset in a mixture; asda/data/order.py keeps the shares in blocks of 1 / MIN_SHARE visits
 
 
@@ -63,6 +65,7 @@ class ModelConfig(Section):
             raise ValueError(f"model.width {self.width} must be a multiple of model.heads {self.heads}")
         if self.width % 4:
             raise ValueError(f"model.width {self.width} must be a multiple of 4 (sine and cosine on two axes)")
+        _check_hidden("model.mlp_ratio", self.mlp_ratio, self.width)
         if self.mel_bins % self.patch:
             raise ValueError(f"model.patch {self.patch} must divide model.mel_bins {self.mel_bins}")
         return self
@@ -132,6 +135,8 @@ class AstConfig(Section):
                 raise ValueError(f"model.width {self.width} must be a multiple of {name} {heads}")
         if self.width % 4:
             raise ValueError(f"model.width {self.width} must be a multiple of 4 (sines and cosines of positions)")
+        _check_hidden("model.mlp_ratio", self.mlp_ratio, self.width)
+        _check_hidden("model.conformer.mlp_ratio", self.conformer.mlp_ratio, self.width)
         if self.mel_bins % self.patch:
             raise ValueError(f"model.patch {self.patch} must divide model.mel_bins {self.mel_bins}")
         if self.frames % self.patch:
@@ -172,6 +177,14 @@ class MaskConfig(Section):
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.8  # hidden share of the patches
     adjust: Annotated[float, Field(ge=0, lt=1)] = 0.07  # extra share when the number of blocks is chosen
     block: PositiveInt = 5  # patches along each side
+
+    def visible(self, num_patches: int) -> int:
+        """How many patches of a clip a student sees."""
+        return int(num_patches * (1 - self.ratio))
+
+    def blocks(self, num_patches: int) -> int:
+        """How many blocks are drawn for that; of short clips none, and then single patches are."""
+        return int(num_patches * ((1 - self.ratio) + self.adjust) / self.block**2)
 
 
 class EmaConfig(Section):
@@ -245,8 +258,8 @@ class AugmentConfig(Section):
 
     roll: bool = False  # the wave, by any offset; what leaves at the end comes in at the start
     magnitude: NonNegative = 0.0  # a of the factor Beta(a, a) + 0.5 on the amplitude; 10 in the published recipes
-    gain_db: tuple[Number, Number] = (0.0, 0.0)  # least and most of a gain that is uniform in dB
-    noise_snr_db: tuple[Number, Number] | None = None  # least and most dB of the clip over white noise
+    gain_db: tuple[Decibels, Decibels] = (0.0, 0.0)  # least and most of a gain that is uniform in dB
+    noise_snr_db: tuple[Decibels, Decibels] | None = None  # least and most dB of the clip over white noise
     frame_noise: NonNegative = 0.0  # most that is added to a normalised value; 0.1 for Speech Commands
     frame_roll: Count = 0  # most frames by which the padded spectrogram is rolled, both ways; 10 for Speech Commands
     spec_augment: SpecAugmentConfig = SpecAugmentConfig()
@@ -342,12 +355,12 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def shares_are_kept(self) -> Self:
         """Refuse a share so small that the order cannot keep it."""
-        total = sum(part.share for part in self.datasets)
+        total = sum(Rational(part.share) for part in self.datasets)
         for part in self.datasets:
-            if part.share / total < MIN_SHARE:
+            if Rational(part.share) / total < MIN_SHARE:
                 raise ValueError(
-                    f"data.train: {part.data} has {part.share / total:.2g} of all shares, less than {MIN_SHARE}; "
-                    "give it a larger share, or leave it out"
+                    f"data.train: {part.data} has {part.share / float(total):.2g} of all shares, less than "
+                    f"{MIN_SHARE}; give it a larger share, or leave it out"
                 )
         return self
 
@@ -470,14 +483,9 @@ class Config(Section):
                 f"optimizer.batch {self.optimizer.batch} must be even and engine.micro_batch "
                 f"{self.engine.micro_batch} at least 2, because data.augment.mixup mixes neighbours"
             )
-        if isinstance(self.objective, PretrainConfig) and self.data.padding == "masked":
-            raise ValueError(
-                "data.padding masked is for objective.kind classify: the targets of pre-training know no padding; "
-                "use constant, and crop or choose clips that fill data.frames"
-            )
-        if isinstance(self.objective, PretrainConfig) and self.data.valid:
-            raise ValueError(f"data.valid {self.data.valid!r} must be empty in pre-training; probe judges it by labels")
-        if isinstance(self.objective, ClassifyConfig) and self.probe:
+        if isinstance(self.objective, PretrainConfig):
+            _check_pretraining(self.objective, self.data, of_asda(self.model))
+        elif self.probe:
             raise ValueError("probe is for objective.kind pretrain; a classifier is judged on data.valid")
         if self.engine.offload_optimizer and not self.engine.zero_stage:
             raise ValueError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3; DeepSpeed has none for 0")
@@ -486,10 +494,6 @@ class Config(Section):
             raise ValueError(
                 "engine.precision fp16 needs engine.zero_stage 1, 2 or 3; in stage 0 DeepSpeed divides gradients by a "
                 "loss scale that it has not multiplied the loss with"
-            )
-        if isinstance(self.objective, PretrainConfig) and self.objective.target_layers > self.model.depth:
-            raise ValueError(
-                f"objective.target_layers {self.objective.target_layers} must not exceed model.depth {self.model.depth}"
             )
         return self
 
@@ -540,6 +544,37 @@ def _check_architecture(
         raise ValueError(
             "data.padding masked is for model.architecture asda: AST's patches overlap the padding and it was trained "
             "to see it; use constant"
+        )
+
+
+def _check_hidden(name: str, ratio: float, width: int) -> None:
+    """Refuse a feed-forward layer without features."""
+    if int(width * ratio) < 1:
+        raise ValueError(f"{name} {ratio:g} times model.width {width} must be at least 1, the hidden width")
+
+
+def _check_pretraining(objective: PretrainConfig, data: DataConfig, model: ModelConfig) -> None:
+    """Refuse what students, teacher and decoder cannot do."""
+    if data.padding == "masked":
+        raise ValueError(
+            "data.padding masked is for objective.kind classify: the targets of pre-training know no padding; "
+            "use constant, and crop or choose clips that fill data.frames"
+        )
+    if data.valid:
+        raise ValueError(f"data.valid {data.valid!r} must be empty in pre-training; probe judges it by labels")
+    if objective.target_layers > model.depth:
+        raise ValueError(f"objective.target_layers {objective.target_layers} must not exceed model.depth {model.depth}")
+    if model.width % objective.decoder.groups:
+        raise ValueError(
+            f"model.width {model.width} must be a multiple of objective.decoder.groups {objective.decoder.groups}, "
+            "because the decoder's first convolution takes the encoder's features"
+        )
+    num_patches = (data.frames // model.patch) * (model.mel_bins // model.patch)
+    if not 0 < objective.mask.visible(num_patches) < num_patches:
+        raise ValueError(
+            f"objective.mask.ratio {objective.mask.ratio:g} leaves {objective.mask.visible(num_patches)} of the "
+            f"{num_patches} patches of a clip visible; one at least must be, and one must not: change it, or "
+            "data.frames"
         )
 
 

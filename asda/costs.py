@@ -62,8 +62,7 @@ def network_costs(
 def _pretraining(model: ModelConfig, objective: PretrainConfig, patches_BNP: torch.Tensor) -> Network:
     students, num_patches = MaskedStudents(model, objective), patches_BNP.shape[1]
     teacher = Teacher(students.encoder, objective.target_layers)
-    num_visible = int(num_patches * (1 - objective.mask.ratio))
-    visible_BMK = torch.zeros(1, objective.students, num_visible, dtype=torch.int64)
+    visible_BMK = torch.zeros(1, objective.students, objective.mask.visible(num_patches), dtype=torch.int64)
     targets_BND = torch.empty(1, num_patches, model.width)
     grid = (-1, model.mel_bins // model.patch)
     tokens_STFD = torch.empty(objective.students, num_patches, model.width).unflatten(1, grid).requires_grad_()

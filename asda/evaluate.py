@@ -113,7 +113,8 @@ def over_clips(
 
     Args:
         dataset: labelled clips.
-        config: the run, whose micro-batch and precision are used; fp16 is for training alone, here it is fp32.
+        config: the run, whose micro-batch and precision are used; of fp16 only what the weights have: the classifier's
+            are fp32 here, a teacher's are fp16 while it is trained.
         processes: among which the clips are dealt.
         rows_of: patches [B, N, P] on the device, and their clips -> [B, X].
 

@@ -95,12 +95,12 @@ class Pretraining:
 class Classification:
     """Labels from the CLS token."""
 
-    def __init__(self, config: Config, objective: ClassifyConfig, vocabulary: tuple[str, ...]):
+    def __init__(self, config: Config, objective: ClassifyConfig, vocabulary: tuple[str, ...], *, goes_on: bool):
         if not vocabulary:
             raise UserError(f"{config.data.train} has no labels; objective.kind classify needs shards made with labels")
         self._config, self._objective, self._num_classes = config, objective, len(vocabulary)
         self.module = Classifier(config.model, objective, len(vocabulary))
-        if objective.init_from:
+        if objective.init_from and not goes_on:
             _load_encoder(self.module, objective, config.model)
         set_attention_path(self.module, config.engine.attention)
         self.module.set_recompute(config.engine.activation_checkpointing)
@@ -135,12 +135,21 @@ class Classification:
 Objective = Pretraining | Classification
 
 
-def make_objective(config: Config, vocabulary: tuple[str, ...], device: torch.device) -> Objective:
-    """The objective that the configuration asks for, freshly initialised from run.seed."""
+def make_objective(
+    config: Config, vocabulary: tuple[str, ...], device: torch.device, *, goes_on: bool = False
+) -> Objective:
+    """The objective that the configuration asks for, freshly initialised from run.seed.
+
+    Args:
+        config: the run.
+        vocabulary: the labels of its clips.
+        device: where a teacher is made.
+        goes_on: whether a checkpoint will replace all weights; then objective.init_from need not be there any more.
+    """
     torch.manual_seed(config.run.seed)
     if isinstance(config.objective, PretrainConfig):
         return Pretraining(config, config.objective, device)
-    return Classification(config, config.objective, vocabulary)
+    return Classification(config, config.objective, vocabulary, goes_on=goes_on)
 
 
 def _load_encoder(classifier: Classifier, objective: ClassifyConfig, model: ModelConfig | AstConfig) -> None:

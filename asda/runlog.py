@@ -22,6 +22,7 @@ from asda.errors import UserError
 
 Figures = dict[str, float | int]
 NOT_FINITE = "not_finite"  # names in a line of metrics.jsonl whose values are null there: JSON has no nan or infinity
+BAD_STEPS = "bad_steps.jsonl"  # in the run folder: the clips of steps that changed nothing
 WANDB_FILE = "wandb_run.txt"  # in the run folder: the id that a continued run goes on with
 UNKNOWN_ROWS, UNKNOWN_COLUMNS = 24, 100  # of a terminal that does not tell
 UNSAID = {"step_s", "tflop_per_s", "data_wait_s"}  # figures that follow from others of the line; the file has them
@@ -46,7 +47,8 @@ class RunLog:
     """The record of one run in its folder.
 
     metrics.jsonl holds one object a line with at least "step" and "kind" ("train", "valid", "test", "test_best",
-    "probe", "warning"). A resumed run drops the lines of steps that it will do again.
+    "probe", "warning"), bad_steps.jsonl the clips of steps that changed nothing. A resumed run drops the lines of steps
+    that it will do again.
     """
 
     def __init__(
@@ -82,9 +84,10 @@ class RunLog:
         self._step = first_step
         self._num_alarms, self._lines_since_alarm = 0, ALARM_EVERY
         self._bar = _bar(first_step, num_steps)
-        self._metrics = JsonLines(folder / "metrics.jsonl")
-        if num_damaged := self._metrics.drop_after(first_step):
-            self._warn_aloud(f"{folder / 'metrics.jsonl'} had {num_damaged} damaged lines; they are dropped")
+        self._metrics, self._bad_steps = JsonLines(folder / "metrics.jsonl"), JsonLines(folder / BAD_STEPS)
+        for lines in (self._metrics, self._bad_steps):
+            if num_damaged := lines.drop_after(first_step):
+                self._warn_aloud(f"{lines.path} had {num_damaged} damaged lines; they are dropped")
         self._boards: list[Board] = [TensorBoard(folder, first_step)]
         if wandb:
             self._boards.append(curves := WeightsAndBiases(folder, wandb, config or {}))
@@ -100,7 +103,7 @@ class RunLog:
         """Print a warning on stderr and keep it in metrics.jsonl."""
         if self._enabled:
             self._warn_aloud(sentence)
-            self._write({"kind": "warning", "step": self._step, "text": sentence})
+            self._write(self._metrics, {"kind": "warning", "step": self._step, "text": sentence})
 
     def alarm(self, sentence: str | None) -> None:
         """Warn of what may hold for a long time: at once, then every ten lines of training, with a count.
@@ -116,6 +119,11 @@ class RunLog:
             self.warn(sentence + times)
             self._lines_since_alarm = 0
 
+    def bad_step(self, step: int, clips: list[str]) -> None:
+        """Keep the names of the clips in a step that changed nothing."""
+        if self._enabled:
+            self._write(self._bad_steps, {"kind": "bad_step", "step": step, "clips": clips})
+
     def advance(self) -> None:
         """One step is done."""
         if self._enabled:
@@ -129,7 +137,7 @@ class RunLog:
         """
         if not self._enabled:
             return
-        self._write({"kind": kind, "step": step} | _valid(figures) | (notes or {}))
+        self._write(self._metrics, {"kind": kind, "step": step} | _valid(figures) | (notes or {}))
         for board in list(self._boards):
             try:
                 board.record(kind, step, figures)
@@ -155,13 +163,11 @@ class RunLog:
             except OSError as error:
                 self._leave_out(board, error)
 
-    def _write(self, entry: dict[str, Any]) -> None:
+    def _write(self, lines: "JsonLines", entry: dict[str, Any]) -> None:
         try:
-            self._metrics.write(entry)
+            lines.write(entry)
         except OSError as error:
-            self._warn_aloud(
-                f"cannot write {self._metrics.path}: {error.strerror}; its lines are kept for the next try"
-            )
+            self._warn_aloud(f"cannot write {lines.path}: {error.strerror}; its lines are kept for the next try")
 
     def _leave_out(self, board: Board, error: OSError) -> None:
         self._boards.remove(board)
@@ -315,8 +321,8 @@ def collapse_alarm(figures: Figures, config: RunConfig) -> str | None:
         if figures.get(name, math.inf) < least:
             return (
                 f"{name} is {_short(figures[name])}, less than {key} {least:g}: {meaning} every patch, which is "
-                "collapse if it lasts; a lower optimizer.lr, more optimizer.warmup_steps or a higher "
-                "objective.ema.decay may help"
+                "collapse if it lasts; in another run.folder a lower optimizer.lr, more optimizer.warmup_steps or a "
+                "higher objective.ema.decay may help"
             )
     return None
 

@@ -97,10 +97,6 @@ def _num_tokens(config: Config) -> int:
     return 2 + prod(config.model.grid) if isinstance(config.model, AstConfig) else 1 + _num_patches(config)
 
 
-def _num_visible(config: Config, objective: PretrainConfig) -> int:
-    return int(_num_patches(config) * (1 - objective.mask.ratio))
-
-
 def _data_words(dataset: ClipDataset, config: Config) -> str:
     stats = config.data.log_mel
     assert isinstance(stats, LogMelStats), "train.py resolves them"
@@ -119,17 +115,18 @@ def _clip_words(config: Config) -> str:
         return f"{words}, seen as {' x '.join(map(str, model.grid))} overlapping ones, {_num_tokens(config)} tokens"
     if not isinstance(objective, PretrainConfig):
         return f"{words}, {patches + 1} tokens"
-    each = _num_visible(config, objective) + 1
+    mask, each = objective.mask, objective.mask.visible(patches) + 1
+    blocks = f"{mask.blocks(patches)} blocks of {mask.block} x {mask.block}"
     return (
         f"{words}: the teacher sees {patches + 1} tokens, {objective.students} students {each} each, "
-        f"{objective.students * each:,} together"
+        f"{objective.students * each:,} together, drawn as {blocks if mask.blocks(patches) else 'single patches'}"
     )
 
 
 def _attention_words(config: Config, device_type: str) -> str:
     sequences = {"clips": (_num_tokens(config), True)}  # whether gradients are needed
     if isinstance(config.objective, PretrainConfig):
-        students = (1 + _num_visible(config, config.objective), True)
+        students = (1 + config.objective.mask.visible(_num_patches(config)), True)
         sequences = {"students": students, "the teacher": (_num_tokens(config), False)}
     return describe_paths(config.engine.attention, device_type, config.model.width // config.model.heads, sequences)
 
@@ -159,12 +156,13 @@ def _rate_words(config: Config) -> str:
             f"learning {warmup}{'then' if warmup else 'at'} {settings.lr:g}, times {decay.factor:g} at step "
             f"{decay.start:,} and every {decay.every:,} after it"
         )
-    return f"learning {warmup}then a cosine from {settings.lr:g} to {settings.min_lr:g} at step {settings.steps:,}"
+    then = "then " if warmup else ""
+    return f"learning {warmup}{then}a cosine from {settings.lr:g} to {settings.min_lr:g} at step {settings.steps:,}"
 
 
 def _run_words(config: Config, dataset: ClipDataset, first_step: int) -> str:
     steps, run = config.optimizer.steps, config.run
-    words = f"{steps:,} steps = {steps * config.optimizer.batch / len(dataset):.1f} epochs in {run.folder}"
+    words = f"{steps:,} steps = {_visit_words(config, dataset)} in {run.folder}"
     if first_step >= steps:
         return words
     events = {"log line": run.log_every, "checkpoint": run.save_every}
@@ -172,6 +170,15 @@ def _run_words(config: Config, dataset: ClipDataset, first_step: int) -> str:
         events["probe" if config.probe else "evaluation"] = run.eval_every
     coming = [f"{name} {min(steps, (first_step // every + 1) * every):,}" for name, every in events.items()]
     return f"{words}; first {', '.join(coming)}"
+
+
+def _visit_words(config: Config, dataset: ClipDataset) -> str:
+    """In epochs; the datasets of a mixture have epochs of their own."""
+    visits, (first, *others) = config.optimizer.steps * config.optimizer.batch, config.data.datasets
+    if others:
+        return f"{visits:,} visits, {visits / len(dataset):.1f} a clip on average,"
+    draws = (first.order or config.data.order).draws_per_epoch
+    return f"{visits / (draws or len(dataset)):.1f} epochs" + (f" of {draws:,} draws" if draws else "")
 
 
 def _time_words(config: Config, network: Network, world_size: int, gemm_rate: float, first_step: int) -> str:

@@ -51,11 +51,9 @@ from asda.meter import Meter
 from asda.objectives import DTYPES, Pretraining, make_objective
 from asda.partitions import optimizer_file, restore
 from asda.probe import Probe
-from asda.runlog import RunLog, check_wandb, collapse_alarm
+from asda.runlog import BAD_STEPS, RunLog, check_wandb, collapse_alarm
 from asda.stopping import HEARTBEAT_TIMEOUT_S, Heartbeat, StopSignals, agree
 from asda.summary import derived_numbers
-
-BAD_STEPS = "bad_steps.jsonl"  # in the run folder: the clips of steps that changed nothing
 
 
 def train(config: Config) -> None:
@@ -106,7 +104,8 @@ class Trainer:
         self.locks = [claim_folder(self.folder, processes.rank, make=False)]
         start_from = checkpoint.newest_for_all(self.folder, warn=say)
         changes = self._continue_from(start_from) if start_from else []
-        self.objective = make_objective(config, dataset.vocabulary, processes.device)
+        goes_on = start_from is not None
+        self.objective = make_objective(config, dataset.vocabulary, processes.device, goes_on=goes_on)
         self.engine = make_engine(config, self.objective.module, self.objective.lr_scales, processes.world_size)
         self.objective.follow(self.engine)
         if start_from:
@@ -199,14 +198,13 @@ class Trainer:
             f"step {step}: the loss or the gradient is not finite, so nothing was changed ({in_a_row} in a row; "
             f"{most} end the run); its clips are in {record}"
         )
-        if self.processes.is_first:
-            with record.open("a") as file:
-                file.write(json.dumps({"step": step, "clips": clips}) + "\n")
+        self.log.bad_step(step, clips)
         if in_a_row >= most:
             raise UserError(
                 f"{in_a_row} steps in a row, up to step {step}, had a loss or gradient that is not finite and changed "
-                f"nothing; their clips are in {record}, the last begin with {', '.join(clips[:4])}. Look at the clips, "
-                "lower optimizer.lr, or raise optimizer.warmup_steps, and go on from the last checkpoint"
+                f"nothing; their clips are in {record}, the last begin with {', '.join(clips[:4])}. Look at the clips; "
+                "go on with a larger run.max_bad_steps, or begin another run.folder with a lower optimizer.lr or more "
+                "optimizer.warmup_steps"
             )
 
     def _check_replicas(self) -> None:
@@ -399,11 +397,11 @@ class Trainer:
 
     def _hash_of_clips(self) -> str:
         """Of the set of clips in the last step, over all ranks: two runs that agree in it saw the same batch."""
-        numbers = sorted(number for part in self._from_all([clip.draw.clip for clip in self.clips]) for number in part)
+        numbers = sorted(number for part in self._from_all([clip.number for clip in self.clips]) for number in part)
         return xxhash.xxh3_64_hexdigest(json.dumps(numbers).encode())
 
     def _name(self, clip: Clip) -> str:
-        return f"{self.dataset.locate(clip.draw.clip)[0].entry.name}:{clip.key}"
+        return f"{self.dataset.locate(clip.number)[0].entry.name}:{clip.key}"
 
     def _from_all(self, mine: Any) -> list[Any]:
         """Every rank's value. All ranks call this together."""

@@ -39,7 +39,7 @@ FRAMES = 128
 
 
 def clip(number: int, *labels: int, seconds: float = 2.0) -> Clip:
-    return Clip(Draw(0, number), f"clip{number}", noise(seconds, seed=number), labels)
+    return Clip(Draw(0, number), number, f"clip{number}", noise(seconds, seed=number), labels)
 
 
 def network(attention_lambda: float | str = 0.1) -> Network:

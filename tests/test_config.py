@@ -88,6 +88,15 @@ def test_the_data_of_a_run_is_one_dataset_or_a_mixture_of_several(tmp_path: Path
         ("optimizer.warmup_steps=900000", "must not exceed optimizer.steps 800000"),
         ("objective.target_layers=13", "must not exceed model.depth 12"),
         ("objective.decoder.kernel=4", "must be odd"),
+        ("model.mlp_ratio=0.001", "model.mlp_ratio 0.001 times model.width 768 must be at least 1, the hidden width"),
+        (
+            'objective.decoder={"groups": 10, "width": 70}',
+            "model.width 768 must be a multiple of objective.decoder.groups 10",
+        ),
+        ("objective.mask.ratio=0.999", "objective.mask.ratio 0.999 leaves 0 of the 512 patches of a clip visible"),
+        ("objective.mask.ratio=1e-17", "objective.mask.ratio 1e-17 leaves 512 of the 512 patches of a clip visible"),
+        ('probe={"train": [], "test": "a:x"}', "probe.train is []"),
+        ('data.train=[{"data": [], "share": 1}]', "data.train.0.data is []"),
         ("data.valid=shards/x:test", "data.valid"),
         ("data.train=[]", "data.train is []: list should have at least 1 item"),
         ("data.train=3", "data.train is 3: input should be a valid string"),
@@ -120,6 +129,13 @@ def test_a_bad_value_is_one_sentence_with_key_and_rule(override: str, sentence: 
         load_config(AS2M, [override])
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_shares_are_as_exact_here_as_in_the_order_of_clips() -> None:
+    # As floats the first share is 0.001 of all, as fractions of integers it is less.
+    shares = [{"data": "a:x", "share": 0.14285714285714285}, {"data": "b:y", "share": 142.71428571428572}]
+    with pytest.raises(UserError, match=r"a:x has 0\.001 of all shares, less than 0\.001"):
+        load_config(AS2M, [f"data.train={json.dumps(shares)}"])
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,13 @@ def test_an_accuracy_chooses_among_clips_of_one_label_only(odd_splits: Path, sha
         check_labels(config, "x:uneven", uneven)
 
 
+@pytest.mark.parametrize("same", ["{0}:test+test", ["{0}:test", "{0}:train+test"]])
+def test_a_split_that_is_named_twice_is_refused(shards: Path, same: str | list[str]) -> None:
+    sources = same.format(shards) if isinstance(same, str) else [text.format(shards) for text in same]
+    with pytest.raises(UserError, match=r":test and .*:test hold the same clips, which would count twice"):
+        ClipDataset(sources, labelled=True)
+
+
 @pytest.mark.parametrize(
     ("split", "loss", "sentence"),
     [

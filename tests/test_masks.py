@@ -28,7 +28,6 @@ from mask_statistics import SIGNIFICANCE, Difference, Masks, differences, of_his
 from numpy.typing import NDArray
 
 from asda.config import MaskConfig
-from asda.errors import UserError
 from asda.models import masks
 from asda.models.masks import inverse_block_masks, visible_indices
 
@@ -208,8 +207,3 @@ def test_visible_indices_are_the_places_of_the_visible_patches_in_order():
     assert indices_MK.shape == (16, 102)
     assert (np.diff(indices_MK, axis=1) > 0).all()
     assert all(masks_MN[m, indices_MK[m]].all() for m in range(16))
-
-
-def test_a_clip_of_which_nothing_would_be_visible_is_refused_with_the_way_out():
-    with pytest.raises(UserError, match=r"ratio 0\.8 leaves none of the 2 x 2 patches .* longer clips"):
-        inverse_block_masks(np.random.default_rng(0), 1, (2, 2), MaskConfig())

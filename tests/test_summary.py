@@ -14,6 +14,7 @@ from asda.summary import WIDTH, derived_numbers, in_bytes, in_short, in_time
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CPU = torch.device("cpu")
+MIXTURE = 'data.train=[{"data": "a:train", "share": 0.7}, {"data": "b:train", "share": 0.3}]'
 
 
 class Clips(Sequence):
@@ -44,7 +45,8 @@ def test_the_published_recipe_is_summed_up() -> None:
         "preset      released, base\n",
         "data        1,912,134 clips in 900 shards, log-mel mean -4.268 std 4.569\n",
         "model       94,950,144 trainable parameters: encoder 92.36 M, decoder 2.586 M\n",
-        "10.24 s = 1024 frames = 512 patches: the teacher sees 513 tokens, 16 students 103 each, 1,648 together\n",
+        "10.24 s = 1024 frames = 512 patches: the teacher sees 513 tokens, 16 students 103 each, 1,648 together, ",
+        "drawn as 5 blocks of 5 x 5\n",
         "arithmetic  1.175 TFLOP a clip: students",
         "step        48 clips = 4 ranks x 1 accumulated x 12, 56.41 TFLOP; bf16, ZeRO stage 1, cpu\n",
         # (2 + 4 + 12 / 4) x 94,950,144 + (4 / 4 + 2) x 92,364,288 bytes
@@ -66,6 +68,20 @@ def test_a_recipe_of_ast_is_summed_up() -> None:
         "learning at 1e-05, times 0.85 at step 170 and every 34 after it\n",
     ):
         assert words in table
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "words"),
+    [
+        ("as2m_asda", [], "600,000 steps = 144.0 epochs of 200,000 draws in runs/"),
+        ("as2m", [MIXTURE], "800,000 steps = 38,400,000 visits, 19.2 a clip on average, in runs/as2m;"),
+        ("as2m", ["data.frames=128"], "13 each, 208 together, drawn as single patches\n"),
+        ("as2m", ["optimizer.warmup_steps=0"], "learning a cosine from 0.0005 to 0 at step 800,000\n"),
+    ],
+)
+def test_epochs_are_those_of_the_order_and_masks_those_of_the_clip(name: str, overrides: list[str], words: str) -> None:
+    config = load_config(CONFIGS / f"{name}.json", overrides)
+    assert words in said(config, Clips(2_000_000, 900, 527), 4, 12, 600e12)
 
 
 def test_a_run_that_goes_on_is_told_what_is_left_and_what_comes_next() -> None:

@@ -188,7 +188,24 @@ def test_steps_without_a_finite_loss_are_counted_and_end_the_run_with_the_names_
     for stem in ("model", "teacher"):
         for name, tensor in weights(run, 4, stem).items():
             assert torch.equal(weights(run, 2, stem)[name], tensor), name
+    again = start(command(2, "train.py", *pretraining(shards, run, *absurd)))
+    assert "go on with a larger run.max_bad_steps" in again.stderr
+    assert [json.loads(line)["step"] for line in (run / "bad_steps.jsonl").read_text().splitlines()] == [3, 4, 5]
     count_fault("27", "bad steps in a row in the trainer: counted, then the run ends with their clips", 3, len(steps))
+
+
+@pytest.mark.launch
+def test_a_fine_tuning_goes_on_where_its_pre_training_has_gone(shards: Path, pretrained: Path, tmp_path: Path) -> None:
+    start_from, run = tmp_path / "pretrained", tmp_path / "run"
+    shutil.copytree(pretrained, start_from)
+    arguments = finetuning(shards, run, f"objective.init_from={start_from}", "run.save_every=2")
+    launch(0, "train.py", *arguments)
+    ended = weights(run, 4, "model")
+    shutil.rmtree(start_from)
+    shutil.rmtree(run / "checkpoints" / "step-0000004")
+    launch(0, "train.py", *arguments)
+    for name, tensor in weights(run, 4, "model").items():
+        assert torch.equal(ended[name], tensor), name
 
 
 @pytest.mark.launch

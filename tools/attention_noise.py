@@ -150,13 +150,11 @@ def _common_frames(clips: Sequence[Clip], networks: Sequence[Network]) -> int:
     """Frames of every mixture: two halves of whole patches."""
     unit = 2 * math.lcm(*(network.description.model.patch for network in networks))
     shortest = min(clips, key=lambda clip: len(clip.samples))
-    have = num_frames(len(shortest.samples))
-    frames = min(have, *(network.description.data.frames for network in networks)) // unit * unit
-    if not frames:
-        raise UserError(
-            f"clip {shortest.key} has {have} frames of 10 ms; a mixture needs {unit}, two halves of a patch"
-        )
-    return frames
+    have, taken = num_frames(len(shortest.samples)), min(network.description.data.frames for network in networks)
+    if min(have, taken) < unit:
+        short = f"clip {shortest.key} has {have}" if have < unit else f"a network's data.frames is {taken}"
+        raise UserError(f"{short} frames of 10 ms; a mixture needs {unit}, two halves of a patch")
+    return min(have, taken) // unit * unit
 
 
 def _unrelated(clips: Sequence[Clip], number: int, rng: np.random.Generator) -> Clip:

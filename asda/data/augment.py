@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from asda.config import AugmentConfig, DataConfig, MixupConfig
-from asda.data.fbank import NUM_MEL_BINS, num_frames
+from asda.data.fbank import NUM_MEL_BINS, num_frames, num_samples
 from asda.data.order import Draw, clip_rng
 
 NUM_CHANCES = 9  # uniform numbers of a clip, each with one use: switching one augmentation on leaves the others alone
@@ -66,6 +66,14 @@ def draw_augmentations(
         for draw, samples, share in zip(draws, clip_samples, shares, strict=True)
     ]
     return drawn if augment.spec_augment.order == "after_mixup" else frames_alike(drawn)
+
+
+def used_parts(
+    waves: Sequence[np.ndarray], augmentations: Sequence[ClipAugmentation] | None, frames: int
+) -> list[np.ndarray]:
+    """What of each wave [S] reaches a frame that is kept: all of it where its end or its loudness does too."""
+    pairs = zip(waves, augmentations or [ClipAugmentation()] * len(waves), strict=True)
+    return [wave_S if one.wave_shift or one.noise_ratio else wave_S[: num_samples(frames)] for wave_S, one in pairs]
 
 
 def frames_alike(augmentations: Sequence[ClipAugmentation]) -> list[ClipAugmentation]:

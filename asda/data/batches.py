@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from asda.config import Config
-from asda.data.augment import ClipAugmentation, mixed_targets, packed, present_patches
+from asda.data.augment import ClipAugmentation, mixed_targets, packed, present_patches, used_parts
 from asda.data.clips import Clip
 from asda.data.cpu_patches import CpuPatches, PatchLayout
 
@@ -80,10 +80,11 @@ class PatchMaker:
         if self._cpu_patches is None:
             self._cpu_patches = CpuPatches(self._layout, 0, threads=0)
         self._cpu_patches.write_to(patches_BNP.numpy())
-        waves = [clip.samples for clip in batch.clips]
+        augmentations = batch.augmentations if self._augmented else None
+        waves = used_parts([clip.samples for clip in batch.clips], augmentations, self._layout.frames)
         if self._augmented:
-            assert batch.augmentations is not None, "these batches are not made for training"
-            self._cpu_patches.augmented(waves, list(packed(batch.augmentations)))
+            assert augmentations is not None, "these batches are not made for training"
+            self._cpu_patches.augmented(waves, list(packed(augmentations)))
         else:
             self._cpu_patches.plain(waves)
         clips = [replace(clip, samples=clip.samples[:0]) for clip in batch.clips]

@@ -35,6 +35,7 @@ class Clip:
     """One visit of one clip, decoded."""
 
     draw: Draw
+    number: int  # of the clip in its dataset; that of the draw, or of the clip that stands in for a damaged one
     key: str
     samples: np.ndarray  # [S] int16 at 16 kHz
     labels: tuple[int, ...]
@@ -61,12 +62,13 @@ class ClipDataset:
             cache: keeps copies of remote shards; None: its defaults.
 
         Raises:
-            UserError: a dataset, split or shard is missing or damaged, or the vocabularies differ.
+            UserError: a dataset, split or shard is missing or damaged, a source has a shard twice, or the vocabularies
+                differ.
         """
         self._again = partial(ClipDataset, *sources, labelled=labelled, tolerant=tolerant, cache=cache)
         opened = partial(_opened, tolerant=tolerant, cache=cache or CacheConfig())
         self._sources = [
-            [part for spec in ([specs] if isinstance(specs, str) else specs) for part in opened(spec)]
+            _each_once([part for spec in ([specs] if isinstance(specs, str) else specs) for part in opened(spec)])
             for specs in sources
         ]
         parts = [part for source in self._sources for part in source]
@@ -204,7 +206,7 @@ def _read_clip(dataset: ClipDataset, draw: Draw, clip: int, note: Note) -> Clip:
             f"shard {shard.path}, key {key}: the frame is intact, but its wav member is not what shards/README.md says "
             f"({error}); make the shard again with tools/make_shards.py"
         ) from None
-    return Clip(draw, key, samples_S, index.labels[number])
+    return Clip(draw, clip, key, samples_S, index.labels[number])
 
 
 def _first_member(frame: bytes, name: str) -> memoryview:
@@ -229,6 +231,21 @@ def _opened(spec: str, tolerant: bool, cache: CacheConfig) -> list[Part]:
         )
     index = load_dataset(location, names.split("+"), cache, tolerant=tolerant)
     return [(index, name) for name in names.split("+")]
+
+
+def _each_once(parts: list[Part]) -> list[Part]:
+    """The splits of one source; raises UserError where two hold the same shard, whose clips would count twice."""
+    holder: dict[str, str] = {}  # by the hash of a shard
+    for index, name in parts:
+        where = f"{index.folder}:{name}"
+        for shard in {entry.hash for entry in index.splits[name].shards}:
+            if shard in holder:
+                raise UserError(
+                    f"{holder[shard]} and {where} hold the same clips, which would count twice; name each split once "
+                    "(to see some more often while training, give them a share of their own)"
+                )
+            holder[shard] = where
+    return parts
 
 
 def _split(part: Part) -> SplitIndex:

@@ -31,7 +31,7 @@ from nvidia.dali.types import Constant, DALIDataType
 
 from asda.data import fbank
 from asda.data.audio import INT16_SCALE
-from asda.data.augment import ClipAugmentation, packed
+from asda.data.augment import ClipAugmentation, packed, used_parts
 from asda.data.cpu_patches import ROOT_12, WEYL_STEP, CpuPatches, PatchLayout
 
 BLOCK = 80  # samples; the greatest common divisor of frame shift and window: frames are made of whole blocks
@@ -90,7 +90,7 @@ class PatchPipeline(Generic[Extra]):
         # Of the batches that DALI has taken and not yet handed out: the arrays it reads, and the extra.
         self._taken: deque[tuple[list[np.ndarray], np.ndarray | None, Extra]] = deque()
         self._error: Exception | None = None
-        self._max_samples = fbank.num_samples(frames)
+        self._frames = frames
         self._device = torch.device("cuda", torch.cuda.current_device()) if device == "gpu" else torch.device("cpu")
         native = device == "gpu" if native is None else native
         layout = PatchLayout(frames, patch, mean, std, pad_log_mel, mask_first)
@@ -165,17 +165,9 @@ class PatchPipeline(Generic[Extra]):
         except Exception as error:
             self._error = error
             raise StopIteration from None
-        if augmentations is None:
-            waves = [self._used(wave_S) for wave_S in waves]
-        else:
-            pairs = zip(waves, augmentations, strict=True)
-            waves = [wave_S if one.wave_shift or one.noise_ratio else self._used(wave_S) for wave_S, one in pairs]
+        waves = used_parts(waves, augmentations, self._frames)
         self._taken.append((waves, numbers_BK, extra))
         return waves if numbers_BK is None else (waves, list(numbers_BK))
-
-    def _used(self, wave_S: np.ndarray) -> np.ndarray:
-        """What of a wave reaches a frame that is kept, if neither the wave's end nor its loudness does."""
-        return wave_S[: self._max_samples]
 
     def _run(self) -> torch.Tensor | None:
         """One batch as a tensor of its own; None after the last."""

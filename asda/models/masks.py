@@ -8,13 +8,12 @@ from numba import njit
 from numpy.typing import NDArray
 
 from asda.config import MaskConfig
-from asda.errors import UserError
 
 
 def inverse_block_masks(
     rng: np.random.Generator, num_masks: int, grid: tuple[int, int], config: MaskConfig
 ) -> NDArray[np.bool_]:
-    """Draw masks, [M, N], True where a patch is visible; every mask has exactly int(N * (1 - ratio)) visible patches.
+    """Draw masks, [M, N], True where a patch is visible; every mask has exactly config.visible(N) visible patches.
 
     The union of blocks around random centres is brought to that number: by hiding random patches of it when it is
     larger, by showing random patches outside of it when it is smaller.
@@ -24,17 +23,9 @@ def inverse_block_masks(
         num_masks: M.
         grid: time patches and mel patches of the clip.
         config: shares and block size.
-
-    Raises:
-        UserError: when a student would see nothing.
     """
     num_patches = grid[0] * grid[1]
-    num_visible = int(num_patches * (1 - config.ratio))
-    if num_visible == 0:
-        raise UserError(
-            f"objective.mask.ratio {config.ratio} leaves none of the {grid[0]} x {grid[1]} patches of a clip visible; "
-            f"use longer clips (data.frames) or a smaller ratio"
-        )
+    num_visible = config.visible(num_patches)
     visible_MN = block_union(draw_centres(rng, num_masks, num_patches, config), grid, config.block)
     # Of every mask some patches change, one draw each; there are never more of them than patches.
     most_changes = max(num_visible, int(visible_MN.sum(1).max()))
@@ -44,8 +35,7 @@ def inverse_block_masks(
 
 def draw_centres(rng: np.random.Generator, num_masks: int, num_patches: int, config: MaskConfig) -> NDArray[np.int64]:
     """The patches around which blocks are shown, [M, C]: any patch, also twice, so many that about enough is seen."""
-    num_centres = int(num_patches * ((1 - config.ratio) + config.adjust) / config.block**2)
-    return rng.integers(num_patches, size=(num_masks, num_centres))
+    return rng.integers(num_patches, size=(num_masks, config.blocks(num_patches)))
 
 
 def block_union(centres_MC: NDArray[np.int64], grid: tuple[int, int], block: int) -> NDArray[np.bool_]:
