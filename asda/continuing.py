@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from asda.config import Config, MixedData
-from asda.data.fetch import without_credentials
+from asda.data.fetch import shareable, without_credentials
 from asda.errors import UserError
 
 MAX_VALUE_CHARS = 60  # of a value in a message
@@ -153,11 +153,5 @@ def _moved(folder: Path, saved: Config, config: Config) -> list[str]:
 
 def _shown(leaves: dict[str, Any], key: str) -> str:
     """A value for a message: as JSON, cut where it is long, without the passwords that a location may hold."""
-    text = json.dumps(_without_credentials(leaves[key])) if key in leaves else "absent"
+    text = json.dumps(shareable(leaves[key])) if key in leaves else "absent"
     return text if len(text) <= MAX_VALUE_CHARS else text[: MAX_VALUE_CHARS - 3] + "..."
-
-
-def _without_credentials(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_without_credentials(item) for item in value]
-    return without_credentials(value) if isinstance(value, str) and "://" in value else value

@@ -352,6 +352,11 @@ class Trainer:
                 f"the shards of {self.config.data.train} are not those that {folder} was trained on; give another "
                 "run.folder"
             )
+        if state.vocabulary != self.dataset.vocabulary:
+            raise UserError(
+                f"the shards of {self.config.data.train} have other classes, or another order of them, than those that "
+                f"{folder} was trained on; make them with the --labels of then, or give another run.folder"
+            )
         self.progress = Progress(state.step, state.applied_steps, state.bad_steps_in_a_row)
         self.best = best_so_far(saved, state, self.config, self.valid)
         if state.best_step and not self.best.step:

@@ -19,13 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from asda import checkpoint
-from asda.config import ClassifyConfig, Config, ModelConfig, PretrainConfig, load_config
+from asda.config import ClassifyConfig, Config, LogMelStats, ModelConfig, PretrainConfig, load_config
 from asda.data.labels import audioset_labels
 from asda.errors import exit_with_sentence
 from asda.models.classifier import Classifier
 from asda.models.encoder import Encoder
 from asda.models.pretrain import MaskedStudents
 from asda.objectives import make_objective
+from asda.official.settings import input_notes
 from asda.official.weights import official_positions
 
 ROOT = Path(__file__).parent.parent
@@ -136,6 +137,27 @@ def test_back_and_there_again_the_folder_is_the_same(kind: str, weights: Path, t
     converted(tmp_path / "back.pt", "--out", tmp_path / "again")
     for file in (weights / kind).iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("values", "notes"),
+    [
+        ({"log_mel": LogMelStats(mean=-4.268, std=4.569)}, []),
+        (
+            {"log_mel": LogMelStats(mean=-2.5, std=3.5)},
+            ["normalise by AudioSet's mean -4.268 and std 4.569, this model wants -2.5 and 3.5"],
+        ),
+        (
+            {"log_mel": LogMelStats(mean=-4.268, std=4.569), "padding": "masked"},
+            ["pads with a log-mel of 0, which its network sees; this model hides padding from the network"],
+        ),
+    ],
+)
+def test_what_the_official_code_will_do_otherwise_is_noted(values: dict, notes: list[str], weights: Path):
+    described = checkpoint.read_description(weights / "asda_finetune")
+    found = input_notes(described.model_copy(update={"data": described.data.model_copy(update=values)}))
+    assert len(found) == len(notes)
+    assert all(words in sentence for words, sentence in zip(notes, found, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,23 +1,36 @@
 """Runs over held-out splits and seeds: all of them, once, and summed up as the textbook does."""
 
 import json
-import os
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sounds_dataset  # noqa: F401  # puts tools/ on the path
-from crossval import RECORD, STUDENT, Cell, Plan, check_same_data, claim, interval, paired, parse_args, planned, table
+from crossval import (
+    RECORD,
+    STUDENT,
+    Cell,
+    Plan,
+    check_same_clips,
+    claim,
+    interval,
+    paired,
+    parse_args,
+    planned,
+    split_hashes,
+    table,
+)
 from faulty_server import serving
 from launching import ROOT, TINY, environment
 from scipy import stats
-from tiny_checkpoints import save
 
 from asda.config import dump_config
 from asda.data.clips import ClipDataset
+from asda.data.shards import load_dataset
 from asda.errors import UserError
 
 TOOL = ROOT / "tools" / "crossval.py"
@@ -65,7 +78,8 @@ def plan(shards: Path, tmp_path: Path) -> Plan:
     """Of two folds, with a configuration that may be edited."""
     config = tmp_path / "config.json"
     config.write_bytes(CONFIG.read_bytes())
-    return Plan(config, (), str(shards), ("test", "train"), (Cell("test", 1), Cell("train", 1)), tmp_path / "all")
+    cells, hashes = (Cell("test", 1), Cell("train", 1)), split_hashes(load_dataset(str(shards)))
+    return Plan(config, (), str(shards), ("test", "train"), cells, tmp_path / "all", hashes)
 
 
 def test_runs_go_on_where_nothing_that_decides_has_changed(plan: Plan) -> None:
@@ -102,10 +116,28 @@ def test_runs_of_a_configuration_that_was_edited_since_are_refused(
 
 
 def test_runs_of_shards_that_were_made_anew_since_are_refused(plan: Plan) -> None:
-    folder = begun(plan, "test")
-    save(folder, plan.resolved(Cell("test", 1)), 8)  # whose state names other shards
-    with pytest.raises(UserError, match=f"are not those that {folder} was trained on"):
+    claim(plan)
+    with pytest.raises(UserError, match=f"the shards of {plan.data} have changed since the runs in {plan.out} began"):
+        claim(replace(plan, hashes=plan.hashes | {"test": "of other clips"}))
+
+
+def test_a_hash_of_a_split_changes_with_the_order_of_the_classes(shards: Path, tmp_path: Path) -> None:
+    index = load_dataset(str(shards))
+    other = split_hashes(replace(index, vocabulary=tuple(reversed(index.vocabulary))))
+    assert all(other[name] != hashed for name, hashed in split_hashes(index).items())
+
+
+@pytest.mark.parametrize("text", ["run.seed=7", "run.folder=x", "data.train=a:b", "data.valid=a:b"])
+def test_what_each_run_is_given_cannot_be_overridden(shards: Path, text: str) -> None:
+    with pytest.raises(UserError, match=f"{text} would be replaced in every run; give --"):
+        planned(arguments_of(shards, text))
+
+
+def test_passwords_are_not_shown(plan: Plan) -> None:
+    claim(replace(plan, data="https://user:secret@host/x?sig=secret"))
+    with pytest.raises(UserError, match=r'holds runs whose data was "https://host/x", not') as caught:
         claim(plan)
+    assert "secret" not in str(caught.value)
 
 
 def leave(folder: Path, record: object) -> Path:
@@ -115,16 +147,14 @@ def leave(folder: Path, record: object) -> Path:
     return folder
 
 
-def test_runs_are_compared_with_those_on_the_same_data_alone(shards: Path, plan: Plan, tmp_path: Path) -> None:
-    for name, text in (("copy", (shards / "dataset.json").read_text()), ("other", "{}")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "dataset.json").write_text(text)
-    for same in (shards, f"{shards}/", os.path.relpath(shards), f"file://{shards}", tmp_path / "copy"):
-        check_same_data(plan, leave(tmp_path / "against", {"data": str(same), "runs": []}))
-    for other in (tmp_path / "other", tmp_path / "gone"):
-        against = leave(tmp_path / "against", {"data": str(other), "runs": []})
-        with pytest.raises(UserError, match=f"--against {against} was judged on {other}, not {shards}"):
-            check_same_data(plan, against)
+def test_runs_are_compared_with_those_on_the_same_clips_alone(plan: Plan, tmp_path: Path) -> None:
+    record = {"data": "elsewhere", "runs": [], "shards": plan.hashes}
+    check_same_clips(plan, leave(tmp_path / "against", record))
+    for hashes in (plan.hashes | {"train": "of other clips"}, {"test": plan.hashes["test"]}):
+        against = leave(tmp_path / "against", record | {"shards": hashes})
+        with pytest.raises(UserError, match=f"{against} was judged on elsewhere, which did not have the train"):
+            check_same_clips(plan, against)
+        check_same_clips(replace(plan, cells=(Cell("test", 1),)), against)  # what trained may be something else
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from fault_table import Count
 from launching import ROOT, environment
-from sounds_dataset import write_dataset
+from sounds_dataset import make_shards, write_dataset
 
 from asda.choosing import check_labels
 from asda.config import load_config
@@ -111,6 +112,16 @@ def test_a_split_that_is_named_twice_is_refused(shards: Path, same: str | list[s
     sources = same.format(shards) if isinstance(same, str) else [text.format(shards) for text in same]
     with pytest.raises(UserError, match=r":test and .*:test hold the same clips, which would count twice"):
         ClipDataset(sources, labelled=True)
+
+
+def test_silence_alone_is_one_sentence(tmp_path: Path) -> None:
+    silence = tmp_path / "audio" / "nothing"
+    silence.mkdir(parents=True)
+    for number in range(4):
+        soundfile.write(silence / f"{number}.wav", np.zeros(16_000, np.int16), 16_000)
+    shards = make_shards(tmp_path / "audio", tmp_path / "shards")
+    with pytest.raises(UserError, match=r"all log-mel values of the clips are -15\.9\d\d: all of them are silent"):
+        ClipDataset(f"{shards}:train", labelled=True)
 
 
 @pytest.mark.parametrize(

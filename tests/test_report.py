@@ -267,6 +267,18 @@ def test_the_keys_in_which_runs_differ_are_those_that_were_changed(tmp_path: Pat
     assert not found
 
 
+def test_passwords_in_locations_are_not_on_the_page(tmp_path: Path):
+    address = "https://user:secret@host/x?sig=secret"
+    config = finetuning(f"data.train={address}:train", f"data.valid={address}:test")
+    folders = [write_run(tmp_path / name, config) for name in ("a", "b")]
+    folders.append(write_run(tmp_path / "c", finetuning()))
+    (folders[0] / "evaluation.json").write_text(json.dumps({"data": f"{address}:test", "step": 8, "clips": 12}))
+    for chosen in (folders[:1], folders):
+        page = page_of(tmp_path / "page.html", *chosen)
+        assert "https://host/x" in page.words
+        assert "secret" not in (tmp_path / "page.html").read_text()
+
+
 def test_long_values_are_folded(tmp_path: Path):
     parts = json.dumps([f"shards/part{number}:train" for number in range(9)])
     folders = [write_run(tmp_path / "a", finetuning()), write_run(tmp_path / "b", finetuning(f"data.train={parts}"))]

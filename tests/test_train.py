@@ -14,6 +14,7 @@ import torch
 from fault_table import Count
 from launching import BIN, ROOT, command, environment, finetuning, launch, pretraining, start
 from safetensors.torch import load_file
+from sounds_dataset import make_shards
 
 from asda.config import OptimizerConfig, load_config
 from asda.engine import deepspeed_dict, learning_rate, micro_batch_of
@@ -198,7 +199,7 @@ def test_steps_without_a_finite_loss_are_counted_and_end_the_run_with_the_names_
 def test_a_fine_tuning_goes_on_where_its_pre_training_has_gone(shards: Path, pretrained: Path, tmp_path: Path) -> None:
     start_from, run = tmp_path / "pretrained", tmp_path / "run"
     shutil.copytree(pretrained, start_from)
-    arguments = finetuning(shards, run, f"objective.init_from={start_from}", "run.save_every=2")
+    arguments = finetuning(shards, run, f"objective.init_from={start_from}", "run.save_every=2", "run.keep=9")
     launch(0, "train.py", *arguments)
     ended = weights(run, 4, "model")
     shutil.rmtree(start_from)
@@ -206,6 +207,14 @@ def test_a_fine_tuning_goes_on_where_its_pre_training_has_gone(shards: Path, pre
     launch(0, "train.py", *arguments)
     for name, tensor in weights(run, 4, "model").items():
         assert torch.equal(ended[name], tensor), name
+
+    # The same audio in shards of another order of the classes is in shards of the same hashes.
+    (tmp_path / "labels.txt").write_text("\n".join(sorted(os.listdir(shards.parent / "audio"), reverse=True)) + "\n")
+    other = make_shards(shards.parent / "audio", tmp_path / "shards", "--labels", tmp_path / "labels.txt")
+    shutil.rmtree(run / "checkpoints" / "step-0000004")
+    done = start(command(0, "train.py", *arguments, f"data.train={other}:train", f"data.valid={other}:test"))
+    assert done.returncode == USER_ERROR_EXIT, done.stderr
+    assert "have other classes, or another order of them, than those that" in done.stderr
 
 
 @pytest.mark.launch

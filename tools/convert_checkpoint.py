@@ -16,6 +16,7 @@ from asda.config import Description, ModelConfig, PretrainConfig
 from asda.errors import UserError, exit_with_sentence
 from asda.official.ast import from_hugging_face, is_ast
 from asda.official.safe_load import plain, safe_load
+from asda.official.settings import input_notes
 from asda.official.weights import Wishes, from_official, to_official
 
 EXAMPLES = """
@@ -102,7 +103,11 @@ def to_theirs(args: argparse.Namespace) -> list[str]:
     stems = [stem for stem in ("model", "teacher") if (folder / f"{stem}.safetensors").is_file()]
     weights = {stem: checkpoint.read_weights(folder, stem) for stem in stems}
     write_torch_file(to_official(description, weights), args.out)
-    return [*described(description, weights), row("written", f"{args.out} ({args.out.stat().st_size / MIB:.1f} MiB)")]
+    return [
+        *described(description, weights),
+        *(row("note", note) for note in input_notes(description)),
+        row("written", f"{args.out} ({args.out.stat().st_size / MIB:.1f} MiB)"),
+    ]
 
 
 def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,7 +8,6 @@ folder of its own; what is judged is its last step. Stopped, the same command go
 
 import argparse
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -21,14 +20,15 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
 
+import xxhash
 from tqdm import tqdm
 
-from asda import checkpoint
 from asda.config import Config, load_config
 from asda.continuing import changes, decides
 from asda.data.cache import CacheConfig
 from asda.data.clips import ClipDataset
-from asda.data.fetch import without_credentials
+from asda.data.fetch import shareable, without_credentials
+from asda.data.index import DatasetIndex, SplitIndex
 from asda.data.shards import load_dataset
 from asda.errors import STOPPED_EXIT, Stopped, UserError, exit_with_sentence
 from asda.runlog import read_metrics
@@ -36,6 +36,7 @@ from asda.runlog import read_metrics
 Part = TypeVar("Part", str, int)
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = "crossval.json"
+GIVEN = {"run.seed": "--seeds", "run.folder": "--out", "data.train": "--data", "data.valid": "--data and --hold-out"}
 METRICS = ("accuracy", "mAP")  # a run reports one or both
 # Quantiles 0.975 of Student's t with 1, 2, ... 29 degrees of freedom; beyond, the normal one is off by less than 5 %
 STUDENT = (
@@ -82,6 +83,7 @@ class Plan:
     splits: tuple[str, ...]
     cells: tuple[Cell, ...]
     out: Path
+    hashes: dict[str, str]  # of each split: its shards, and the order of the classes
 
     def arguments(self, cell: Cell) -> list[str]:
         """Overrides of one training."""
@@ -221,11 +223,15 @@ def claim(plan: Plan) -> None:
         write(plan, {})
     theirs = _parsed(path)
     for name, value in _about(plan).items():
-        if theirs.get(name) != value:
+        if theirs.get(name) == value:
+            continue
+        if name == "shards":
             raise UserError(
-                f"{plan.out} holds runs whose {name} was {json.dumps(theirs.get(name))}, not {json.dumps(value)}; give "
+                f"the shards of {without_credentials(plan.data)} have changed since the runs in {plan.out} began; give "
                 "another --out"
             )
+        was, now = (json.dumps(shareable(some)) for some in (theirs.get(name), value))
+        raise UserError(f"{plan.out} holds runs whose {name} was {was}, not {now}; give another --out")
     for cell in plan.cells:
         check_unchanged(plan, cell)
 
@@ -234,18 +240,14 @@ def check_unchanged(plan: Plan, cell: Cell) -> None:
     """Compare a training that has begun with what this call would train there.
 
     Raises:
-        UserError: the shards, or a value of the configuration that decides its figures, are not what they were.
+        UserError: a value of the configuration that decides its figures is not what it was.
     """
     folder, config = plan.out / cell.name, plan.resolved(cell)
     if not (folder / "config.json").is_file():
         return
-    cache = CacheConfig(config.data.cache, config.data.cache_gib)
-    dataset = ClipDataset(*(part.data for part in config.data.datasets), labelled=False, cache=cache)
-    for newest in checkpoint.checkpoints(folder)[-1:]:
-        if checkpoint.read_state(newest)[1].data_fingerprint != dataset.fingerprint:
-            shards = without_credentials(plan.data)
-            raise UserError(f"the shards of {shards} are not those that {folder} was trained on; give another --out")
     if config.data.log_mel == "dataset":  # figures in what the training has written
+        cache = CacheConfig(config.data.cache, config.data.cache_gib)
+        dataset = ClipDataset(*(part.data for part in config.data.datasets), labelled=False, cache=cache)
         config = config.model_copy(update={"data": config.data.model_copy(update={"log_mel": dataset.log_mel})})
     changed = [line for key, line in changes(load_config(folder / "config.json"), config).items() if decides(key)]
     if changed:
@@ -271,31 +273,27 @@ def read(folder: Path) -> dict[Cell, dict[str, float]]:
     return {Cell(run["fold"], run["seed"]): {name: run[name] for name in METRICS if name in run} for run in runs}
 
 
-def check_same_data(plan: Plan, against: Path) -> None:
+def check_same_clips(plan: Plan, against: Path) -> None:
     """Raise UserError where the other call judged other clips, which no difference could be paired with."""
     if not (against / RECORD).is_file():
         raise UserError(f"{against / RECORD} is missing; --against names the --out of another call of this tool")
-    theirs = str(_parsed(against / RECORD).get("data"))
-    if not _is_same_dataset(plan.data, theirs):
-        raise UserError(
-            f"--against {against} was judged on {without_credentials(theirs)}, not {without_credentials(plan.data)}; "
-            "give the --out of a call with the same --data"
-        )
+    theirs = _parsed(against / RECORD)
+    for fold in dict.fromkeys(cell.fold for cell in plan.cells):
+        if theirs.get("shards", {}).get(fold) != plan.hashes[fold]:
+            raise UserError(
+                f"--against {against} was judged on {without_credentials(str(theirs.get('data')))}, which did not have "
+                f"the {fold} of {without_credentials(plan.data)} as it is now; give the --out of a call with that"
+            )
 
 
-def _is_same_dataset(ours: str, theirs: str) -> bool:
-    """By their places, or where those differ by the hashes of all shards."""
-    if os.path.abspath(ours) == os.path.abspath(theirs):
-        return True
-    try:
-        return _shards_of(theirs) == _shards_of(ours)
-    except UserError:  # theirs is not there any more, so nothing shows that it was the same
-        return False
+def split_hashes(index: DatasetIndex) -> dict[str, str]:
+    """By the name of each split, one hash of its shards and of the classes in their order."""
 
+    def hashed(split: SplitIndex) -> str:
+        contents = [[shard.hash for shard in split.shards], index.vocabulary]
+        return xxhash.xxh3_64_hexdigest(json.dumps(contents).encode())
 
-def _shards_of(data: str) -> dict[str, list[str]]:
-    splits = load_dataset(data, []).splits
-    return {name: [shard.hash for shard in split.shards] for name, split in splits.items()}
+    return {name: hashed(split) for name, split in index.splits.items()}
 
 
 def paired(figures: dict[Cell, dict[str, float]], against: Path) -> dict[Cell, dict[str, float]]:
@@ -328,24 +326,30 @@ def _parsed(path: Path) -> dict[str, Any]:
 
 
 def _about(plan: Plan) -> dict[str, object]:
-    return {"config": str(plan.config), "data": plan.data, "overrides": list(plan.overrides)}
+    about = {"config": str(plan.config), "data": plan.data, "overrides": list(plan.overrides)}
+    return about | {"shards": plan.hashes}
 
 
 def planned(args: argparse.Namespace) -> Plan:
     """The trainings that the command line asks for.
 
     Raises:
-        UserError: the dataset has no such split, or nothing would be left to train on; the configuration is wrong.
+        UserError: the dataset has no such split, or nothing would be left to train on; the configuration is wrong; an
+            override is of what this tool gives each run.
     """
+    for text in args.overrides:
+        if instead := GIVEN.get(text.partition("=")[0]):
+            raise UserError(f"{text} would be replaced in every run; give {instead}")
     for name in ("jobs", "ranks"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} must be at least 1")
-    splits = tuple(load_dataset(args.data).splits)
+    index = load_dataset(args.data)
+    splits = tuple(index.splits)
     folds = tuple(args.hold_out or splits)
     for fold in folds:
         other_splits(args.data, splits, fold)
     cells = tuple(Cell(fold, seed) for seed in args.seeds for fold in folds)
-    plan = Plan(args.config, tuple(args.overrides), args.data, splits, cells, args.out)
+    plan = Plan(args.config, tuple(args.overrides), args.data, splits, cells, args.out, split_hashes(index))
     for cell in cells:
         plan.resolved(cell)
     return plan
@@ -378,7 +382,7 @@ def main() -> None:
     plan = planned(args)
     claim(plan)
     if args.against:  # after the claim, because a call may be compared with itself
-        check_same_data(plan, args.against)
+        check_same_clips(plan, args.against)
     figures = run(plan, args.jobs, args.ranks)
     print(f"{write(plan, figures)}: {len(figures)} runs")
     theirs = paired(figures, args.against) if args.against else {}

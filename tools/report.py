@@ -32,11 +32,12 @@ from report_figures import (
     mask_panels,
     swatch,
 )
-from report_runs import Judged, Run, confusions, differences, held_out, median, read_runs, training_hours
+from report_runs import Judged, Run, confusions, differences, held_out, in_words, median, read_runs, training_hours
 
-from asda.config import PretrainConfig, dump_config
+from asda.config import PretrainConfig
 from asda.data.cache import CacheConfig
 from asda.data.clips import Clip, ClipDataset, read_clips
+from asda.data.fetch import shareable
 from asda.data.order import Draw
 from asda.errors import UserError, exit_with_sentence
 from asda.presets import departures
@@ -113,7 +114,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "training": f"{training_hours(run):.2f} h",
         "ranks": f"{run.state.world_size}" if run.state else "not known",
         "precision": config.engine.precision,
-        "data": str(config.data.train) if isinstance(config.data.train, str) else f"{len(config.data.train)} datasets",
+        "data": in_words(train) if isinstance(train := config.data.train, str) else f"{len(train)} datasets",
         "held out": _headline(run),
     }
     stories = {"about": about.get("what", ""), "meant for": about.get("hardware", "")}
@@ -236,15 +237,18 @@ def _throughput_row(run: Run) -> list[Any]:
 def _configuration_section(runs: Sequence[Run]) -> str:
     if len(runs) == 1:
         (run,) = runs
-        items = "".join(f"<li>{html.escape(line)}</li>" for line in departures(run.config.model_dump(mode="json")))
+        tree = shareable(run.config.model_dump(mode="json"))
+        items = "".join(f"<li>{html.escape(line)}</li>" for line in departures(tree))
         base = f"preset {run.config.preset}, size {run.config.size}"
         body = f"<p>Departures from {base}:</p><ul>{items}</ul>" if items else f"<p>As {base} have it.</p>"
     else:
         rows = [[key, *(_folded(value) for value in values)] for key, values in differences(runs).items()]
         header = ["key", *(run.name for run in runs)]
         body = _table(header, rows, "words") if rows else "<p>The configurations are equal.</p>"
+    trees = [shareable(run.config.model_dump(mode="json", by_alias=True)) for run in runs]
     whole = "".join(
-        _details(f"all of {run.name}", f"<pre>{html.escape(dump_config(run.config))}</pre>") for run in runs
+        _details(f"all of {run.name}", f"<pre>{html.escape(json.dumps(tree, indent=2))}</pre>")
+        for run, tree in zip(runs, trees, strict=True)
     )
     title = "Configuration" if len(runs) == 1 else "How the configurations differ"
     return f"<h2>{title}</h2>\n{body}\n{whole}"
@@ -271,7 +275,7 @@ def _confusion_section(run: Run) -> str:
     parts = [
         f'<h2>Confusion: {name}</h2>\n<div class="scroll"><figure style="width: {width:.0f}px; max-width: {most}">'
         f"{confusion_picture(counts_CC, labels)}</figure></div>",
-        f'<p class="soft">Held-out clips of {html.escape(str(run.evaluation.get("data", "")))}: rows true, columns '
+        f'<p class="soft">Held-out clips of {html.escape(in_words(run.evaluation.get("data")))}: rows true, columns '
         "predicted.</p>",
     ]
     rows = _worst(counts_CC, labels)

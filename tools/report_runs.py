@@ -11,6 +11,7 @@ import numpy as np
 
 from asda import checkpoint
 from asda.config import Config, PretrainConfig, load_config
+from asda.data.fetch import shareable
 from asda.errors import UserError
 from asda.runlog import read_metrics
 
@@ -176,6 +177,7 @@ def held_out(run: Run) -> list[Judged]:
 
 def in_words(data: Any) -> str:
     """Which clips: "FOLDER:SPLIT", or several; "" where that is not known."""
+    data = shareable(data)
     return ", ".join(map(str, data)) if isinstance(data, list) else str(data or "")
 
 
@@ -184,7 +186,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
     A run's own folder and its story are left out.
     """
-    trees = [leaves(run.config.model_dump(mode="json", exclude={"about"})) for run in runs]
+    trees = [leaves(shareable(run.config.model_dump(mode="json", exclude={"about"}))) for run in runs]
     keys = [key for key in dict.fromkeys(key for tree in trees for key in tree) if key != "run.folder"]
     rows = {key: [tree.get(key) for tree in trees] for key in keys}
     return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}

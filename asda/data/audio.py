@@ -40,6 +40,7 @@ MAX_FRAMES = 1 << 29  # of a file, one sample per channel each; as mono float32 
 INT16_SCALE = 32_768  # int16 sample = amplitude x 32768
 WAV_HEADER_BYTES = 44  # RIFF, fmt and data headers, and nothing else
 
+LOUDEST = 100.0  # float audio may pass full scale, but not by 40 dB: then it is integers turned into floats
 READ_AT_ONCE = 1 << 20  # values of all channels, 4 MiB of float32: only their mean is kept
 RESAMPLE_AT_ONCE = 1 << 19  # samples: 10 s at 48 kHz in one piece; torchaudio takes up to 60 bytes for each
 # Values of torchaudio's resampling kernel: it holds 16000 / g filters of about rate / g taps, where g is the greatest
@@ -198,11 +199,13 @@ def _decode_mono(sound: soundfile.SoundFile, num_frames: int) -> np.ndarray:
 
 
 def mean_of_channels(audio_CS: np.ndarray) -> np.ndarray:
-    """Mean over the channels, float32 [S]. Raises AudioError where it is not finite."""
+    """Mean over the channels, float32 [S]. Raises AudioError where it is not finite, or far beyond full scale."""
     # A sum of rows: numpy's mean over a short axis takes twenty times as long.
     mean_S = np.asarray(sum(audio_CS[1:], start=audio_CS[0]) / np.float32(len(audio_CS)))
     if not np.isfinite(mean_S).all():
         raise AudioError("holds samples that are not finite")
+    if (peak := max(mean_S.max(initial=0), -mean_S.min(initial=0))) > LOUDEST:
+        raise AudioError(f"reaches {peak:.0f} where full scale is 1: integers that are stored as floats")
     return mean_S
 
 

@@ -23,6 +23,7 @@ from asda.data.order import Draw, OrderedDataset
 from asda.data.shards import ShardFile, load_dataset
 from asda.errors import UserError, say
 
+SILENT_STD = 1e-3  # of log-mel values; equal ones differ by rounding, and those of any sound by about 1
 TAR_HEADER_BYTES = 512
 TAR_NAME, TAR_SIZE = slice(0, 100), slice(124, 136)  # of a ustar header; the size is octal
 
@@ -287,4 +288,6 @@ def _pooled_stats(splits: list[SplitIndex]) -> LogMelStats:
     means = np.array([s.mean for s in stats])
     mean = float(np.average(means, weights=frames))
     variance = np.average(np.array([s.std for s in stats]) ** 2 + (means - mean) ** 2, weights=frames)
+    if variance < SILENT_STD**2:
+        raise UserError(f"all log-mel values of the clips are {mean:.3f}: all of them are silent; look at the audio")
     return LogMelStats(mean=mean, std=float(np.sqrt(variance)))

@@ -278,6 +278,15 @@ def without_credentials(location: str) -> str:
     return re.sub(r"//[^/\s]*@", "//", location.partition("?")[0])
 
 
+def shareable(value: Any) -> Any:
+    """A value of a configuration, or a tree of them, without what addresses in it hold of users and passwords."""
+    if isinstance(value, dict):
+        return {key: shareable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [shareable(item) for item in value]
+    return without_credentials(value) if isinstance(value, str) and "://" in value else value
+
+
 def _open_filesystem(scheme: str, location: str, timeout_s: float) -> Any:
     options: dict[str, Any] = {}
     package = PACKAGES[scheme]

@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, from_numpy
 
-from asda.data.audio import INT16_SCALE, MAX_CHANNELS, MIN_SAMPLES, RATE_BOUNDS_HZ, resample
+from asda.data.audio import INT16_SCALE, LOUDEST, MAX_CHANNELS, MIN_SAMPLES, RATE_BOUNDS_HZ, resample
 from asda.errors import UserError
-
-LOUDEST = 100.0  # float audio may pass full scale, but not by 40 dB: then it is integers turned into floats
 
 Audio = Tensor | np.ndarray
 

@@ -246,10 +246,34 @@ def _pretraining_cfg(description: Description, objective: PretrainConfig) -> Tre
     }
 
 
-def _classification_cfg(description: Description, objective: ClassifyConfig, pretraining: Tree) -> Tree:
-    frames, log_mel = description.data.frames, description.data.log_mel
+def input_notes(description: Description) -> list[str]:
+    """Sentences about what the official data code will do otherwise: its figures stand in it, not in checkpoints."""
+    data, objective = description.data, description.objective
+    flags = _flags(description, objective) if isinstance(objective, ClassifyConfig) else {}
+    recipe = next((recipe for recipe in OTHER_INPUTS if flags.get(recipe.flag)), AUDIOSET)
+    theirs, ours = (recipe.mean, recipe.std), (data.log_mel.mean, data.log_mel.std)
+    notes = []
+    if theirs != ours:
+        notes.append(
+            f"the official code will normalise by {recipe.name}'s mean {recipe.mean} and std {recipe.std}, this model "
+            f"wants {ours[0]:g} and {ours[1]:g}: put them into its data/raw_audio_dataset.py"
+        )
+    if data.padding == "masked" or data.pad_log_mel:
+        how = "hides padding from the network" if data.padding == "masked" else f"pads with {data.pad_log_mel:g}"
+        notes.append(f"the official code pads with a log-mel of 0, which its network sees; this model {how}")
+    return notes
+
+
+def _flags(description: Description, objective: ClassifyConfig) -> dict[str, bool]:
+    """What tells the official code the dataset."""
+    log_mel = description.data.log_mel
     flags = {recipe.flag: (log_mel.mean, log_mel.std) == (recipe.mean, recipe.std) for recipe in OTHER_INPUTS[:2]}
     flags["esc50_eval"] |= objective.loss == "ce" and not flags["spcv2_eval"]  # it also chooses the cross-entropy
+    return flags
+
+
+def _classification_cfg(description: Description, objective: ClassifyConfig, pretraining: Tree) -> Tree:
+    frames, flags = description.data.frames, _flags(description, objective)
     model = {
         "_name": "mae_image_classification",
         "model_path": "",
