@@ -115,7 +115,7 @@ def make_shards(args: argparse.Namespace) -> None:
         raise UserError(
             f"--part {args.part[0]}/{args.part[1]}: there are only {len(plan.tasks)} shards; use fewer parts"
         )
-    refuse_finished(args.out, args.overwrite)
+    refuse_finished(plan, args.overwrite)
     started = time.monotonic()
     journal = Journal(args.out, plan.digest)
     with worker_pool(args.workers, len(shards)) as workers:
