@@ -58,7 +58,7 @@ def test_a_reader_that_leaves_ends_a_command_quietly(
     lines: int, unbuffered: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
-    code = f"import os\nfrom asda.errors import *\nexit_with_sentence(lambda: [print('a line') for _ in range({lines})])"
+    code = f"from asda.errors import *\nexit_with_sentence(lambda: [print('a line') for _ in range({lines})])"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
         assert command.stdout is not None
         assert command.stderr is not None
