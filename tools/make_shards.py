@@ -16,6 +16,7 @@ from shard_tables import absent_table, split_figures, split_table
 
 from asda.data.audio import MAX_SECONDS, SAMPLE_RATE_HZ
 from asda.data.index import DATASET_FILE, FORMAT_VERSION, MAX_SAMPLE_BYTES, DatasetIndex, Duplicates
+from asda.data.labels import read_labels
 from asda.data.shards import load_dataset
 from asda.errors import UserError, exit_with_sentence
 from asda.sharding.duplicates import Pair, find_pairs
@@ -107,7 +108,9 @@ def parse_part(text: str) -> tuple[int, int]:
 def make_shards(args: argparse.Namespace) -> None:
     """List, plan, write, and report."""
     check_numbers(args)
-    labels = read_labels(args.labels, args.no_labels) if args.labels else None
+    if args.labels and args.no_labels:
+        raise UserError("--labels and --no-labels contradict each other; give one of them")
+    labels = read_labels(args.labels) if args.labels else None
     listing = list_clips(args.source, args.input, options_from(args))
     plan = plan_shards(args, listing, labels or listing.vocabulary)
     shards = range(0) if args.merge else plan.part(*args.part)
@@ -153,26 +156,6 @@ def plan_shards(args: argparse.Namespace, listing: Listing, labels: tuple[str, .
         for name, keys in splits.items()
     }
     return Plan(args.out, vocabulary, tasks)
-
-
-def read_labels(path: Path, no_labels: bool) -> tuple[str, ...]:
-    """Read the vocabulary, one class name per line."""
-    if no_labels:
-        raise UserError("--labels and --no-labels contradict each other; give one of them")
-    if not path.is_file():
-        raise UserError(f"--labels {path}: no such file")
-    try:
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
-    except UnicodeDecodeError as error:
-        raise UserError(f"--labels {path} is no UTF-8 text: {error}") from None
-    if not names:
-        raise UserError(f"--labels {path} is empty; write one class name per line")
-    for line, name in enumerate(names, start=1):
-        if not name or name in names[: line - 1]:
-            raise UserError(
-                f"--labels {path} line {line} is empty or repeats a name ({name!r}); each line is one class"
-            )
-    return names
 
 
 def command_of(argv: Sequence[str]) -> str:
