@@ -34,6 +34,7 @@ from asda.sharding.journal import (
 )
 from asda.sharding.plan import Plan, assign_splits, choose_vocabulary, keyed, parse_split, plan_split
 from asda.sharding.sources import SOURCE_HELP, Listing, add_source_arguments, list_clips, options_from
+from asda.sharding.sources.listing import examples
 from asda.sharding.space import check_space
 from asda.sharding.verify import verify_folder
 from asda.sharding.workers import Workers, worker_pool
@@ -278,10 +279,23 @@ def report(dataset: DatasetIndex, seconds: float, num_workers: int, not_in: Mapp
     print(f"{num_clips} clips in {seconds:.1f} s: {num_clips / seconds:.0f} clips/s with {num_workers} workers")
     table = f", listed in {dataset.folder / REJECTED_FILE}" if dataset.rejected else ""
     print(f"rejected: {dataset.rejected} clips{table}")
+    report_alike(dataset.vocabulary)
     report_duplicates(dataset.duplicates, Path(f"{dataset.folder}") / DUPLICATES_FILE)
     for reason, count in not_in.items():
         if count:
             print(f"left out: {count} {reason}")
+
+
+def report_alike(vocabulary: Sequence[str]) -> None:
+    """Warn of names that people would take for one class."""
+    first: dict[str, str] = {}
+    folded = [(name, " ".join(name.casefold().split())) for name in vocabulary]
+    pairs = [f"{first[plain]!r} and {name!r}" for name, plain in folded if first.setdefault(plain, name) != name]
+    if pairs:
+        shown = examples(pairs, len(pairs))
+        print(
+            f"WARNING: {len(pairs)} pairs of classes differ only in case or white space: {shown}; are they one class?"
+        )
 
 
 def report_duplicates(duplicates: Duplicates, table: Path) -> None:
