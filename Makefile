@@ -40,5 +40,5 @@ bench-data: setup  ## from shards to patches and masks, beside three usual ways 
 bench-step: setup  ## one training step of the base model beside plain fp32 PyTorch (some minutes)
 	@$(BIN)/python tools/bench.py step $(ARGS)
 
-clean:  ## remove what make demo and runs have written
+clean:  ## remove what make demo has written, and the caches of tests and ruff; runs and shards stay
 	rm -rf demo .pytest_cache .ruff_cache .hypothesis

@@ -13,6 +13,7 @@ ranks of a stopped run leave with the same one; but it ends with 143 or 130 when
 see that it has gone, save, and leave) and with 1 when its launch.py does. With torchrun every code but 0 becomes 1.
 """
 
+import errno
 import os
 import select
 import sys
@@ -23,6 +24,9 @@ LOST_PEER_EXIT = 3
 STOPPED_EXIT = 75
 INTERRUPTED_EXIT = 130  # Ctrl-C, by the shells' convention
 UNREAD_EXIT = 141
+
+# How a write fails that nobody but the user can help. It bears no file name.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 # How gloo and NCCL say that the process at the other end has gone, or does not answer.
 LOST_PEER_WORDS = (
@@ -60,9 +64,12 @@ def exit_with_sentence(main: Callable[[], None]) -> None:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             sys.exit(UNREAD_EXIT)
-        if error.filename is None:
+        if error.filename is not None:
+            _leave(f"error: {error.filename}: {error.strerror}", USER_ERROR_EXIT)
+        if error.errno not in NO_ROOM:
             raise
-        _leave(f"error: {error.filename}: {error.strerror}", USER_ERROR_EXIT)
+        _give_up_stdout()
+        _leave(f"error: {error.strerror}; free space, or choose another place to write to", USER_ERROR_EXIT)
     except RuntimeError as error:
         if not any(words in str(error).lower() for words in LOST_PEER_WORDS):
             raise
@@ -77,8 +84,20 @@ def _nobody_reads() -> bool:
     watch.register(sys.stdout, 0)
     gone = any(events & select.POLLERR for _, events in watch.poll(0))
     if gone:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
     return gone
+
+
+def _give_up_stdout() -> None:
+    """Where stdout is what cannot be written, drop the rest: Python would try again when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _discard_stdout()
+
+
+def _discard_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _leave(line: str, code: int) -> None:

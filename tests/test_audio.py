@@ -248,6 +248,7 @@ def test_what_is_not_audio_is_refused_with_its_reason(tmp_path):
     assert reason(tmp_path / "none.wav") == "holds no samples"
     assert reason(tmp_path / "gone.wav") == "no such file"
     assert reason(tmp_path) == "is not a regular file"
+    assert reason(tmp_path / f"{'x' * 300}.wav") == "cannot be read: File name too long"
 
 
 def test_clips_shorter_than_a_frame_or_longer_than_allowed_are_refused(tmp_path):

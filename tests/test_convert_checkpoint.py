@@ -16,6 +16,7 @@ import golden
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_tools import room_for
 from torch import Tensor
 
 from asda import checkpoint
@@ -540,7 +541,37 @@ def test_labels_of_another_number_are_refused(shared: Path, tmp_path: Path):
     assert "--labels names 2 classes, the checkpoint has 13" in sentence
     (tmp_path / "labels.txt").write_bytes(b"\xff\xfe\x00")
     sentence = refused(source, "--out", tmp_path / "out", "--labels", tmp_path / "labels.txt")
-    assert "labels.txt is not UTF-8 text" in sentence
+    assert "labels.txt is no UTF-8 text" in sentence
+
+
+def test_a_byte_order_mark_is_no_part_of_a_class_name(shared: Path, tmp_path: Path):
+    names = [f"bird {i}" for i in range(13)]
+    (tmp_path / "labels.txt").write_text("\n".join(names) + "\n", encoding="utf-8-sig")
+    source = shared / "golden" / "asda_finetune_official.pt"
+    converted(source, "--out", tmp_path / "out", "--labels", tmp_path / "labels.txt")
+    assert checkpoint.read_description(tmp_path / "out").labels == tuple(names)
+
+
+def test_a_class_that_is_named_twice_or_a_list_that_is_not_there_is_refused(shared: Path, tmp_path: Path):
+    source, labels = shared / "golden" / "asda_finetune_official.pt", tmp_path / "labels.txt"
+    assert f"--labels {labels}: no such file" in refused(source, "--out", tmp_path / "out", "--labels", labels)
+    labels.write_text("\n".join([*(f"bird {i}" for i in range(12)), "bird 3"]))
+    sentence = refused(source, "--out", tmp_path / "out", "--labels", labels)
+    assert f"--labels {labels} line 13 is empty or repeats a name ('bird 3')" in sentence
+
+
+def test_weights_that_are_not_there_are_one_sentence(tmp_path: Path):
+    sentence = refused(tmp_path / "model.safetensors", "--out", tmp_path / "out")
+    assert f"{tmp_path}/model.safetensors: no such file" in sentence
+
+
+@pytest.mark.parametrize("to", ["asda", "official"])
+def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(to: str, weights: Path, shared: Path, tmp_path: Path):
+    source = shared / "golden" / "asda_pretrain_official.pt" if to == "asda" else weights / "asda_pretrain"
+    with room_for(65_536):
+        sentence = refused(source, "--to", to, "--out", tmp_path / "full" / "out")
+    assert "free space" in sentence
+    assert not list((tmp_path / "full").iterdir())
 
 
 def test_our_own_weights_are_not_taken_for_official_ones(weights: Path, tmp_path: Path):

@@ -1,5 +1,7 @@
 """Users read sentences; programmers' mistakes keep their traceback."""
 
+import errno
+import os
 import subprocess
 import sys
 
@@ -9,7 +11,7 @@ from asda.errors import INTERRUPTED_EXIT, LOST_PEER_EXIT, UNREAD_EXIT, USER_ERRO
 
 
 def run(raised: str, **environment: str) -> tuple[int, str]:
-    code = f"from asda.errors import *\ndef main():\n    raise {raised}\nexit_with_sentence(main)"
+    code = f"import os\nfrom asda.errors import *\ndef main():\n    raise {raised}\nexit_with_sentence(main)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     return done.returncode, done.stderr
 
@@ -28,6 +30,10 @@ def run(raised: str, **environment: str) -> tuple[int, str]:
             USER_ERROR_EXIT,
             "error: out.json: Permission denied\n",
         ),
+        *[
+            (f"OSError({number}, os.strerror({number}))", USER_ERROR_EXIT, f"error: {os.strerror(number)}; free space")
+            for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+        ],
         ("KeyboardInterrupt", INTERRUPTED_EXIT, "interrupted\n"),
     ],
 )
@@ -59,6 +65,21 @@ def test_a_reader_that_leaves_ends_a_command_quietly(
         command.stdout.close()
         assert command.stderr.read() == b""
     assert command.returncode == UNREAD_EXIT
+
+
+@pytest.mark.parametrize("lines", [1, 100_000], ids=["at the end", "in the middle"])
+def test_a_full_disk_behind_stdout_is_one_sentence(lines: int) -> None:
+    code = f"from asda.errors import *\nexit_with_sentence(lambda: [print('a line') for _ in range({lines})])"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == USER_ERROR_EXIT
+    assert done.stderr == "error: No space left on device; free space, or choose another place to write to\n"
+
+
+def test_a_failure_of_the_system_that_is_nobody_s_fault_keeps_its_traceback() -> None:
+    code, text = run("OSError(5, 'Input/output error')")
+    assert code == 1
+    assert "Traceback" in text
 
 
 def test_another_pipe_that_breaks_keeps_its_traceback() -> None:

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from tiny_tools import TINY, Done, noise, one_core, run, wav, write_broken, write_pretrained, write_tagger
 
 import asda
+from asda.data.audio import AudioError
 from asda.inference import Model
 
 pytestmark = pytest.mark.usefixtures(one_core.__name__)
@@ -249,6 +250,71 @@ def test_broken_files_and_damaged_shards_are_named_and_the_rest_is_done(
         assert line.startswith("error: ")
         assert line.count(str(path)) == 1
     assert lines[-1] == "error: 3 of 7 inputs cannot be used"
+
+
+def test_a_path_that_cannot_be_looked_at_is_named_and_the_others_are_done(
+    recordings: Path, weights: Path, tmp_path: Path
+):
+    long = tmp_path / f"{'x' * 300}.wav"
+    for _ in range(2):  # the second run keeps what the first has made
+        done = extract("--model", weights, "--out", tmp_path / "out", long, recordings / "rain.wav")
+        assert done.code == 2
+        assert done.err.splitlines() == [
+            f"error: {long}: cannot be read: File name too long",
+            "error: 1 of 2 inputs cannot be used",
+        ]
+        assert set(files_of(tmp_path / "out")) == {"features.json", "rain.npz"}
+
+
+def test_features_whose_source_cannot_be_looked_at_any_more_are_named(
+    recordings: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    arguments = ("--model", weights, "--out", tmp_path / "out", recordings)
+    succeed(*arguments)
+
+    def refusing(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("asda.disk.hash_file", refusing)
+    from extract_features import hash_file  # tools/ is not a package
+
+    with pytest.raises(AudioError, match="cannot be read: Permission denied"):
+        hash_file(recordings / "rain.wav")
+
+
+@pytest.mark.parametrize("left", ["features.json.123.tmp", "dog/"])
+def test_what_a_run_leaves_that_was_killed_before_its_first_file_is_no_obstacle(
+    recordings: Path, weights: Path, tmp_path: Path, left: str
+):
+    path = tmp_path / "out" / left
+    path.parent.mkdir(parents=True)
+    path.mkdir() if left.endswith("/") else path.write_text("half")
+    succeed("--model", weights, "--out", tmp_path / "out", recordings)
+    assert set(files_of(tmp_path / "out")) == {"features.json", "dog/a.npz", "dog/b.npz", "rain.npz"}
+
+
+def test_the_settings_are_written_before_any_folder_of_the_features(
+    recordings: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(path: Path, content: bytes) -> None:
+        assert not list(path.parent.iterdir())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("extract_features.write_file", full)
+    assert extract("--model", weights, "--out", tmp_path / "out", recordings).code == 2
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_same_weights_with_another_front_end_are_another_model(recordings: Path, weights: Path, tmp_path: Path):
+    other = shutil.copytree(weights, tmp_path / "other")
+    about = json.loads((other / "config.json").read_text())
+    about["data"]["log_mel"]["std"] *= 2
+    (other / "config.json").write_text(json.dumps(about))
+    (other / "manifest.json").unlink(missing_ok=True)
+    succeed("--model", weights, "--out", tmp_path / "out", recordings / "rain.wav")
+    done = extract("--model", other, "--out", tmp_path / "out", recordings / "rain.wav")
+    assert done.code == 2
+    assert "features of another model" in done.err
 
 
 def test_every_kind_of_broken_audio_is_one_sentence_and_leaves_no_folder(weights: Path, tmp_path: Path):

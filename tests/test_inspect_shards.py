@@ -294,6 +294,24 @@ def test_a_sheet_is_a_picture_of_the_clips_asked_for(mixed, tmp_path):
     assert "2 clips" in shown(mixed, "--sheet", tmp_path / "odd.png", "--find", ODD)  # fewer than --num
 
 
+def test_a_folder_that_is_no_utf_8_is_drawn(mixed, tmp_path):
+    odd = shutil.copytree(mixed, tmp_path / "$x^{\udcff")
+    assert look(odd, "--sheet", tmp_path / "a.png", "--num", 2).code == 0
+    assert imread(tmp_path / "a.png").std() > 0.1  # not blank
+
+
+def test_a_sample_is_sorted_by_labels_and_key(mixed):
+    from inspect_shards import sample
+
+    dataset = load_dataset(mixed)
+    for label, num in ((None, 9), ("dog", 6)):
+        clips = sample(dataset, ("train", "test"), label, num, 0)
+        assert len(clips) == num
+        places = [(clip.label_ids, clip.key) for clip in clips]
+        assert places == sorted(places)
+        assert places != [(clip.label_ids, clip.key) for clip in sorted(clips, key=lambda clip: clip.key)]
+
+
 def test_a_sample_has_every_clip_at_most_once_and_every_clip_sometime(mixed):
     from inspect_shards import sample
 

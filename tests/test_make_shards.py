@@ -20,7 +20,7 @@ import soundfile
 from asda.data.audio import encode_wav
 from asda.data.index import DatasetIndex
 from asda.data.shards import ShardFile, load_dataset, verify_shard
-from asda.errors import exit_with_sentence
+from asda.errors import UserError, exit_with_sentence
 from asda.sharding.sources import SourceOptions, list_clips
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "make_shards.py"
@@ -193,6 +193,52 @@ def test_overwrite_replaces_a_dataset_and_only_its_files(esc10_shards, tmp_path)
     make("--source", "folder", "--input", tmp_path / "in", "--out", out, "--overwrite")
     assert list(files_of(out)) == ["dataset.json", "notes.txt", "train-000000.json", "train-000000.tar.zst"]
     verified(out)
+
+
+def test_names_do_not_depend_on_how_the_table_is_spelled(tmp_path, monkeypatch):
+    clip(tmp_path / "data/in/a.wav")
+    table(tmp_path / "data/t.csv", "path", str(tmp_path / "data/in/a.wav"), "in/b.wav")
+    (tmp_path / "data/in/deep").mkdir()
+    monkeypatch.chdir(tmp_path / "data/in")
+    for spelled in (tmp_path / "data/t.csv", tmp_path / "data/in/../t.csv", Path("../t.csv"), Path("deep/../../t.csv")):
+        rows = list_clips("csv", [spelled], SourceOptions()).rows
+        assert [row.relative for row in rows] == ["in/a.wav", "in/b.wav"]
+        assert os.path.samefile(rows[0].place.path, tmp_path / "data/in/a.wav")
+
+
+def test_the_audio_of_a_table_behind_a_link_is_that_of_its_real_folder(tmp_path):
+    clip(tmp_path / "real/a.wav", 1)
+    clip(tmp_path / "a.wav", 2)
+    table(tmp_path / "real/t.csv", "path", "a.wav", str(tmp_path / "a.wav"))
+    (tmp_path / "real/sub").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real/sub")
+    places = [row.place for row in list_clips("csv", [tmp_path / "link/../t.csv"], SourceOptions()).rows]
+    for place, meant in zip(places, (tmp_path / "real/a.wav", tmp_path / "a.wav"), strict=True):
+        assert os.path.samefile(place.path, meant)
+
+
+@pytest.mark.parametrize("other", ["{0}/x/../data/in/a.wav", "{0}/data/in/a.wav"])
+def test_one_file_under_two_names_is_refused(tmp_path, other):
+    clip(tmp_path / "data/in/a.wav")
+    for folder, first in (("data", "in/a.wav"), ("tables", "../data/in/a.wav")):
+        table(tmp_path / folder / "t.csv", "path", first, other.format(tmp_path))
+        (tmp_path / folder / "deep").mkdir()
+        with pytest.raises(UserError, match=r"t\.csv line 3 lists .*in/a\.wav again, after .*t\.csv line 2"):
+            list_clips("csv", [tmp_path / folder / "deep" / ".." / "t.csv"], SourceOptions())
+
+
+def test_classes_that_differ_only_in_case_or_white_space_are_said(tmp_path):
+    names = ["Dog", "dog", "cat ", "Cat", "sea  waves", "sea waves", "Owl", "owl", "bee"]
+    for number, name in enumerate(names):
+        clip(tmp_path / "in" / name / "a.wav", number)
+    out, _ = make("--source", "folder", "--input", tmp_path / "in", "--out", tmp_path / "out")
+    (line,) = [line for line in out.splitlines() if line.startswith("WARNING: ")]
+    assert line.startswith("WARNING: 4 pairs of classes differ only in case or white space: 'Cat' and 'cat ', ")
+    assert "'Dog' and 'dog', 'Owl' and 'owl' and 1 more" in line
+    (tmp_path / "one/Dog").mkdir(parents=True)
+    shutil.copytree(tmp_path / "in/bee", tmp_path / "one/bee")
+    out, _ = make("--source", "folder", "--input", tmp_path / "one", "--out", tmp_path / "out2")
+    assert "WARNING" not in out
 
 
 def started_writing(esc10: Path, out: Path) -> subprocess.Popen:

@@ -168,6 +168,73 @@ def test_unfinished_work_of_another_plan_is_refused_until_overwrite_discards_it(
     assert files_of(clips / "other") == files_of(clips / "whole")
 
 
+@pytest.mark.parametrize("name", ["rejected.csv", "duplicates.csv", "train-000007.json", "train-000000.tar.zst"])
+def test_a_file_of_the_user_with_a_name_that_the_shards_need_is_refused_and_left_alone(copy, name):
+    (copy / "out").mkdir()
+    (copy / "out" / name).write_text("mine")
+    for more in ((), ("--overwrite",)):
+        line = refused(copy, "out", *more)
+        assert f"--out out holds {name}, which no dataset.json or unfinished work there owns" in line
+        assert "move it away, or choose another folder" in line
+        assert files_of(copy / "out") == {name: b"mine"}
+
+
+def test_overwrite_removes_what_the_old_dataset_or_work_names_and_nothing_of_the_user(copy):
+    succeed(copy, "out")
+    (copy / "out/mine-000001.json").write_text("mine")
+    (copy / "out/train-000077.tar.zst").write_text("mine")
+    succeed(copy, "out", "--part", "1/2", "--max-seconds", "9", "--split", "other", "--overwrite")
+    left = {path.name for path in (copy / "out").iterdir()} - {JOURNAL_FOLDER}
+    shards = {f"other-{number:06d}{suffix}" for number in range(20) for suffix in (".json", ".tar.zst")}
+    assert left - shards == {"mine-000001.json", "train-000077.tar.zst"}  # one of the 20 is no audio
+    succeed(copy, "out", "--overwrite")
+    succeed(copy, "whole")
+    mine = {"mine-000001.json": b"mine", "train-000077.tar.zst": b"mine"}
+    assert files_of(copy / "out") == files_of(copy / "whole") | mine
+
+
+@pytest.mark.parametrize("moment", ["dataset.json", "train-000003.json", "rejected.csv"])
+def test_an_overwrite_that_was_killed_while_it_removed_old_files_still_knows_them(copy, moment):
+    succeed(copy, "out")
+    (copy / "out/mine-000001.json").write_text("mine")
+    removing = KILLED_WHILE_REMOVING.format(moment=moment, source=SOURCE, tools=forked_tool.TOOL.parent)
+    done = subprocess.run([sys.executable, "-c", removing], cwd=copy, capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (copy / "out/dataset.json").exists()
+    assert "unfinished work" in refused(copy, "out")
+    succeed(copy, "out", "--split", "other", "--overwrite")
+    succeed(copy, "whole", "--split", "other")
+    assert files_of(copy / "out") == files_of(copy / "whole") | {"mine-000001.json": b"mine"}
+
+
+@pytest.mark.parametrize("damage", ["", '{"plan": "of a version before", "command": "x"}'], ids=["damaged", "older"])
+def test_work_whose_plan_names_no_files_is_kept_until_overwrite_discards_it(copy, damage):
+    succeed(copy, "out", "--part", "1/2", "--split", "other")
+    (copy / "out" / JOURNAL_FOLDER / "plan.json").write_text(damage)
+    before = records(copy / "out")
+    assert "unfinished work" in refused(copy, "out")
+    assert records(copy / "out") == before
+    succeed(copy, "out", "--overwrite")
+    succeed(copy, "whole")
+    assert files_of(copy / "out") == files_of(copy / "whole")
+
+
+KILLED_WHILE_REMOVING = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, "{tools}")
+sys.argv = ["make_shards.py", *{source}, "--out", "out", "--max-seconds", "9", "--overwrite"]
+unlink = Path.unlink
+def dying(path, missing_ok=False):
+    unlink(path, missing_ok)
+    if path.name == "{moment}":
+        os.kill(os.getpid(), signal.SIGKILL)
+Path.unlink = dying
+import make_shards
+make_shards.main()
+"""
+
+
 def test_a_shard_whose_audio_or_files_have_changed_is_made_again(copy):
     succeed(copy, "out", "--part", "1/2")
     made = [json.loads(path.read_text()) for path in sorted((copy / "out").glob("train-*.json"))]

@@ -106,6 +106,14 @@ def test_a_broken_file_among_several_is_named_and_the_others_are_done(tagger: Pa
     assert last == "error: 1 of 3 files cannot be used"
 
 
+def test_a_path_that_cannot_be_looked_at_is_named_and_the_others_are_done(tagger: Path, tmp_path: Path):
+    good, long = wav(tmp_path / "a.wav", noise(1)), tmp_path / f"{'x' * 300}.wav"
+    done = predict("--model", tagger, "--json", long, good)
+    assert done.code == 2
+    assert [json.loads(line)["file"] for line in done.out.splitlines()] == [str(good)]
+    assert done.err.splitlines()[0] == f"error: {long}: cannot be read: File name too long"
+
+
 def test_every_kind_of_broken_audio_is_one_sentence(tagger: Path, tmp_path: Path):
     for path, words in write_broken(tmp_path / "broken").values():
         done = predict("--model", tagger, "--json", path)
@@ -236,6 +244,14 @@ def test_the_picture_is_drawn_and_its_frequency_axis_is_that_of_the_log_mel(tagg
         # Half a bin to either side, and the width of a spectral line of 31.25 Hz, in which the FFT cannot tell.
         line = mel_bin(hz + 31.25) - mel_bin(hz)
         assert abs(loudest - mel_bin(hz)) <= 0.5 + line
+
+
+def test_no_name_of_a_class_or_file_is_special_in_a_picture(tmp_path: Path):
+    tagger = write_tagger(tmp_path / "tagger", labels=("a $\\frac{ of", "$", "wind"))
+    path = wav(tmp_path / "a.wav", noise(1)).rename(tmp_path / "$x^{\udcff.wav")
+    done = predict("--model", tagger, "--picture", tmp_path / "a.png", path)
+    assert (done.code, done.err) == (0, "")
+    assert imread(tmp_path / "a.png").std() > 0.1  # not blank
 
 
 @pytest.fixture

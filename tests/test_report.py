@@ -13,7 +13,7 @@ from launching import ROOT, TINY, TINY_PRETRAIN
 from report_figures import MOST_POINTS, Curve, look, points
 from report_runs import confusions, differences, distinct_names, read_runs, training_hours, without_repeats
 from tiny_checkpoints import save
-from tiny_tools import Done, one_core, run
+from tiny_tools import Done, one_core, room_for, run
 
 from asda.config import Config, PretrainConfig, dump_config, load_config
 from asda.models.encoder import Encoder
@@ -328,6 +328,29 @@ def test_runs_of_one_name_are_told_apart_by_their_folders():
 def test_more_runs_than_colours_differ_in_their_dashes():
     looks = [look(number) for number in range(20)]
     assert len(set(looks)) == 20
+
+
+def test_a_disk_that_fills_up_leaves_the_page_that_was_there(judged: Path, tmp_path: Path):
+    out = tmp_path / "pages" / "page.html"
+    page_of(out, judged)
+    before = out.read_bytes()
+    with room_for(4096):
+        done = report(judged, "--out", out)
+    assert (done.code, done.out) == (2, "")
+    assert done.err == "error: File too large; free space, or choose another place to write to\n"
+    assert [path.name for path in out.parent.iterdir()] == ["page.html"]
+    assert out.read_bytes() == before
+
+
+def test_a_page_goes_through_links_and_to_what_is_no_file(judged: Path, tmp_path: Path):
+    page = tmp_path / "page.html"
+    (tmp_path / "link.html").symlink_to(page)
+    assert report(judged, "--out", tmp_path / "link.html").code == 0
+    assert page.read_text().startswith("<!doctype html>")
+    assert (tmp_path / "link.html").is_symlink()
+    (tmp_path / "null").symlink_to("/dev/null")
+    assert report(judged, "--out", tmp_path / "null").code == 0
+    assert Path("/dev/null").is_char_device()
 
 
 def test_what_is_no_run_is_one_sentence_and_no_page(judged: Path, tmp_path: Path):

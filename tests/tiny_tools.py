@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -76,6 +77,17 @@ def run(tool: str, *arguments: object) -> Done:
         except SystemExit as exit:
             code = int(exit.code or 0)
     return Done(code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def room_for(num_bytes: int) -> Iterator[None]:
+    """Files end at this size, as on a disk that fills up: what is written behind it fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def noise(seconds: float, rate_hz: int = 16_000, seed: int = 0) -> np.ndarray:

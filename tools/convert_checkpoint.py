@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from asda import checkpoint
 from asda.config import Description, ModelConfig, PretrainConfig
+from asda.data.labels import read_labels
 from asda.errors import UserError, exit_with_sentence
 from asda.official.ast import from_hugging_face, is_ast
 from asda.official.safe_load import plain, safe_load
@@ -86,7 +87,10 @@ def to_ours(args: argparse.Namespace) -> list[str]:
             f"--preset {args.preset} is for an ASDA, whose lambda no file tells, and {args.input.name} is a network of "
             f"preset {converted.description.preset}; leave --preset out"
         )
-    checkpoint.write_weights(args.out, converted.description, converted.weights, args.force)
+    try:
+        checkpoint.write_weights(args.out, converted.description, converted.weights, args.force)
+    except SafetensorError as error:
+        raise UserError(f"cannot write {args.out}: {error}; free space, or choose another --out") from None
     return [
         *described(converted.description, converted.weights),
         *(row("note", note) for note in converted.notes),
@@ -143,8 +147,10 @@ def write_torch_file(content: dict[str, Any], path: Path) -> None:
             os.fsync(file.fileno())
             Path(file.name).chmod(0o644)  # temporary files are their owner's alone
             Path(file.name).rename(path)
-        except BaseException:
+        except BaseException as error:
             Path(file.name).unlink(missing_ok=True)
+            if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+                raise error.__context__ from None  # torch buries what the disk said
             raise
 
 
@@ -179,19 +185,15 @@ def row(name: str, words: str) -> str:
 
 
 def _wishes(args: argparse.Namespace) -> Wishes:
-    labels = None
-    if args.labels:
-        try:
-            lines = args.labels.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError:
-            raise UserError(f"--labels {args.labels} is not UTF-8 text; give class names, one per line") from None
-        labels = tuple(line.strip() for line in lines if line.strip())
+    labels = read_labels(args.labels) if args.labels else None
     if args.heads is not None and args.heads < 1:
         raise UserError(f"--heads {args.heads} must be at least 1")
     return Wishes(args.heads, args.mean, args.std, labels, args.preset)
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a checkpoint, or a folder that holds one")
     try:
         return load_file(path)
     except SafetensorError as error:

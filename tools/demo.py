@@ -21,10 +21,12 @@ from asda.errors import UserError, exit_with_sentence
 ROOT = Path(__file__).resolve().parent.parent
 CLIPS_PER_CLASS = 120
 RANKS = 2
+MARKER = "made_by_demo.txt"  # in --out: says that everything beside it may be replaced
 
 
 def demo(audio: Path | None, out: Path) -> None:
     """Run every part once, in `out`; a second run starts over."""
+    _claim(out)
     started = time.monotonic()
     shards, pretrained, finetuned, scratch = (out / name for name in ("shards", "pretrained", "finetuned", "scratch"))
     if audio is None:
@@ -48,6 +50,21 @@ def demo(audio: Path | None, out: Path) -> None:
     _run(_tool("report.py"), pretrained, finetuned, scratch, "--out", report)
     _print_table(finetuned, scratch)
     print(f"\n{report}  (curves, masks and attention; open it in a browser)\n{time.monotonic() - started:.0f} s in all")
+
+
+def _claim(out: Path) -> None:
+    """Mark the folder as the demo's, which empties parts of it; refuse one with files of somebody else."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is not a folder; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / MARKER).exists():
+        return
+    if any(out.iterdir()):
+        raise UserError(
+            f"--out {out} holds files that this demo has not written; remove it if it is an older demo's, "
+            "or choose another --out"
+        )
+    (out / MARKER).write_text("tools/demo.py made this folder, and replaces what is in it when it runs again.\n")
 
 
 def _synthesise(audio: Path) -> None:

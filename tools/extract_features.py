@@ -9,6 +9,7 @@ Shapes: S samples, T time patches, F mel patches, D width.
 import argparse
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -163,10 +164,10 @@ def settings_of(args: argparse.Namespace, model: Model) -> Settings:
 def tasks_of(text: str) -> list[Task]:
     """What one INPUT asks for: a task for each audio file, or for each shard."""
     path = Path(text)
-    if (path / DATASET_FILE).is_file():
+    if os.path.isfile(path / DATASET_FILE):  # unlike pathlib's it is False where a path cannot be looked at
         splits = ", ".join(load_dataset(path).splits)
         raise UserError(f"{text} holds shards; name one of their splits ({splits}), as in {text}:NAME")
-    if path.exists() or ":" not in text:
+    if os.path.exists(path) or ":" not in text:
         return [file_task(file) for file in audio_files([path])]
     dataset = ClipDataset(text, labelled=True)
     starts = np.cumsum([0, *(shard.entry.clips for shard in dataset.shards)]).tolist()
@@ -200,10 +201,13 @@ def shard_task(dataset: ClipDataset, shard: ShardFile, first_clip: int) -> Task:
 
 
 def hash_file(path: Path) -> str:
-    """Of a file's bytes, in the notation of the shards."""
-    if not path.is_file():
-        raise AudioError("no such file")
-    return f"xxh3_128:{disk.hash_file(path)}"
+    """Of a file's bytes, in the notation of the shards. Raises AudioError where it cannot be read."""
+    try:
+        return f"xxh3_128:{disk.hash_file(path)}"
+    except FileNotFoundError:
+        raise AudioError("no such file") from None
+    except OSError as error:
+        raise AudioError(f"cannot be read: {error.strerror}") from error
 
 
 def refuse_equal_names(tasks: list[Task]) -> None:
@@ -221,8 +225,11 @@ def check_folder(out: Path, settings: Settings) -> None:
             raise UserError(f"--out {out} is not a folder")
         return
     if not (out / SETTINGS_FILE).is_file():
-        if any(out.iterdir()):
+        halves = set(out.glob(f"{SETTINGS_FILE}.*{TEMPORARY_SUFFIX}"))  # of a run killed before it had any features
+        if any(path not in halves and not path.is_dir() for path in out.rglob("*")):
             raise UserError(f"--out {out} holds files but no {SETTINGS_FILE}; give a new or empty folder")
+        for half in halves:
+            half.unlink()
         return
     for leftover in out.rglob(f"*{TEMPORARY_SUFFIX}"):
         leftover.unlink()
@@ -243,14 +250,15 @@ def check_folder(out: Path, settings: Settings) -> None:
 def finish(task: Task, out: Path, settings: Settings, model: Model, progress: "Progress") -> None:
     """Make one file of features, unless it is there. Raises AudioError or UserError where the source cannot be used."""
     path = out / f"{task.name}.{settings.file_format}"
-    if path.exists():
+    if os.path.exists(path):
         check_source(path, task)
         progress.kept += task.num_clips
         return
     arrays, metadata = features_of(task, settings, model, progress)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     if not (out / SETTINGS_FILE).exists():
         write_file(out / SETTINGS_FILE, json.dumps(asdict(settings), indent=2).encode() + b"\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_file(path) as file:
         WRITERS[settings.file_format](file, arrays, json.dumps(metadata))
         commit(file, path)

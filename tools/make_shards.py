@@ -16,6 +16,7 @@ from shard_tables import absent_table, split_figures, split_table
 
 from asda.data.audio import MAX_SECONDS, SAMPLE_RATE_HZ
 from asda.data.index import DATASET_FILE, FORMAT_VERSION, MAX_SAMPLE_BYTES, DatasetIndex, Duplicates
+from asda.data.labels import read_labels
 from asda.data.shards import load_dataset
 from asda.errors import UserError, exit_with_sentence
 from asda.sharding.duplicates import Pair, find_pairs
@@ -33,6 +34,7 @@ from asda.sharding.journal import (
 )
 from asda.sharding.plan import Plan, assign_splits, choose_vocabulary, keyed, parse_split, plan_split
 from asda.sharding.sources import SOURCE_HELP, Listing, add_source_arguments, list_clips, options_from
+from asda.sharding.sources.listing import examples
 from asda.sharding.space import check_space
 from asda.sharding.verify import verify_folder
 from asda.sharding.workers import Workers, worker_pool
@@ -107,7 +109,9 @@ def parse_part(text: str) -> tuple[int, int]:
 def make_shards(args: argparse.Namespace) -> None:
     """List, plan, write, and report."""
     check_numbers(args)
-    labels = read_labels(args.labels, args.no_labels) if args.labels else None
+    if args.labels and args.no_labels:
+        raise UserError("--labels and --no-labels contradict each other; give one of them")
+    labels = read_labels(args.labels) if args.labels else None
     listing = list_clips(args.source, args.input, options_from(args))
     plan = plan_shards(args, listing, labels or listing.vocabulary)
     shards = range(0) if args.merge else plan.part(*args.part)
@@ -115,7 +119,7 @@ def make_shards(args: argparse.Namespace) -> None:
         raise UserError(
             f"--part {args.part[0]}/{args.part[1]}: there are only {len(plan.tasks)} shards; use fewer parts"
         )
-    refuse_finished(args.out, args.overwrite)
+    refuse_finished(plan, args.overwrite)
     started = time.monotonic()
     journal = Journal(args.out, plan.digest)
     with worker_pool(args.workers, len(shards)) as workers:
@@ -153,26 +157,6 @@ def plan_shards(args: argparse.Namespace, listing: Listing, labels: tuple[str, .
         for name, keys in splits.items()
     }
     return Plan(args.out, vocabulary, tasks)
-
-
-def read_labels(path: Path, no_labels: bool) -> tuple[str, ...]:
-    """Read the vocabulary, one class name per line."""
-    if no_labels:
-        raise UserError("--labels and --no-labels contradict each other; give one of them")
-    if not path.is_file():
-        raise UserError(f"--labels {path}: no such file")
-    try:
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
-    except UnicodeDecodeError as error:
-        raise UserError(f"--labels {path} is no UTF-8 text: {error}") from None
-    if not names:
-        raise UserError(f"--labels {path} is empty; write one class name per line")
-    for line, name in enumerate(names, start=1):
-        if not name or name in names[: line - 1]:
-            raise UserError(
-                f"--labels {path} line {line} is empty or repeats a name ({name!r}); each line is one class"
-            )
-    return names
 
 
 def command_of(argv: Sequence[str]) -> str:
@@ -295,10 +279,23 @@ def report(dataset: DatasetIndex, seconds: float, num_workers: int, not_in: Mapp
     print(f"{num_clips} clips in {seconds:.1f} s: {num_clips / seconds:.0f} clips/s with {num_workers} workers")
     table = f", listed in {dataset.folder / REJECTED_FILE}" if dataset.rejected else ""
     print(f"rejected: {dataset.rejected} clips{table}")
+    report_alike(dataset.vocabulary)
     report_duplicates(dataset.duplicates, Path(f"{dataset.folder}") / DUPLICATES_FILE)
     for reason, count in not_in.items():
         if count:
             print(f"left out: {count} {reason}")
+
+
+def report_alike(vocabulary: Sequence[str]) -> None:
+    """Warn of names that people would take for one class."""
+    first: dict[str, str] = {}
+    folded = [(name, " ".join(name.casefold().split())) for name in vocabulary]
+    pairs = [f"{first[plain]!r} and {name!r}" for name, plain in folded if first.setdefault(plain, name) != name]
+    if pairs:
+        shown = examples(pairs, len(pairs))
+        print(
+            f"WARNING: {len(pairs)} pairs of classes differ only in case or white space: {shown}; are they one class?"
+        )
 
 
 def report_duplicates(duplicates: Duplicates, table: Path) -> None:

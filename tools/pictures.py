@@ -98,6 +98,11 @@ def mel_bin(hz: float) -> float:
     return (mel - low) / (high - low) * (NUM_MEL_BINS + 1) - 1
 
 
+def printable(name: str) -> str:
+    """A name for a picture, which has no letters for the bytes of a file name that is no UTF-8."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 class Panel(NamedTuple):
     """One clip of a contact sheet."""
 
@@ -125,14 +130,14 @@ def draw_panels(title: str, panels: list[Panel]) -> bytes:
         axes.set_axis_off()
     for axes, panel in zip(grid.flat, panels, strict=False):
         show_levels(axes, panel.level_TM, panel.num_frames, low_db, high_db)
-        axes.set_xlabel(panel.caption, parse_math=False, fontsize=8)
+        axes.set_xlabel(printable(panel.caption), parse_math=False, fontsize=8)
         axes.xaxis.set_major_formatter("{x:g} s")
         axes.tick_params(labelsize=7, labelleft=False)
     for axes in grid[:, 0]:
         axes.set_ylabel("Hz (mel scale)", fontsize=8)
         axes.tick_params(labelleft=True)
     figure.colorbar(grid[0, 0].images[0], ax=grid, label="energy (dB)", extend="both", fraction=0.02, pad=0.01)
-    figure.suptitle(title, parse_math=False)
+    figure.suptitle(printable(title), parse_math=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=SHEET_DPI)
     plt.close(figure)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pictures import DB_PER_NEPER, pyplot, show_levels
+from pictures import DB_PER_NEPER, printable, pyplot, show_levels
 from tqdm import tqdm
 
 import asda
@@ -180,7 +180,7 @@ def draw(out: Path, path: Path, model: Model, mel_TM: torch.Tensor, timeline: Ti
     stats = model.description.data.log_mel
     draw_spectrogram(above, (mel_TM.numpy() * 2 * stats.std + stats.mean) * DB_PER_NEPER)
     draw_tags(below, timeline, model.labels, top)
-    above.set_title(path.name)
+    above.set_title(printable(path.name), parse_math=False)
     below.set_xlabel("time (s)")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
@@ -205,7 +205,7 @@ def draw_tags(axes: "Axes", timeline: Timeline, labels: tuple[str, ...], top: in
         edges_W, range(len(classes_K) + 1), timeline.probabilities[:, classes_K].T.numpy(), vmin=0, vmax=1
     )
     names = [f"{labels[c]} ({100 * peak:.0f} %)" for c, peak in zip(classes_K.tolist(), peaks_K.tolist(), strict=True)]
-    axes.set_yticks([row + 0.5 for row in range(len(names))], names)
+    axes.set_yticks([row + 0.5 for row in range(len(names))], names, parse_math=False)
     axes.invert_yaxis()
     axes.figure.colorbar(image, ax=axes, label="probability", pad=0.06)
 

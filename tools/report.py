@@ -41,6 +41,7 @@ from asda.data.fetch import shareable
 from asda.data.order import Draw
 from asda.errors import UserError, exit_with_sentence
 from asda.presets import departures
+from asda.sharding.writer import write_file
 
 EPILOG = """examples:
   python tools/report.py runs/mine
@@ -65,8 +66,16 @@ def write_report(args: argparse.Namespace) -> None:
     """Write the page."""
     page = build_page(read_runs(args.runs))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(page, encoding="utf-8")
+    _write_page(args.out, page.encode())
     print(f"written {args.out}")
+
+
+def _write_page(out: Path, page: bytes) -> None:
+    """Write a whole file or nothing; what is there and no file, as /dev/stdout, is written as it is."""
+    if out.exists() and not out.is_file():
+        out.write_bytes(page)
+    else:
+        write_file(out.resolve(), page)
 
 
 def build_page(runs: Sequence[Run]) -> str:

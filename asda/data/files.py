@@ -23,7 +23,12 @@ def audio_files(given: list[Path]) -> list[AudioFile]:
     Raises:
         UserError: a folder holds no audio.
     """
-    return [file for path in given for file in (_below(path) if path.is_dir() else [AudioFile(path, Path(path.name))])]
+    return [file for path in given for file in _meant_by(path)]
+
+
+def _meant_by(path: Path) -> list[AudioFile]:
+    # By os.path, because pathlib raises where a path cannot be looked at: whoever reads the file says what is wrong.
+    return _below(path) if os.path.isdir(path) else [AudioFile(path, Path(path.name))]
 
 
 def _below(folder: Path) -> list[AudioFile]:

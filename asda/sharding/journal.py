@@ -1,6 +1,6 @@
 """Unfinished work in an output folder: what is being made, which shards are done, and who is writing which.
 
-    .unfinished/plan.json                 the plan's digest, and the command
+    .unfinished/plan.json                 the plan's digest, the command, and the names of all files that are its own
     .unfinished/train-000000.done.json    all that dataset.json needs to know of a finished shard
     .unfinished/lock                      byte n is locked by the process that writes shard n
 
@@ -13,9 +13,9 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -172,19 +172,57 @@ def _size_and_time(path: str) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def refuse_finished(out: Path, overwrite: bool) -> None:
-    """Refuse an output folder that cannot be one, or holds a dataset."""
+def refuse_finished(plan: Plan, overwrite: bool) -> None:
+    """Refuse an output folder that cannot be one, holds a dataset, or files of others where the plan's would lie."""
+    out = plan.out
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is not a folder")
-    if (out / DATASET_FILE).exists() and not overwrite and not (out / JOURNAL_FOLDER / PLAN_FILE).exists():
-        raise UserError(f"--out {out} already holds a dataset; give --overwrite to replace it, or another folder")
+    # Listed before the owners are looked for: another part may begin or finish meanwhile.
+    names = set(os.listdir(out)) if out.is_dir() else set()
+    if (out / JOURNAL_FOLDER / PLAN_FILE).exists():
+        return
+    if (out / DATASET_FILE).exists():
+        if not overwrite:
+            raise UserError(f"--out {out} already holds a dataset; give --overwrite to replace it, or another folder")
+    elif strangers := sorted(names & _files_of(plan)):
+        raise UserError(
+            f"--out {out} holds {strangers[0]}, which no {DATASET_FILE} or unfinished work there owns; "
+            "move it away, or choose another folder"
+        )
+
+
+def _files_of(plan: Plan) -> set[str]:
+    """Names of all files beside dataset.json that a plan may write."""
+    return _with_indexes(task.path.name for task in plan.tasks) | set(TABLES)
+
+
+def _with_indexes(shards: Iterable[str]) -> set[str]:
+    return {name.removesuffix(SHARD_SUFFIX) + suffix for name in shards for suffix in (SHARD_SUFFIX, ".json")}
 
 
 def bytes_to_replace(out: Path, digest: str) -> int:
     """Bytes of a dataset, or of the unfinished work on another plan, that --overwrite will free."""
-    if not out.is_dir() or _planned(out)[0] == digest:
+    if not out.is_dir() or _planned(out).digest == digest:
         return 0
-    return sum(path.stat().st_size for path in out.iterdir() if SHARD_FILES.fullmatch(path.name))
+    return sum(path.stat().st_size for path in _owned(out))
+
+
+def _owned(out: Path) -> list[Path]:
+    """The files that are those of dataset.json, or of the unfinished work; whatever else lies there is the user's."""
+    names = _planned(out).files | _shards_of_dataset(out)
+    if (out / DATASET_FILE).exists():
+        names.update(TABLES)
+    return [path for path in out.iterdir() if path.name in names]
+
+
+def _shards_of_dataset(out: Path) -> set[str]:
+    """Names of the files that dataset.json lists; none where it cannot be read."""
+    try:
+        splits = json.loads((out / DATASET_FILE).read_bytes())["splits"].values()
+        names = _with_indexes(shard["name"] for split in splits for shard in split["shards"])
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
+        return set()
+    return {name for name in names if SHARD_FILES.fullmatch(name)}
 
 
 @contextmanager
@@ -197,7 +235,7 @@ def claimed(plan: Plan, shards: range, command: str, overwrite: bool) -> Iterato
     created = not out.exists()
     lock = _open_lock(journal)
     try:
-        _prepare(journal, lock, command, overwrite)
+        _prepare(plan, journal, lock, command, overwrite)
         if shards and not lock.take(shards):
             raise UserError(f"another run is writing these shards of {out}; wait for it, or stop it")
         lock.release(one_byte(SETUP_BYTE))
@@ -222,53 +260,70 @@ def _open_lock(journal: Journal) -> Lock:
         lock.close()
 
 
-def _prepare(journal: Journal, lock: Lock, command: str, overwrite: bool) -> None:
+def _prepare(plan: Plan, journal: Journal, lock: Lock, command: str, overwrite: bool) -> None:
     """Make the folder one of this plan: go on, begin, or discard what is there and begin."""
     out = journal.out
-    found, its_command = _planned(out)
-    if found == journal.digest:
+    found = _planned(out)
+    if found.digest == journal.digest:
         return
-    if found and not overwrite:
+    if found.digest and not overwrite:
         raise UserError(
-            f"--out {out} holds the unfinished work of `{its_command}`, which has other clips, labels or options "
+            f"--out {out} holds the unfinished work of `{found.command}`, which has other clips, labels or options "
             "than this command; finish that, give --overwrite to discard it, or choose another folder"
         )
-    refuse_finished(out, overwrite)
-    if found or (out / DATASET_FILE).exists():
+    refuse_finished(plan, overwrite)
+    if found.digest or (out / DATASET_FILE).exists():
         if not lock.take(ALL_SHARDS):
             raise UserError(f"another run is writing into {out}; wait for it, or stop it")
-        _write_plan(journal, DISCARDING, command)
-        _discard(journal)
+        old = _owned(out)
+        # Named first: a run that is killed while it removes them has removed what else names them.
+        _write_plan(journal, Planned(DISCARDING, command, {path.name for path in old}))
+        _discard(journal, old)
         lock.release(ALL_SHARDS)
-    _write_plan(journal, journal.digest, command)
+    _write_plan(journal, Planned(journal.digest, command, _files_of(plan)))
 
 
-def _write_plan(journal: Journal, digest: str, command: str) -> None:
-    with writing(journal.folder / PLAN_FILE):
-        content = json.dumps({"plan": digest, "command": command}) + "\n"
-        write_file(journal.folder / PLAN_FILE, content.encode())
-
-
-def _discard(journal: Journal) -> None:
+def _discard(journal: Journal, old: list[Path]) -> None:
     """Remove a dataset, or the unfinished work on another plan; dataset.json first, for it vouches for the rest."""
     (journal.out / DATASET_FILE).unlink(missing_ok=True)
     for path in journal.folder.iterdir():
         if path.name not in (LOCK_FILE, PLAN_FILE):
             path.unlink()
-    for path in journal.out.iterdir():
-        if SHARD_FILES.fullmatch(path.name) or path.name in TABLES:
-            path.unlink()
+    for path in old:
+        path.unlink()
 
 
-def _planned(out: Path) -> tuple[str, str]:
-    """Digest and command of the unfinished work in a folder, "" and "" where there is none."""
+@dataclass(frozen=True)
+class Planned:
+    """What plan.json says."""
+
+    digest: str = ""  # of the plan; "" where there is no plan
+    command: str = ""
+    files: set[str] = field(default_factory=set)  # of --out that are its own, once they are there
+
+
+def _write_plan(journal: Journal, planned: Planned) -> None:
+    with writing(journal.folder / PLAN_FILE):
+        content = {"plan": planned.digest, "command": planned.command, "files": sorted(planned.files)}
+        write_file(journal.folder / PLAN_FILE, (json.dumps(content) + "\n").encode())
+
+
+def _planned(out: Path) -> Planned:
+    """The unfinished work in a folder. Where plan.json names no files, those of finished shards are known."""
     try:
         content = json.loads((out / JOURNAL_FOLDER / PLAN_FILE).read_bytes())
-        return content["plan"], content["command"]
+        names = content["files"] if "files" in content else _recorded(out)
+        files = {name for name in names if SHARD_FILES.fullmatch(name) or name in TABLES}
+        return Planned(content["plan"], content["command"], files)
     except FileNotFoundError:
-        return "", ""
+        return Planned()
     except (ValueError, LookupError, TypeError):
-        return "damaged", "unknown"
+        return Planned("damaged", "unknown", _recorded(out))
+
+
+def _recorded(out: Path) -> set[str]:
+    records = [path.name for path in (out / JOURNAL_FOLDER).glob(f"*{RECORD_SUFFIX}")]
+    return _with_indexes(name.removesuffix(RECORD_SUFFIX) + SHARD_SUFFIX for name in records) | set(TABLES)
 
 
 def _leave(journal: Journal, lock: Lock, created: bool) -> None:
@@ -277,7 +332,7 @@ def _leave(journal: Journal, lock: Lock, created: bool) -> None:
         return
     sweep(journal.out)
     planned = (journal.folder / PLAN_FILE).exists()
-    if not planned or not any(SHARD_FILES.fullmatch(path.name) for path in journal.out.iterdir()):
+    if not planned or not _owned(journal.out):
         journal.remove()
         if created and not any(journal.out.iterdir()):
             journal.out.rmdir()

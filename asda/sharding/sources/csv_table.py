@@ -16,27 +16,48 @@ def rows_from_csv(inputs: list[Path], options: SourceOptions) -> Listing:
     table = only_input(inputs, "csv")
     if not table.is_file():
         raise UserError(f"--input {table} is not a CSV file; --source csv wants a table with a column 'path'")
+    folder = _folder_of(table)
     rows: list[Row] = []
     num_others = 0
     for kept in select(table, options, ("path",)):
         if kept:
-            rows.append(_row(table, *kept, options))
+            rows.append(_row(table, folder, *kept, options))
         else:
             num_others += 1
     refuse_duplicates(rows)
+    _refuse_two_names(rows)
     return Listing(rows, {"rows without the --where values": num_others})
 
 
-def _row(table: Path, line: int, record: dict[str, str], options: SourceOptions) -> Row:
+def _folder_of(table: Path) -> str:
+    """Where a table lies, without "..", or names would depend on how --input is spelled; behind a link ".." stays."""
+    plain = os.path.abspath(table.parent)
+    same = os.path.exists(plain) and os.path.samefile(plain, table.parent)
+    return plain if same else str(table.parent.absolute())
+
+
+def _refuse_two_names(rows: list[Row]) -> None:
+    """Refuse a file outside the table's folder that is named once from there, with "..", and once from the root."""
+    first_of: dict[str, Row] = {}
+    for row in rows:
+        if row.relative.startswith(("/", "..")):
+            path = os.path.abspath(row.place.path)
+            first = first_of.setdefault(path, row)
+            paths = first.place.path, row.place.path
+            if first is not row and all(map(os.path.exists, paths)) and os.path.samefile(*paths):
+                raise UserError(f"{row.where} lists {path} again, after {first.where}; keep one of them")
+
+
+def _row(table: Path, folder: str, line: int, record: dict[str, str], options: SourceOptions) -> Row:
     where = f"{table} line {line}"
     if not record["path"] or "\0" in record["path"]:
         raise UserError(f"{where}: the cell 'path' is empty or holds a zero byte")
-    relative = os.path.normpath(record["path"])
-    if os.path.isabs(relative) and Path(relative).is_relative_to(table.parent.absolute()):
-        relative = os.path.relpath(relative, table.parent.absolute())
+    given = relative = os.path.normpath(record["path"])
+    if os.path.isabs(relative) and Path(relative).is_relative_to(folder):
+        relative = os.path.relpath(relative, folder)
     column = next((name for name in LABEL_COLUMNS if name in record), None)
     labels = _split_labels(record[column]) if column and options.use_labels else ()
-    return Row(Place(os.path.join(table.parent, relative)), relative, labels, _group(where, record), where)
+    return Row(Place(os.path.join(table.parent, given)), relative, labels, _group(where, record), where)
 
 
 def _split_labels(cell: str) -> tuple[str, ...]:
