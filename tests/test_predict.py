@@ -1,6 +1,7 @@
 """tools/predict.py from the outside: what it says of audio, and of what is no audio."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from tiny_tools import LABELS, Done, noise, one_core, run, wav, write_broken, wr
 import asda
 from asda.checkpoint import read_description, read_weights, write_weights
 from asda.config import ClassifyConfig, Description, InputConfig, LogMelStats
+from asda.data.files import audio_files
+from asda.errors import UserError
 from asda.inference import Model
 from asda.models.classifier import Classifier
 
@@ -112,6 +115,20 @@ def test_a_path_that_cannot_be_looked_at_is_named_and_the_others_are_done(tagger
     assert done.code == 2
     assert [json.loads(line)["file"] for line in done.out.splitlines()] == [str(good)]
     assert done.err.splitlines()[0] == f"error: {long}: cannot be read: File name too long"
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "closed").mkdir()
+    listed = os.scandir
+
+    def scandir(path: str):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"the folder .*closed cannot be listed: Permission denied"):
+        audio_files([tmp_path])
 
 
 def test_every_kind_of_broken_audio_is_one_sentence(tagger: Path, tmp_path: Path):

@@ -44,9 +44,13 @@ def is_audio(relative: str) -> bool:
 
 
 def walk(folder: Path) -> Iterator[str]:
-    """Yield the relative paths of all files, following links to folders, each folder once."""
+    """Yield the relative paths of all files, following links to folders, each folder once.
+
+    Raises:
+        UserError: a folder cannot be listed, whose files nobody would miss.
+    """
     seen: set[str] = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
+    for root, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:
             folders.clear()  # a link back into the tree
@@ -56,3 +60,9 @@ def walk(folder: Path) -> Iterator[str]:
         inside = os.path.relpath(root, folder)
         prefix = "" if inside == "." else f"{inside}/"
         yield from (prefix + name for name in files)
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(
+        f"the folder {error.filename} cannot be listed: {error.strerror}; open it, or move it away"
+    ) from None
