@@ -326,8 +326,12 @@ def _parsed(path: Path) -> dict[str, Any]:
 
 
 def _about(plan: Plan) -> dict[str, object]:
-    about = {"config": str(plan.config), "data": plan.data, "overrides": list(plan.overrides)}
-    return about | {"shards": plan.hashes}
+    return {
+        "config": str(plan.config),
+        "data": plan.data,
+        "overrides": list(plan.overrides),
+        "shards": plan.hashes,
+    }
 
 
 def planned(args: argparse.Namespace) -> Plan:
