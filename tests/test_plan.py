@@ -1,5 +1,6 @@
 """Keys, splits and shards follow from the clips alone, never from the order in which they are listed."""
 
+import os
 import random
 import re
 from collections import Counter
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from asda.errors import UserError
 from asda.sharding.place import Place
-from asda.sharding.plan import assign_splits, keyed, parse_split, plan_split
+from asda.sharding.plan import assign_splits, choose_vocabulary, keyed, parse_split, plan_split
 from asda.sharding.sources import Row
 
 
@@ -22,6 +23,12 @@ def row(relative: str, labels: tuple[str, ...] = (), group: str = "") -> Row:
 def split(rows: list[Row], *texts: str) -> dict[str, list[str]]:
     splits = assign_splits(keyed(rows), [parse_split(text) for text in texts])
     return {name: sorted(row.relative for row in part.values()) for name, part in splits.items()}
+
+
+def test_a_class_whose_name_is_no_text_is_refused():
+    name = os.fsdecode(b"caf\xe9")
+    with pytest.raises(UserError, match=r"a\.wav: the label 'caf\\udce9' is not UTF-8 text"):
+        choose_vocabulary({"train": keyed([row("a.wav", (name,)), row("b.wav", ("café",))])}, None)
 
 
 def test_all_clips_that_collide_get_a_hash_and_the_others_none():

@@ -211,16 +211,29 @@ def _by_shares(keys: dict[str, Row], rules: list[SplitRule]) -> dict[str, dict[s
 
 
 def choose_vocabulary(splits: dict[str, dict[str, Row]], fixed: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Return the sorted labels of all splits, or the fixed ones. Raises UserError for a label not among them."""
+    """Return the sorted labels of all splits, or the fixed ones.
+
+    Raises:
+        UserError: a label is not among the fixed ones, or its bytes are no text, as those of a folder's name may be.
+    """
     rows = [row for split in splits.values() for row in split.values()]
     if fixed is None:
-        return tuple(sorted({label for row in rows for label in row.labels}))
+        names = {label: row.where for row in rows for label in row.labels}
+        for label, where in names.items():
+            if not _is_text(label):
+                raise UserError(f"{where}: the label {label!r} is not UTF-8 text; give the class another name")
+        return tuple(sorted(names))
     for row in rows:
         if unknown := set(row.labels) - set(fixed):
             raise UserError(
                 f"{row.where}: the label {min(unknown)!r} is not among the {len(fixed)} classes of --labels"
             )
     return fixed
+
+
+def _is_text(name: str) -> bool:
+    """Whether all of it can be written down; bytes of a file name that are no UTF-8 are lone surrogates in Python."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def plan_split(
