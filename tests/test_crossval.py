@@ -166,6 +166,7 @@ def test_runs_are_compared_with_those_on_the_same_clips_alone(plan: Plan, tmp_pa
         ([{"seed": 1, "mAP": 0.5}], "is not what this tool has written"),
         ([{"fold": "test", "mAP": 0.5}], "is not what this tool has written"),
         (["test-seed1"], "is not what this tool has written"),
+        ({"fold": "test"}, "is not what this tool has written"),
     ],
 )
 def test_a_record_that_lacks_what_is_compared_is_one_sentence(

@@ -318,7 +318,8 @@ def _parsed(path: Path) -> dict[str, Any]:
     """A record; its rows are of runs."""
     try:
         found = json.loads(path.read_text())
-        if isinstance(found, dict) and all({"fold", "seed"} <= run.keys() for run in found["runs"]):
+        whole = all({"fold", "seed"} <= run.keys() for run in found["runs"])
+        if whole and isinstance(found.get("shards", {}), dict):
             return found
     except (ValueError, LookupError, TypeError, AttributeError):
         pass
@@ -373,7 +374,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--hold-out", metavar="A,B", type=names, help="splits to hold out, one after another (default: every split)")
     add("--seeds", metavar="1,2", type=numbers, default=[1], help="values of run.seed (default: 1)")
     add("--out", required=True, type=Path, help="folder of the runs, their logs and crossval.json")
-    add("--against", type=Path, help="--out of another call with the same data, folds and seeds: prints the difference")
+    add("--against", type=Path, help="--out of another call with the same clips held out and seeds: the difference")
     add("--jobs", type=int, default=1, help="trainings at a time (default: 1)")
     add("--ranks", type=int, default=1, help="ranks of each training, by deepspeed (default: 1, plain python)")
     add("overrides", nargs="*", metavar="section.key=value", help="as for asda/train.py")
