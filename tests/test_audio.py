@@ -229,7 +229,7 @@ def test_samples_that_are_not_finite_are_refused(tmp_path, value):
 def test_integers_that_are_stored_as_floats_are_refused_and_not_saturated(tmp_path):
     path = tmp_path / "clip.wav"
     soundfile.write(path, np.clip(noise().astype(np.float64), -11_698, 11_698), 16_000, subtype="FLOAT")
-    assert reason(path) == "reaches 11698 where full scale is 1: integers that are stored as floats"
+    assert reason(path) == "reaches 11698 where full scale is 1; divide it, or give integers as int16"
 
 
 @pytest.mark.parametrize(("rate", "channels", "words"), [(1, 1, "1 Hz"), (16_000, 65, "65 channels")])

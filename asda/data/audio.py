@@ -202,11 +202,18 @@ def mean_of_channels(audio_CS: np.ndarray) -> np.ndarray:
     """Mean over the channels, float32 [S]. Raises AudioError where it is not finite, or far beyond full scale."""
     # A sum of rows: numpy's mean over a short axis takes twenty times as long.
     mean_S = np.asarray(sum(audio_CS[1:], start=audio_CS[0]) / np.float32(len(audio_CS)))
-    if not np.isfinite(mean_S).all():
-        raise AudioError("holds samples that are not finite")
-    if (peak := max(mean_S.max(initial=0), -mean_S.min(initial=0))) > LOUDEST:
-        raise AudioError(f"reaches {peak:.0f} where full scale is 1: integers that are stored as floats")
+    if complaint := no_amplitudes(mean_S):
+        raise AudioError(complaint)
     return mean_S
+
+
+def no_amplitudes(wave_S: np.ndarray) -> str:
+    """Why floats cannot be amplitudes of full scale 1; "" where they can."""
+    peak = max(float(wave_S.max(initial=0)), -float(wave_S.min(initial=0)))  # nan if any of them is
+    if not math.isfinite(peak):
+        return "holds samples that are not finite"
+    too_loud = f"reaches {peak:.0f} where full scale is 1; divide it, or give integers as int16"
+    return too_loud if peak > LOUDEST else ""
 
 
 def _check_whole(sound: soundfile.SoundFile, num_read: int, expected: int) -> None:

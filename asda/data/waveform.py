@@ -3,14 +3,13 @@
 Shapes: S samples, C channels.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor, from_numpy
 
-from asda.data.audio import INT16_SCALE, LOUDEST, MAX_CHANNELS, MIN_SAMPLES, RATE_BOUNDS_HZ, resample
+from asda.data.audio import INT16_SCALE, MAX_CHANNELS, MIN_SAMPLES, RATE_BOUNDS_HZ, no_amplitudes, resample
 from asda.errors import UserError
 
 Audio = Tensor | np.ndarray
@@ -36,11 +35,8 @@ def to_wave(audio: Audio, sample_rate_hz: float, name: str = "audio") -> Tensor:
         for channel_S in audio_CS:  # one by one: a float copy of all of them may be large
             mono_S += channel_S
     mono_S /= len(audio_CS) * (INT16_SCALE if audio_CS.dtype == np.int16 else 1)
-    peak = max(float(mono_S.max()), -float(mono_S.min()))
-    if not math.isfinite(peak):
-        raise UserError(f"{name} holds samples that are not finite")
-    if peak > LOUDEST:
-        raise UserError(f"{name} reaches {peak:.0f} where full scale is 1; divide it, or give integers as int16")
+    if complaint := no_amplitudes(mono_S):
+        raise UserError(f"{name} {complaint}")
     wave_S = resample(mono_S, rate_hz)
     if len(wave_S) < MIN_SAMPLES:
         raise UserError(f"{name} has {len(wave_S)} samples at 16 kHz; the shortest clip has {MIN_SAMPLES} (0.025 s)")
