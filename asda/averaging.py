@@ -50,8 +50,8 @@ def members(paths: list[Path], *, last: int = 0, best: bool = False) -> list[Mem
     if last:
         paths = _newest(paths, last)
     if best:
-        paths = [checkpoint.best(path) for path in paths]
-    return [_opened(checkpoint.resolve(path)) for path in paths]
+        paths = [checkpoint.best_checkpoint(path) for path in paths]
+    return [_opened(checkpoint.resolve_checkpoint(path)) for path in paths]
 
 
 def those_of_the_first_rank(several: list[Member]) -> list[Member]:
@@ -65,7 +65,7 @@ def those_of_the_first_rank(several: list[Member]) -> list[Member]:
     found = [[one.folder for one in several]]
     dist.broadcast_object_list(found)
     both = zip(several, found[0], strict=True)
-    return [one if one.folder == folder else _opened(checkpoint.resolve(folder)) for one, folder in both]
+    return [one if one.folder == folder else _opened(checkpoint.resolve_checkpoint(folder)) for one, folder in both]
 
 
 def averaged(several: list[Member]) -> dict[str, Tensor]:
@@ -118,7 +118,7 @@ def _network(one: Member) -> dict[str, Any]:
 def _newest(paths: list[Path], last: int) -> list[Path]:
     if len(paths) > 1:
         raise UserError(f"--last {last} is for one run, and --checkpoint names {len(paths)} folders")
-    found = checkpoint.checkpoints(paths[0])
+    found = checkpoint.checkpoints_of(paths[0])
     old_best = _kept_only_as_best(paths[0], found)
     found = [folder for folder in found if folder != old_best]
     if len(found) < last:
@@ -134,7 +134,7 @@ def _kept_only_as_best(run: Path, found: list[Path]) -> Path | None:
     """The checkpoint that lies there for run.keep_best alone: those that came between it and the newest are gone."""
     if not found:
         return None
-    config, state = checkpoint.read_state(checkpoint.resolve(found[-1]))
+    config, state = checkpoint.read_state(checkpoint.resolve_checkpoint(found[-1]))
     best = checkpoint.step_folder(run, state.best_step)
     return best if best in found[: -config.run.keep] else None
 

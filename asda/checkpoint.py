@@ -72,21 +72,21 @@ class State:
     format: int = FORMAT
 
 
-def newest(run: Path, warn: Callable[[str], None] = print) -> Path | None:
+def newest_checkpoint(run: Path, warn: Callable[[str], None] = print) -> Path | None:
     """The newest checkpoint of a run whose files match their manifest; None when the run has no checkpoint.
 
     Raises:
         UserError: there are checkpoints, but none is intact. A run never starts afresh over them in silence.
     """
-    return _newest_of(run, checkpoints(run), damage, warn)
+    return _newest_of(run, checkpoints_of(run), damage, warn)
 
 
-def newest_for_all(run: Path, warn: Callable[[str], None] = print) -> Path | None:
-    """As newest, by all ranks together: each hashes a share of the files, and what one of them misses, all refuse.
+def newest_for_all_ranks(run: Path, warn: Callable[[str], None] = print) -> Path | None:
+    """As newest_checkpoint, by all ranks together: each hashes a share of the files, and what one of them misses, all refuse.
 
     Only the first rank warns; the error is the same sentence on all of them.
     """
-    found = [checkpoints(run)]
+    found = [checkpoints_of(run)]
     dist.broadcast_object_list(found)
     return _newest_of(run, found[0], _damage_on_any_rank, warn if dist.get_rank() == 0 else lambda _: None)
 
@@ -114,13 +114,13 @@ def _damage_on_any_rank(folder: Path) -> str | None:
     return next((f"{complaint}, says rank {rank}" for rank, complaint in found), None)
 
 
-def best(run: Path) -> Path:
+def best_checkpoint(run: Path) -> Path:
     """The checkpoint of a run that run.keep_best has kept, intact or not, as its newest intact one knows it.
 
     Raises:
         UserError: the run has no checkpoint, or has kept none as the best.
     """
-    _, state = read_state(resolve(run))
+    _, state = read_state(resolve_checkpoint(run))
     if not state.best_step:
         raise UserError(
             f"{run} has kept no checkpoint as its best; train it with run.keep_best=accuracy or mAP, and data.valid"
@@ -133,7 +133,7 @@ def step_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:07d}"
 
 
-def resolve(path: Path) -> Path:
+def resolve_checkpoint(path: Path) -> Path:
     """A checkpoint folder or a folder of weights as given, or the newest intact checkpoint of a run folder.
 
     Raises:
@@ -146,7 +146,7 @@ def resolve(path: Path) -> Path:
         return path
     if (path / "model.safetensors").is_file():  # published weights need no manifest
         return path
-    found = newest(path) if path.is_dir() else None
+    found = newest_checkpoint(path) if path.is_dir() else None
     if found is None:
         raise UserError(
             f"there is no checkpoint in {path}; give a run folder, or one of its checkpoints/step-... folders"
@@ -229,7 +229,7 @@ def description_of(config: Config, labels: tuple[str, ...]) -> Description:
 def write_weights(
     folder: Path, description: Description, weights: dict[str, dict[str, Tensor]], replace: bool = False
 ) -> None:
-    """Write a folder of weights that resolve, read_description and read_weights take: whole, or not at all.
+    """Write a folder of weights that resolve_checkpoint, read_description and read_weights take: whole, or not at all.
 
     Args:
         folder: where it goes.
@@ -299,7 +299,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
-def checkpoints(run: Path) -> list[Path]:
+def checkpoints_of(run: Path) -> list[Path]:
     """The checkpoints of a run by step, oldest first, damaged ones too."""
     named = [(STEP_NAME.fullmatch(path.name), path) for path in (run / "checkpoints").glob("step-*")]
     return [path for _, path in sorted((int(name[1]), path) for name, path in named if name)]

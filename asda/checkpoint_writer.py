@@ -43,7 +43,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from asda.checkpoint import TEMPORARY, State, checkpoints, commit, remove, step_folder
+from asda.checkpoint import TEMPORARY, State, checkpoints_of, commit, remove, step_folder
 from asda.config import Config, dump_config
 from asda.disk import sync
 from asda.errors import UserError
@@ -237,7 +237,7 @@ def prune(run: Path, keep: int, just_written: Path | None = None, spare: Path | 
     now, and the last intact one must never go because a newer one looked as if it were. Only what was written, read
     back and hashed a moment ago is believed.
     """
-    found = checkpoints(run)
+    found = checkpoints_of(run)
     if len(found) <= keep:
         return
     num_intact = 0

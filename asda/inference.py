@@ -81,7 +81,7 @@ def load(path: str | Path, weights: Weights = "student", device: Device = "auto"
     if weights not in ("student", "teacher"):
         raise UserError(f"weights {weights!r} must be 'student' or 'teacher'")
     place = _checked_device(device)
-    folder = checkpoint.resolve(Path(path))
+    folder = checkpoint.resolve_checkpoint(Path(path))
     description = checkpoint.read_description(folder)
     if weights == "teacher" and not (folder / "teacher.safetensors").is_file():
         raise UserError(f"{folder} has no teacher, which only pre-training keeps; take weights='student'")

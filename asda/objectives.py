@@ -158,7 +158,7 @@ def _load_encoder(classifier: Classifier, objective: ClassifyConfig, model: Mode
     A classifier gives its encoder too. The longest clip may differ: ASDA's positions are computed, and AST's learned
     ones are fitted. What HAM-AST puts on the encoder starts from scratch.
     """
-    folder = checkpoint.resolve(Path(objective.init_from))
+    folder = checkpoint.resolve_checkpoint(Path(objective.init_from))
     saved = checkpoint.read_description(folder).model
     theirs, ours = saved.model_dump(), model.model_dump()
     differing = [name for name in ours if ours[name] != theirs.get(name) and name not in NOT_OF_THE_ENCODER]

@@ -102,7 +102,7 @@ class Trainer:
         # Before the newest checkpoint is looked for, which a run that is about to end may yet write. A new folder is
         # made later. Both are kept open: closing either would end the lock.
         self.locks = [claim_folder(self.folder, processes.rank, make=False)]
-        start_from = checkpoint.newest_for_all(self.folder, warn=say)
+        start_from = checkpoint.newest_for_all_ranks(self.folder, warn=say)
         changes = self._continue_from(start_from) if start_from else []
         goes_on = start_from is not None
         self.objective = make_objective(config, dataset.vocabulary, processes.device, goes_on=goes_on)

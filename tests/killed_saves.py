@@ -14,7 +14,7 @@ from typing import Any
 
 from tiny_checkpoints import save, tiny_config
 
-from asda.checkpoint import TEMPORARY, newest
+from asda.checkpoint import TEMPORARY, newest_checkpoint
 from asda.checkpoint_writer import POINTER
 
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
@@ -72,7 +72,7 @@ def trial(folder: Path, before: Path, config: Any, place: int) -> dict[str, Any]
     shutil.copytree(before, run)
     call = killed_save(run, config, 3, place)
     warnings: list[str] = []
-    found = newest(run, warnings.append)
+    found = newest_checkpoint(run, warnings.append)
     save(run, config, 4)
     after = run / "checkpoints"
     return {
@@ -80,7 +80,7 @@ def trial(folder: Path, before: Path, config: Any, place: int) -> dict[str, Any]
         "found": found.name if found else None,
         "warnings": warnings,
         "kept": sorted(path.name for path in after.glob("step-*")),
-        "newest": getattr(newest(run, warnings.append), "name", None),
+        "newest": getattr(newest_checkpoint(run, warnings.append), "name", None),
         "leftovers": [path.name for path in after.glob(TEMPORARY + "*")],
         "pointer": (after / POINTER).read_text().strip(),
     }

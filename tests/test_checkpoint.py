@@ -32,7 +32,7 @@ def config() -> Config:
 
 def test_a_checkpoint_gives_back_what_was_saved(tmp_path: Path, config: Config) -> None:
     folder = save(tmp_path, config, 7)
-    assert checkpoint.newest(tmp_path) == folder == checkpoint.resolve(tmp_path) == checkpoint.resolve(folder)
+    assert checkpoint.newest_checkpoint(tmp_path) == folder == checkpoint.resolve_checkpoint(tmp_path) == checkpoint.resolve_checkpoint(folder)
     assert checkpoint.read_state(folder, to_continue=True) == (config, state_at(7))
     for stem, tensors in files_at(7).items():
         for name, tensor in tensors.items():
@@ -61,10 +61,10 @@ def test_200_flipped_bits_are_all_noticed_and_the_one_before_is_used(
         broken[rng.integers(len(broken))] ^= 1 << rng.integers(8)
         path.write_bytes(broken)
         warnings: list[str] = []
-        recovered += checkpoint.newest(tmp_path, warnings.append) == older
+        recovered += checkpoint.newest_checkpoint(tmp_path, warnings.append) == older
         detected += path.name in warnings[0]
         path.write_bytes(intact)
-    assert checkpoint.newest(tmp_path) == newer
+    assert checkpoint.newest_checkpoint(tmp_path) == newer
     count_fault("17", "one bit flipped anywhere in a checkpoint", 200, detected, recovered=recovered)
 
 
@@ -80,15 +80,15 @@ def test_missing_and_cut_files_are_noticed(harm: str, tmp_path: Path, config: Co
         "of another step": lambda folder: (shutil.rmtree(folder), shutil.copytree(older, folder)),
     }
     harms[harm](newer)
-    assert checkpoint.newest(tmp_path, lambda _: None) == older
+    assert checkpoint.newest_checkpoint(tmp_path, lambda _: None) == older
     with pytest.raises(UserError, match=r"damaged|no checkpoint"):
-        checkpoint.resolve(newer)
+        checkpoint.resolve_checkpoint(newer)
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_never_starts_afresh(tmp_path: Path, config: Config) -> None:
     (save(tmp_path, config, 1) / "state.json").write_text("")
     with pytest.raises(UserError, match="none of the 1 checkpoints"):
-        checkpoint.newest(tmp_path, lambda _: None)
+        checkpoint.newest_checkpoint(tmp_path, lambda _: None)
 
 
 def test_the_folders_say_which_is_the_newest_whatever_became_of_the_pointer(
@@ -109,14 +109,14 @@ def test_the_folders_say_which_is_the_newest_whatever_became_of_the_pointer(
     found = recovered = 0
     for harm in harms:
         harm(pointer)
-        found += checkpoint.newest(tmp_path) == newest
+        found += checkpoint.newest_checkpoint(tmp_path) == newest
         newest = save(tmp_path, config, int(newest.name.removeprefix("step-")) + 1)
         recovered += pointer.read_text() == f"{newest.name}\n" and not pointer.is_symlink()
     count_fault("19", "pointer empty, dangling, old, garbage, gone, a link", len(harms), found, recovered=recovered)
 
 
 def intact(run: Path) -> set[int]:
-    folders = [path for path in checkpoint.checkpoints(run) if damage(path) is None]
+    folders = [path for path in checkpoint.checkpoints_of(run) if damage(path) is None]
     return {int(path.name.removeprefix("step-")) for path in folders}
 
 
@@ -133,7 +133,7 @@ def do(run: Path, kind: str, number: int, step: int, fail: pytest.MonkeyPatch) -
             try_to_save(run, tiny_config(f"run.keep={1 + number % 3}"), step)
     elif kind == PRUNES:
         prune(run, keep=1 + number % 3)
-    elif found := checkpoint.checkpoints(run):
+    elif found := checkpoint.checkpoints_of(run):
         path = sorted(found[number % len(found)].iterdir())[number % 5]
         path.write_bytes(path.read_bytes()[:-1] + b"?")
 
@@ -170,7 +170,7 @@ def test_retention_never_removes_an_intact_checkpoint_unless_as_many_newer_ones_
             assert not list((run / "checkpoints").glob(".tmp-step*"))
             if after:
                 warnings: list[str] = []
-                found = checkpoint.newest(run, warnings.append)
+                found = checkpoint.newest_checkpoint(run, warnings.append)
                 assert found is not None
                 assert found.name == f"step-{max(after):07d}"
 
@@ -207,7 +207,7 @@ def test_a_checkpoint_of_format_1_gives_its_weights_and_is_not_continued(tmp_pat
     files.pop(MANIFEST)
     entries = {name: vars(entry_of(path)) for name, path in files.items()}
     (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": entries}))
-    assert checkpoint.resolve(tmp_path) == folder
+    assert checkpoint.resolve_checkpoint(tmp_path) == folder
     assert checkpoint.read_state(folder)[1].step == 1
     assert torch.equal(checkpoint.read_weights(folder, "model")["w"], files_at(1)["model"]["w"])
     with pytest.raises(UserError, match="has format 1, whose optimizer state is in pickles"):
@@ -247,9 +247,9 @@ def test_a_state_with_a_wrong_value_is_one_sentence(
 
 
 def test_a_folder_without_checkpoints_is_named(tmp_path: Path) -> None:
-    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.newest_checkpoint(tmp_path) is None
     with pytest.raises(UserError, match=str(tmp_path)):
-        checkpoint.resolve(tmp_path)
+        checkpoint.resolve_checkpoint(tmp_path)
 
 
 @pytest.fixture
@@ -261,7 +261,7 @@ def description(config: Config) -> Description:
 def test_a_folder_of_weights_gives_back_what_was_written(tmp_path: Path, description: Description) -> None:
     folder = tmp_path / "deep" / "weights"
     checkpoint.write_weights(folder, description, {"model": {"w": torch.ones(2)}, "teacher": {"w": torch.zeros(2)}})
-    assert checkpoint.resolve(folder) == folder
+    assert checkpoint.resolve_checkpoint(folder) == folder
     assert checkpoint.read_description(folder) == description
     assert torch.equal(checkpoint.read_weights(folder, "teacher")["w"], torch.zeros(2))
 

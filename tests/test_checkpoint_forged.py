@@ -117,7 +117,7 @@ def test_a_forged_checkpoint_is_refused_in_a_sentence_and_runs_nothing(tmp_path:
         canary = run / "canary"
         forge(save(run, tiny_config(), 1), canary)
         try:
-            folder = checkpoint.resolve(run)
+            folder = checkpoint.resolve_checkpoint(run)
             checkpoint.read_state(folder, to_continue=True)
             checkpoint.read_weights(folder, "model")
         except UserError as error:

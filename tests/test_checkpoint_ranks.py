@@ -61,7 +61,7 @@ HARMS: dict[str, Callable[[Path, Path], object]] = {
 
 def found_after(processes: Any, run: Path, harm: Callable[[Path, Path], object], spares: bool) -> dict[str, Any]:
     """What this rank finds after the first one has harmed the newest checkpoint, or all of them."""
-    folders = checkpoint.checkpoints(run)
+    folders = checkpoint.checkpoints_of(run)
     kept = run.with_name("kept")
     if processes.is_first:
         shutil.rmtree(kept, ignore_errors=True)
@@ -71,7 +71,7 @@ def found_after(processes: Any, run: Path, harm: Callable[[Path, Path], object],
     dist.barrier()
     started, warnings = time.monotonic(), []
     try:
-        found, error = checkpoint.newest_for_all(run, warnings.append), None
+        found, error = checkpoint.newest_for_all_ranks(run, warnings.append), None
     except UserError as refusal:
         found, error = None, str(refusal)
     seconds = time.monotonic() - started

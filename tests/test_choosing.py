@@ -85,17 +85,17 @@ def test_the_best_checkpoint_outlives_newer_ones_until_there_is_a_better_one(tmp
         for step, best in enumerate([1, 2, 2, 2, 2, 6, 6, 6, 6], 1):
             writer.save(replace(state_at(step), best_step=best, best_figure=best / 10), files_at(step))
             writer.finish()
-            kept[step] = [int(folder.name.removeprefix("step-")) for folder in checkpoint.checkpoints(run)]
+            kept[step] = [int(folder.name.removeprefix("step-")) for folder in checkpoint.checkpoints_of(run)]
             assert (run / "checkpoints" / "best").read_text() == f"step-{best:07d}\n"
-            assert checkpoint.best(run) == checkpoint.step_folder(run, best)
-            assert checkpoint.damage(checkpoint.best(run)) is None
+            assert checkpoint.best_checkpoint(run) == checkpoint.step_folder(run, best)
+            assert checkpoint.damage(checkpoint.best_checkpoint(run)) is None
     assert kept == {
         1: [1], 2: [1, 2], 3: [2, 3], 4: [2, 3, 4], 5: [2, 4, 5], 6: [5, 6], 7: [6, 7], 8: [6, 7, 8], 9: [6, 8, 9],
     }  # fmt: skip
 
 
 def steps_of(run: Path) -> list[int]:
-    return [int(folder.name.removeprefix("step-")) for folder in checkpoint.checkpoints(run)]
+    return [int(folder.name.removeprefix("step-")) for folder in checkpoint.checkpoints_of(run)]
 
 
 @pytest.mark.launch
@@ -120,7 +120,7 @@ def test_the_best_step_is_kept_judged_on_test_clips_and_the_same_after_a_kill(sh
             shutil.rmtree(checkpoint.step_folder(killed, step))
     launch(2, "train.py", *finetuning(shards, killed, *choice, "run.keep=1"))
     assert steps_of(killed) == [best, 8]
-    assert checkpoint.best(killed) == checkpoint.step_folder(killed, best)
+    assert checkpoint.best_checkpoint(killed) == checkpoint.step_folder(killed, best)
     for kind in ("valid", "test", "test_best"):
         assert read_metrics(killed, kind) == read_metrics(run, kind)
 

@@ -197,7 +197,7 @@ def test_a_checkpoint_that_is_kept_only_as_the_best_is_none_of_the_last(lengths:
 
     few = config_of(lengths, "run.keep=2")
     old = write_run(tmp_path / "old", few, 1, 2, 3, 4, best_step=1)
-    assert [folder.name[-1] for folder in checkpoint.checkpoints(old)] == ["1", "3", "4"]
+    assert [folder.name[-1] for folder in checkpoint.checkpoints_of(old)] == ["1", "3", "4"]
     assert steps(old, 2) == [3, 4]
     sentence = "old holds 2 checkpoints of a run, and step-0000001 kept only as its best, --last asks for 3; ask"
     with pytest.raises(UserError, match=sentence):

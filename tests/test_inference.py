@@ -360,7 +360,7 @@ def test_certain_chunks_keep_their_log_odds(model: Model):
 @pytest.mark.launch
 def test_tags_of_a_run_are_what_evaluation_computes(finetuned: Path, shards: Path):
     model = asda.load(finetuned, device="cpu")
-    folder = checkpoint.resolve(finetuned)
+    folder = checkpoint.resolve_checkpoint(finetuned)
     config, state = checkpoint.read_state(folder)
     assert (model.labels, model.chunk_s, model.hop_s) == (state.vocabulary, config.data.frames / 100, 0.16)
     classifier = Classifier(config.model, config.objective, len(state.vocabulary)).eval()
@@ -383,7 +383,7 @@ def test_a_run_folder_and_its_newest_checkpoint_are_the_same_model(pretrained: P
     samples_S = sound(CHUNK)
     for weights in ("student", "teacher"):
         run, folder = (
-            asda.load(path, weights=weights, device="cpu") for path in (pretrained, checkpoint.resolve(pretrained))
+            asda.load(path, weights=weights, device="cpu") for path in (pretrained, checkpoint.resolve_checkpoint(pretrained))
         )
         assert torch.equal(run.features(samples_S, RATE_HZ).patches, folder.features(samples_S, RATE_HZ).patches)
 

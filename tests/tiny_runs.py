@@ -73,7 +73,7 @@ class TinyRun:
 
     def newest_step(self) -> int:
         """Of the newest intact checkpoint; 0 when there is none."""
-        newest = checkpoint.newest(self.folder)
+        newest = checkpoint.newest_checkpoint(self.folder)
         return int(newest.name.removeprefix("step-")) if newest else 0
 
     def tensors(self) -> dict[str, dict]:

@@ -46,7 +46,7 @@ def load_network(path: Path) -> Network:
     Raises:
         UserError: there is no intact checkpoint, or its network has no such attention.
     """
-    folder = checkpoint.resolve(path)
+    folder = checkpoint.resolve_checkpoint(path)
     description = checkpoint.read_description(folder)
     if not isinstance(description.model, ModelConfig):
         raise UserError(f"{path} holds a network of another kind, whose attention is not looked into; leave it out")

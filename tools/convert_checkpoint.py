@@ -102,7 +102,7 @@ def to_theirs(args: argparse.Namespace) -> list[str]:
     """Read weights of ours, write an official checkpoint; lines about both."""
     if args.out.exists() and (not args.force or args.out.is_dir()):
         raise UserError(f"{args.out} exists; --force replaces a file, or choose another --out")
-    folder = checkpoint.resolve(args.input)
+    folder = checkpoint.resolve_checkpoint(args.input)
     description = checkpoint.read_description(folder)
     stems = [stem for stem in ("model", "teacher") if (folder / f"{stem}.safetensors").is_file()]
     weights = {stem: checkpoint.read_weights(folder, stem) for stem in stems}

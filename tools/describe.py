@@ -93,7 +93,7 @@ def _read(path: Path, overrides: list[str]) -> tuple[Config | Description, int]:
     if path.is_dir():
         if overrides:
             raise UserError(f"{path} is a folder of weights, which {overrides[0]!r} cannot change; give a config file")
-        description = checkpoint.read_description(checkpoint.resolve(path))
+        description = checkpoint.read_description(checkpoint.resolve_checkpoint(path))
         return description, len(description.labels)
     return load_config(path, overrides), 0
 

@@ -44,7 +44,7 @@ class Sets(NamedTuple):
 
 def probe(args: argparse.Namespace) -> None:
     """Judge, print a line for each encoder, and write the JSON file if one is asked for."""
-    folder = checkpoint.resolve(args.checkpoint)
+    folder = checkpoint.resolve_checkpoint(args.checkpoint)
     description = checkpoint.read_description(folder)
     weights = args.weights or ("teacher" if (folder / "teacher.safetensors").is_file() else "student")
     encoders: dict[str, nn.Module] = {weights: load(folder, weights, "cpu").encoder}

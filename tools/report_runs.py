@@ -81,7 +81,7 @@ def _read_run(folder: Path, name: str) -> Run:
 
 def _newest_state(folder: Path) -> tuple[checkpoint.State | None, str]:
     try:
-        newest = checkpoint.newest(folder, warn=lambda sentence: None)
+        newest = checkpoint.newest_checkpoint(folder, warn=lambda sentence: None)
         return (checkpoint.read_state(newest)[1], "") if newest else (None, f"{folder} has no checkpoint yet")
     except UserError as error:
         return None, str(error)
