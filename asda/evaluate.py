@@ -6,183 +6,28 @@ figures of docs/evaluation.md, and writes them with a table of classes and a pic
 Shapes: B clips of a batch, N clips or patches, P pixels of a patch, X figures of a clip, K checkpoints, C classes.
 """
 
+import os
+import sys
+
+if not __package__:  # run as a script: Python has put asda/ first, where names of ours would hide other packages
+    here = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [os.path.dirname(here), *(path for path in sys.path if os.path.realpath(path) != here)]
+
 import argparse
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.nn.functional import log_softmax
 
-from asda import checkpoint
-from asda.averaging import Member, averaged, check_same_classes, members, those_of_the_first_rank
-from asda.config import ClassifyConfig, Config, DataSpecs
-from asda.data.audio import SAMPLE_RATE_HZ
-from asda.data.batches import Batch
-from asda.data.cache import CacheConfig
 from asda.data.clips import ClipDataset
-from asda.data.stream import evaluation_batches, patch_maker, with_patches
-from asda.engine import Processes, join_processes, leave_processes
+from asda.data.datasets import held_out
+from asda.engine.processes import Processes, join_processes, leave_processes
 from asda.errors import UserError, exit_with_sentence
-from asda.evaluation_files import check_place, write_evaluation
-from asda.inference import Model, mean_logits
-from asda.metrics import summary
-from asda.models.attention import set_attention_path
-from asda.models.classifier import Classifier
-
-Weights = dict[str, Tensor]
-
-
-def evaluate_weights(
-    config: Config,
-    weights: Weights,
-    vocabulary: tuple[str, ...],
-    processes: Processes,
-    data: DataSpecs | None = None,
-) -> dict[str, float | int]:
-    """Figures of a classifier on these clips, config.data.valid by default. All ranks call this together.
-
-    Weights come whole rather than inside a ZeRO engine, so ranks may have different numbers of batches, and the
-    figures are those of the weights that a checkpoint holds.
-
-    Raises:
-        UserError: the shards are damaged, or have other classes than the classifier.
-    """
-    assert isinstance(config.objective, ClassifyConfig)
-    logits_NC, targets_NC = logits_of_clips(config, weights, held_out(config, vocabulary, data), processes)
-    return summary(logits_NC, targets_NC)
-
-
-def logits_of_clips(
-    config: Config, weights: Weights, dataset: ClipDataset, processes: Processes, *, chunks: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """A classifier's logits of every clip, and the targets: fp32 [N, C], equal on all ranks. All call this together.
-
-    Args:
-        config: the run; engine.micro_batch, precision and attention are used.
-        weights: of its Classifier.
-        dataset: labelled clips.
-        processes: among which the clips are dealt.
-        chunks: whether a clip longer than data.frames is heard to its end, as asda.inference.Model.logits does;
-            otherwise its beginning stands for it.
-    """
-    assert isinstance(config.objective, ClassifyConfig)
-    model = Classifier(config.model, config.objective, len(dataset.vocabulary))
-    model.load_state_dict(weights)
-    set_attention_path(model, config.engine.attention)
-    model = model.to(processes.device).eval()
-    if chunks:
-        return _over_whole_clips(dataset, config, processes, model)
-
-    def logits_of(patches_BNP: Tensor, clips: Batch) -> Tensor:
-        return model(patches_BNP, clips.present(config, processes.device))
-
-    return over_clips(dataset, config, processes, logits_of)
-
-
-def held_out(config: Config, vocabulary: tuple[str, ...], data: DataSpecs | None = None) -> ClipDataset:
-    """The clips that a classifier is judged on: config.data.valid by default.
-
-    Raises:
-        UserError: the shards are missing, have no labels, or other classes than the classifier.
-    """
-    cache = CacheConfig(config.data.cache, config.data.cache_gib)
-    data = data or config.data.valid
-    dataset = ClipDataset(data, labelled=True, cache=cache)
-    if not dataset.num_labels:
-        raise UserError(
-            f"{data} has no labels on its {len(dataset)} clips, so there is nothing to measure; name a "
-            "split of labelled clips"
-        )
-    if dataset.vocabulary != vocabulary:
-        raise UserError(
-            f"{data} has {len(dataset.vocabulary)} classes that are not the {len(vocabulary)} the "
-            "classifier was trained on; make the shards with the same --labels FILE"
-        )
-    return dataset
-
-
-def over_clips(
-    dataset: ClipDataset, config: Config, processes: Processes, rows_of: Callable[[Tensor, Batch], Tensor]
-) -> tuple[np.ndarray, np.ndarray]:
-    """What a network makes of every clip, and the clips' targets, in the dataset's order, on every rank.
-
-    Args:
-        dataset: labelled clips.
-        config: the run, whose micro-batch and precision are used; of fp16 only what the weights have: the classifier's
-            are fp32 here, a teacher's are fp16 while it is trained.
-        processes: among which the clips are dealt.
-        rows_of: patches [B, N, P] on the device, and their clips -> [B, X].
-
-    Returns:
-        fp32, [clips, X] and [clips, classes].
-    """
-    device = processes.device
-    stream = _batches(dataset, config, processes, patches=patch_maker(config, device))
-    with with_patches(stream, config, config.engine.micro_batch, device) as batches, _inference(config, device):
-        return _gathered(
-            ((rows_of(patches_BNP.to(device), clips), clips) for patches_BNP, clips in batches), dataset, processes
-        )
-
-
-def _over_whole_clips(
-    dataset: ClipDataset, config: Config, processes: Processes, classifier: Classifier
-) -> tuple[np.ndarray, np.ndarray]:
-    """As over_clips, of clips in their whole length: logits of the mean probabilities of their chunks.
-
-    Those of a single-label classifier are logarithms of probabilities for clips of one chunk too, so that all clips
-    are ranked by the same thing.
-    """
-    assert isinstance(config.objective, ClassifyConfig)
-    one_label = config.objective.loss == "ce"
-    description = checkpoint.description_of(config, dataset.vocabulary)
-    model = Model(Path(config.run.folder), description, classifier.encoder, classifier, processes.device)
-
-    def rows() -> Iterator[tuple[Tensor, Batch]]:
-        for batch in _batches(dataset, config, processes):
-            logits_BC = torch.stack(model.logits([clip.samples for clip in batch.clips], SAMPLE_RATE_HZ))
-            yield (log_softmax(logits_BC.double(), dim=1) if one_label else logits_BC), batch
-
-    with _inference(config, processes.device):
-        return _gathered(rows(), dataset, processes)
-
-
-def _batches(dataset: ClipDataset, config: Config, processes: Processes, **options: Any) -> Iterator[Batch]:
-    """What this rank has to do."""
-    return evaluation_batches(
-        dataset,
-        config.data,
-        batch=config.engine.micro_batch,
-        rank=processes.rank,
-        world_size=processes.world_size,
-        **options,
-    )
-
-
-@contextmanager
-def _inference(config: Config, device: torch.device) -> Iterator[None]:
-    """Without gradients, in the run's precision."""
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision == "bf16"):
-        yield
-
-
-def _gathered(
-    made: Iterable[tuple[Tensor, Batch]], dataset: ClipDataset, processes: Processes
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and targets of this rank's batches, then of all ranks', in the dataset's order; fp32."""
-    rows, targets = [], []
-    for rows_BX, clips in made:
-        rows.append(rows_BX.float().cpu().numpy())
-        targets.append(clips.targets(len(dataset.vocabulary)))
-    parts: list[Any] = [None] * processes.world_size
-    dist.all_gather_object(parts, (rows, targets))
-    all_rows, all_targets = (np.concatenate([a for some in lists for a in some]) for lists in zip(*parts, strict=True))
-    assert len(all_rows) == len(dataset), "every clip exactly once"
-    return all_rows, all_targets
+from asda.evaluation.combine import Member, averaged, check_same_classes, members, those_of_the_first_rank
+from asda.evaluation.loop import logits_of_clips
+from asda.evaluation.metrics import summary
+from asda.evaluation.report import check_place, write_evaluation
+from asda.inference import mean_logits
 
 
 def combined_logits(
@@ -202,7 +47,7 @@ def combined_logits(
 
 
 def evaluate(several: list[Member], data: str | None, out: Path | None, *, ensemble: bool, chunks: bool) -> None:
-    """Evaluate checkpoints, print the figures and write the files of asda.evaluation_files."""
+    """Evaluate checkpoints, print the figures and write the files of asda.evaluation.report."""
     processes = join_processes()
     several = those_of_the_first_rank(several)
     newest = several[-1]

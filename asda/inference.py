@@ -5,9 +5,9 @@
     tags = model.tags(audio, 48_000, top=5)
     timeline = model.timeline(audio, 48_000, window_s=2.0, hop_s=1.0)
 
-1. wave       mean over channels, 16 kHz                asda.data.waveform
+1. wave       mean over channels, 16 kHz                asda.data.audio.arrays
 2. chunks     stretches as long as those trained on     `cut`
-3. log-mel    Kaldi's, minus its mean, over 2 std       `Model.log_mel`, asda.data.fbank
+3. log-mel    Kaldi's, minus its mean, over 2 std       `Model.log_mel`, asda.data.features.fbank
 4. network    chunks in batches of bounded size         `Model.encode_log_mel`, `Model.logits_of_log_mel`
 5. clip       chunks joined, or averaged                `Model.features`, `Model.logits`
 
@@ -32,11 +32,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax, logsigmoid
 
-from asda import checkpoint
-from asda.config import AstConfig, ClassifyConfig, Description
-from asda.data.audio import SAMPLE_RATE_HZ
-from asda.data.fbank import FRAME_SHIFT, FRAME_WINDOW, log_mel_of_wave, num_frames, num_samples
-from asda.data.waveform import Audio, is_list, to_wave, to_waves
+from asda.checkpoint.read import read_description, resolve_checkpoint
+from asda.checkpoint.weights import misfit, read_weights
+from asda.config.model import AstConfig, ClassifyConfig
+from asda.config.run import Description
+from asda.data.audio.arrays import Audio, is_list, to_wave, to_waves
+from asda.data.audio.waves import SAMPLE_RATE_HZ
+from asda.data.features.fbank import FRAME_SHIFT, FRAME_WINDOW, log_mel_of_wave, num_frames, num_samples
 from asda.errors import UserError
 from asda.models.ast import AstEncoder
 from asda.models.classifier import Classifier, make_encoder
@@ -81,11 +83,11 @@ def load(path: str | Path, weights: Weights = "student", device: Device = "auto"
     if weights not in ("student", "teacher"):
         raise UserError(f"weights {weights!r} must be 'student' or 'teacher'")
     place = _checked_device(device)
-    folder = checkpoint.resolve_checkpoint(Path(path))
-    description = checkpoint.read_description(folder)
+    folder = resolve_checkpoint(Path(path))
+    description = read_description(folder)
     if weights == "teacher" and not (folder / "teacher.safetensors").is_file():
         raise UserError(f"{folder} has no teacher, which only pre-training keeps; take weights='student'")
-    tensors = checkpoint.read_weights(folder, "model" if weights == "student" else "teacher")
+    tensors = read_weights(folder, "model" if weights == "student" else "teacher")
     if isinstance(description.objective, ClassifyConfig) and (description.labels or "head.weight" in tensors):
         if not description.labels:
             raise UserError(
@@ -467,7 +469,7 @@ def _checked_device(device: Device) -> torch.device:
 
 
 def _fill(module: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
-    complaint = checkpoint.misfit(module.state_dict(), weights)
+    complaint = misfit(module.state_dict(), weights)
     if complaint:
         raise UserError(f"the weights in {folder} do not fit its config.json: {complaint}")
     module.load_state_dict(weights)

@@ -19,18 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asda import checkpoint
-from asda.config import AstConfig, ClassifyConfig, Config, ModelConfig, PretrainConfig, of_asda
+from asda.checkpoint.read import read_description, resolve_checkpoint
+from asda.checkpoint.weights import misfit, read_weights
+from asda.config.model import AstConfig, ClassifyConfig, ModelConfig, PretrainConfig, of_asda
+from asda.config.run import Config
 from asda.data.batches import Batch
 from asda.data.stream import MaskMaker
-from asda.ema import Ema
-from asda.engine import full_weights
+from asda.engine.ema import Ema, ema_decay
+from asda.engine.zero import full_weights
 from asda.errors import UserError
 from asda.models.ast import fitted_positions
 from asda.models.attention import set_attention_path
 from asda.models.classifier import Classifier, classification_loss, lr_scales
 from asda.models.masks import visible_patches
-from asda.models.pretrain import MaskedStudents, Teacher, ema_decay
+from asda.models.pretrain import MaskedStudents, Teacher
 
 # Keys of the model section that may differ between an encoder and the checkpoint that it starts from
 NOT_OF_THE_ENCODER = ("max_time_patches", "frames", "conformer", "channel_attention")
@@ -88,7 +90,7 @@ class Pretraining:
         return {"model": full_weights(self._engine, everywhere), "teacher": self._ema.weights(everywhere)}
 
     def restore(self, folder: Path) -> None:
-        """Take the teacher from a checkpoint; asda/partitions.py restores the rest."""
+        """Take the teacher from a checkpoint; asda/engine/partitions.py restores the rest."""
         self._ema.restore(folder / "teacher.safetensors")
 
 
@@ -158,8 +160,8 @@ def _load_encoder(classifier: Classifier, objective: ClassifyConfig, model: Mode
     A classifier gives its encoder too. The longest clip may differ: ASDA's positions are computed, and AST's learned
     ones are fitted. What HAM-AST puts on the encoder starts from scratch.
     """
-    folder = checkpoint.resolve_checkpoint(Path(objective.init_from))
-    saved = checkpoint.read_description(folder).model
+    folder = resolve_checkpoint(Path(objective.init_from))
+    saved = read_description(folder).model
     theirs, ours = saved.model_dump(), model.model_dump()
     differing = [name for name in ours if ours[name] != theirs.get(name) and name not in NOT_OF_THE_ENCODER]
     if differing:
@@ -174,13 +176,13 @@ def _load_encoder(classifier: Classifier, objective: ClassifyConfig, model: Mode
             f"objective.init_weights is teacher, but {folder} holds no teacher (classifiers and some published "
             "checkpoints have none); use objective.init_weights=student"
         )
-    weights = checkpoint.read_weights(folder, stem)
+    weights = read_weights(folder, stem)
     if stem == "model":
         prefix = "encoder."
         weights = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
     if isinstance(model, AstConfig) and isinstance(saved, AstConfig) and "positions" in weights:
         weights["positions"] = fitted_positions(weights["positions"], saved.grid, model.grid)
-    complaint = checkpoint.misfit(classifier.encoder.state_dict(), weights)
+    complaint = misfit(classifier.encoder.state_dict(), weights)
     if complaint:
         raise UserError(f"{folder}/{stem}.safetensors does not fit its config.json: {complaint}")
     classifier.encoder.load_state_dict(weights)

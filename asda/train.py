@@ -4,9 +4,16 @@ The configuration is checked before torch and DeepSpeed are loaded, so a slip is
 is asda/trainer.py.
 """
 
+import os
+import sys
+
+if not __package__:  # run as a script: Python has put asda/ first, where names of ours would hide other packages
+    here = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [os.path.dirname(here), *(path for path in sys.path if os.path.realpath(path) != here)]
+
 import argparse
 
-from asda.config import load_config
+from asda.config.run import load_config
 from asda.errors import exit_with_sentence
 
 EXAMPLES = """examples:

@@ -19,25 +19,24 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
-from asda import checkpoint
-from asda.checkpoint import State
-from asda.checkpoint_writer import CheckpointWriter, Outcome
-from asda.choosing import Best, best_so_far, check_choice, open_held_out
-from asda.config import ClassifyConfig, Config, DataSpecs, dump_config
-from asda.continuing import check_continuation
-from asda.costs import gemm_rate, network_costs
+from asda.checkpoint.manifest import damage
+from asda.checkpoint.read import State, newest_for_all_ranks, read_state, step_folder
+from asda.checkpoint.weights import read_weights
+from asda.checkpoint.writer import CheckpointWriter, Outcome
+from asda.config.data import DataSpecs
+from asda.config.model import ClassifyConfig
+from asda.config.run import Config, dump_config
 from asda.data.batches import Batch
-from asda.data.cache import CacheConfig
 from asda.data.clips import Clip, ClipDataset, DamageBudget
+from asda.data.datasets import _open_data, open_held_out
 from asda.data.order import hash_of
 from asda.data.stream import patch_maker, training_batches, with_patches
-from asda.engine import (
-    Processes,
+from asda.engine.partitions import optimizer_file, restore
+from asda.engine.processes import Processes, join_processes, leave_processes
+from asda.engine.zero import (
     gradient_norm,
     guarded,
-    join_processes,
     learning_rate,
-    leave_processes,
     make_engine,
     micro_batch_of,
     replicas_differ,
@@ -45,15 +44,18 @@ from asda.engine import (
     was_applied,
 )
 from asda.errors import Stopped, UserError, say
-from asda.evaluate import evaluate_weights
-from asda.hosts import check_folder_is_shared, claim_folder
-from asda.meter import Meter
+from asda.evaluation.loop import evaluate_weights
+from asda.evaluation.probe import Probe
+from asda.models.costs import gemm_rate, network_costs
 from asda.objectives import DTYPES, Pretraining, make_objective
-from asda.partitions import optimizer_file, restore
-from asda.probe import Probe
-from asda.runlog import BAD_STEPS, RunLog, check_wandb, collapse_alarm
-from asda.stopping import HEARTBEAT_TIMEOUT_S, Heartbeat, StopSignals, agree
-from asda.summary import derived_numbers
+from asda.run.folder import check_folder_is_shared, claim_folder
+from asda.run.heartbeat import HEARTBEAT_TIMEOUT_S, Heartbeat
+from asda.run.log import BAD_STEPS, RunLog, check_wandb, collapse_alarm
+from asda.run.preflight import derived_numbers
+from asda.run.resume import check_continuation
+from asda.run.signals import StopSignals, agree
+from asda.run.throughput import Meter
+from asda.run.validation import Best, best_so_far, check_choice
 
 
 def train(config: Config) -> None:
@@ -102,7 +104,7 @@ class Trainer:
         # Before the newest checkpoint is looked for, which a run that is about to end may yet write. A new folder is
         # made later. Both are kept open: closing either would end the lock.
         self.locks = [claim_folder(self.folder, processes.rank, make=False)]
-        start_from = checkpoint.newest_for_all_ranks(self.folder, warn=say)
+        start_from = newest_for_all_ranks(self.folder, warn=say)
         changes = self._continue_from(start_from) if start_from else []
         goes_on = start_from is not None
         self.objective = make_objective(config, dataset.vocabulary, processes.device, goes_on=goes_on)
@@ -270,11 +272,11 @@ class Trainer:
         if not best:
             return
         if best != step:
-            folder = checkpoint.step_folder(self.folder, best)
-            if complaint := next(filter(None, self._from_all(checkpoint.damage(folder))), None):
+            folder = step_folder(self.folder, best)
+            if complaint := next(filter(None, self._from_all(damage(folder))), None):
                 self.log.warn(f"{folder} is not evaluated on {test}: {complaint}")
                 return
-            figures = self._figures(checkpoint.read_weights(folder, "model"), test)
+            figures = self._figures(read_weights(folder, "model"), test)
         self.log.record("test_best", step, figures | {"best_step": best})
 
     def _figures(self, weights: dict[str, Tensor], data: DataSpecs) -> dict[str, float | int]:
@@ -345,7 +347,7 @@ class Trainer:
             raise UserError(
                 f"{self.folder} already has a checkpoint, and resume is never; give another run.folder, or resume=auto"
             )
-        saved, state = checkpoint.read_state(folder, to_continue=True)
+        saved, state = read_state(folder, to_continue=True)
         changes = check_continuation(folder, saved, self.config)
         if state.data_fingerprint != self.dataset.fingerprint:
             raise UserError(
@@ -413,25 +415,3 @@ class Trainer:
         everyones = [None] * self.processes.world_size
         dist.all_gather_object(everyones, mine)
         return everyones
-
-
-def _open_data(config: Config) -> ClipDataset:
-    """The training shards.
-
-    Raises:
-        UserError: they do not have the labels that the objective needs.
-    """
-    sources = [part.data for part in config.data.datasets]
-    cache = CacheConfig(config.data.cache, config.data.cache_gib)
-    labelled = isinstance(config.objective, ClassifyConfig)
-    dataset = ClipDataset(*sources, labelled=labelled, tolerant=config.data.max_damaged > 0, cache=cache)
-    if labelled and not dataset.num_labels:
-        raise UserError(
-            f"{config.data.train} has no labels on its {len(dataset)} clips; objective.kind classify learns from labels"
-        )
-    one_label = isinstance(config.objective, ClassifyConfig) and config.objective.loss == "ce"
-    if one_label and (complaint := dataset.without_one_label()):
-        raise UserError(
-            f"{config.data.train}: {complaint}; objective.loss ce wants one label on every clip, use bce for any number"
-        )
-    return dataset

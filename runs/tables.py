@@ -15,7 +15,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import crossval  # noqa: E402  in tools/
 
 from asda.errors import exit_with_sentence  # noqa: E402
-from asda.runlog import read_metrics  # noqa: E402
+from asda.run.log import read_metrics  # noqa: E402
 
 RUNS = Path("runs/exp")
 SEEDS = (1, 2, 3)

@@ -21,7 +21,7 @@ IMPORTED_ONCE = [
     "asda.sharding.space",
     "asda.sharding.journal",
     "asda.sharding.sources",
-    "asda.data.fbank",
+    "asda.data.features.fbank",
 ]
 
 _server = multiprocessing.get_context("forkserver")

@@ -23,14 +23,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from asda.config import ClassifyConfig, DecoderConfig, MaskConfig, ModelConfig, PretrainConfig, Section
+from asda.config.base import Section
+from asda.config.model import ClassifyConfig, DecoderConfig, MaskConfig, ModelConfig, PretrainConfig
+from asda.config.presets import PRESETS
 from asda.errors import UserError
 from asda.models import attention
 from asda.models.attention import set_attention_path
 from asda.models.classifier import Classifier
 from asda.models.masks import visible_indices
 from asda.models.pretrain import MaskedStudents, Teacher
-from asda.presets import PRESETS
 
 REL_RMS = 1e-5
 FAMILIES = {"asda": "released", "eat": "eat"}  # the presets that compute what the official code computes

@@ -12,8 +12,10 @@ from golden_findings import EXACT_REL, UNIT_ROUNDING, Finding, Findings, figure,
 from kaldi import MOST, PERCENTILE_99_9
 from torch import Tensor
 
-from asda.config import MaskConfig
-from asda.data import audio, cpu_patches, fbank
+from asda.config.model import MaskConfig
+from asda.data.audio import waves as audio
+from asda.data.features import cpu as cpu_patches
+from asda.data.features import fbank
 from asda.models import masks
 
 # Ours is the official resampler; its sums of 34 products (44.1 kHz) may be added in another order: at most 34 x 2^-24

@@ -12,7 +12,8 @@ from golden import Finetuning, Pretraining, Table
 from golden_findings import EXACT_REL, UNIT_ROUNDING, Finding, Findings, figure, most, rms
 from torch import Tensor, nn
 
-from asda.config import EmaConfig
+from asda.config.model import EmaConfig
+from asda.engine import ema as ema_module
 from asda.errors import UserError
 from asda.models import classifier, encoder, pretrain
 
@@ -267,7 +268,7 @@ def adam_step(case: Pretraining) -> Findings:
         yield rms("Adam step", name, ours, theirs, 5 * UNIT_ROUNDING)
     if case.official.under("adam_step_ema."):  # not every file has them
         teacher = case.teacher(case.students())
-        pretrain.ema_update(
+        ema_module.ema_update(
             teacher.encoder.parameters(), students.encoder.parameters(), case.numbers["ema"]["decay_plain"]
         )
         yield from teacher_weights(case, teacher, "adam_step_ema.")
@@ -281,7 +282,7 @@ def update(students: pretrain.MaskedStudents, settings: Table) -> float:
 
 
 def adam(students: pretrain.MaskedStudents, settings: Table) -> torch.optim.AdamW:
-    """The optimizer of asda/engine.py with the official settings: decay reaches biases and norms too."""
+    """The optimizer of asda/engine/zero.py with the official settings: decay reaches biases and norms too."""
     return torch.optim.AdamW(
         students.parameters(),
         lr=settings.get("lr", 0.0),
@@ -297,13 +298,16 @@ def ema(case: Pretraining) -> Findings:
     cfg = case.numbers["model_cfg"]
     config = EmaConfig(decay=cfg["ema_decay"], end_decay=cfg["ema_end_decay"], anneal_steps=cfg["ema_anneal_end_step"])
     for updates, decay in numbers["annealed_decay_by_num_updates"].items():
-        ours = pretrain.ema_decay(config, int(updates))
+        ours = ema_module.ema_decay(config, int(updates))
         yield figure("EMA decay", f"after {updates} updates", ours, decay, EXACT_REL)
-    for prefix, decay in (("ema_step.", numbers["decay_plain"]), ("ema_first_update.", pretrain.ema_decay(config, 1))):
+    for prefix, decay in (
+        ("ema_step.", numbers["decay_plain"]),
+        ("ema_first_update.", ema_module.ema_decay(config, 1)),
+    ):
         if prefix == "ema_first_update." and not case.official.under(prefix):
             continue  # not every file has them
         teacher = case.teacher(students)
-        pretrain.ema_update(teacher.encoder.parameters(), students.encoder.parameters(), decay)
+        ema_module.ema_update(teacher.encoder.parameters(), students.encoder.parameters(), decay)
         yield from teacher_weights(case, teacher, prefix)
 
 
@@ -345,8 +349,8 @@ def check_trajectory(case: Pretraining, official: Table, numbers: Table) -> Find
         norm = nn.utils.clip_grad_norm_(students.parameters(), numbers["clip_norm"])
         optimizer.param_groups[0]["lr"] = update["lr"]
         optimizer.step()
-        decay = pretrain.ema_decay(config, number + 1)
-        pretrain.ema_update(teacher.encoder.parameters(), students.encoder.parameters(), decay)
+        decay = ema_module.ema_decay(config, number + 1)
+        ema_module.ema_update(teacher.encoder.parameters(), students.encoder.parameters(), decay)
         masked_LD = targets.tokens.repeat_interleave(case.config.students, dim=0)[mask_SN.bool()]
         figures = {
             "loss": losses.total,

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import torchaudio.compliance.kaldi as torchaudio_kaldi
 
-from asda.data.fbank import MIN_ENERGY
+from asda.data.features.fbank import MIN_ENERGY
 
 # The order of operations is torchaudio's, so only the clip's mean rounds otherwise: torch sums it in as many parts as
 # it has threads. Its last bit moves the samples' rounding, and that the quietest mel energies: by 1.0e-3 at most over

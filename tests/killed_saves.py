@@ -14,8 +14,9 @@ from typing import Any
 
 from tiny_checkpoints import save, tiny_config
 
-from asda.checkpoint import TEMPORARY, newest_checkpoint
-from asda.checkpoint_writer import POINTER
+from asda.checkpoint.manifest import TEMPORARY
+from asda.checkpoint.read import newest_checkpoint
+from asda.checkpoint.writer import POINTER
 
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 

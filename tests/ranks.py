@@ -28,7 +28,7 @@ NUM_VISIBLE = 6  # patches that a student sees
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Call function(processes, *arguments) in new processes that have joined; returns what each rank returned."""
-    from asda.engine import free_port
+    from asda.engine.processes import free_port
 
     with tempfile.TemporaryDirectory() as folder:
         job = (world_size, free_port(), function, arguments, folder)
@@ -41,7 +41,7 @@ def _enter(rank: int, world_size: int, port: int, function: Any, arguments: tupl
     os.environ.update({name: str(value) for name, value in where.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
-    from asda.engine import join_processes, leave_processes
+    from asda.engine.processes import join_processes, leave_processes
 
     result = function(join_processes(timeout_s=60), *arguments)
     leave_processes()
@@ -50,7 +50,7 @@ def _enter(rank: int, world_size: int, port: int, function: Any, arguments: tupl
 
 def tiny_config(*overrides: str):
     """Two students in 32 dimensions; decoder noise off, because each rank would draw its own."""
-    from asda.config import load_config
+    from asda.config.run import load_config
 
     run = ["data.train=nowhere:train", "run.folder=nowhere", "optimizer.steps=20", "optimizer.lr=1e-3"]
     quiet = ["objective.decoder.noise_std=0", "objective.ema.decay=0.9", "objective.ema.end_decay=0.9"]
@@ -64,7 +64,7 @@ def stages_of(precision: str) -> tuple[int, ...]:
 
 def make_run(config: Any, processes: Any):
     """An objective and its engine, freshly initialised."""
-    from asda.engine import make_engine
+    from asda.engine.zero import make_engine
     from asda.objectives import make_objective
 
     objective = make_objective(config, (), processes.device)
@@ -96,7 +96,7 @@ def train_step(objective: Any, engine: Any, processes: Any, step: int, applied: 
     `bad` spoils the last micro-batch of this rank: "input" makes its clips nan, "loss" its loss infinite, "gradient"
     gives a finite loss one parameter with a gradient of nan, "norm" gives finite gradients whose squares overflow.
     """
-    from asda.engine import guarded, learning_rate, set_learning_rate, was_applied
+    from asda.engine.zero import guarded, learning_rate, set_learning_rate, was_applied
 
     set_learning_rate(engine, partial(learning_rate, objective._config.optimizer, applied + 1))
     accumulation = engine.gradient_accumulation_steps()
@@ -126,7 +126,7 @@ def lower_the_loss_scale(engine: Any) -> None:
 
 def everything(objective: Any, engine: Any) -> dict[str, torch.Tensor]:
     """Masters, moments, Adam's counters and the teacher, whole, and what each rank computes with; copies."""
-    from asda.partitions import fragments, whole
+    from asda.engine.partitions import fragments, whole
 
     held = fragments(engine)
     counters = torch.stack([state["step"].cpu() for state in engine.basic_optimizer.state.values()])

@@ -19,16 +19,18 @@ from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassificati
 from transformers.utils import logging
 
 import asda
-from asda import checkpoint
-from asda.config import AstConfig, ClassifyConfig, Config, load_config
-from asda.costs import network_costs
-from asda.data.fbank import log_mel_of_wave
+from asda.checkpoint.read import read_description
+from asda.checkpoint.weights import read_weights
+from asda.config.model import AstConfig, ClassifyConfig
+from asda.config.run import Config, load_config
+from asda.data.features.fbank import log_mel_of_wave
 from asda.errors import UserError
 from asda.models.ast import fitted_positions
 from asda.models.classifier import Classifier, lr_scales
+from asda.models.costs import network_costs
 from asda.objectives import make_objective
-from asda.official.ast import from_hugging_face
-from asda.official.weights import Wishes
+from asda.official.fairseq import Wishes
+from asda.official.huggingface_ast import from_hugging_face
 
 pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
 
@@ -105,10 +107,10 @@ def published(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
 
 
 def classifier_of(folder: Path) -> Classifier:
-    description = checkpoint.read_description(folder)
+    description = read_description(folder)
     assert isinstance(description.objective, ClassifyConfig)
     classifier = Classifier(description.model, description.objective, len(description.labels)).eval()
-    classifier.load_state_dict(checkpoint.read_weights(folder, "model"))
+    classifier.load_state_dict(read_weights(folder, "model"))
     return classifier
 
 
@@ -214,7 +216,7 @@ def test_labels_sizes_statistics_and_the_loss_come_from_the_files_beside_the_wei
     printed = convert(tmp_path / "hf", "--out", tmp_path / "ours").stdout
     assert "AST, fine-tuned" in printed
     assert "note" not in printed, "nothing is assumed"
-    description = checkpoint.read_description(tmp_path / "ours")
+    description = read_description(tmp_path / "ours")
     assert description.labels == ("dog", "cat", "rain", "wind", "siren")
     assert (description.data.frames, description.data.log_mel.mean, description.data.log_mel.std) == (
         FRAMES,
@@ -234,9 +236,9 @@ def test_without_a_config_everything_assumed_is_said_and_the_weights_are_the_sam
     assert "cross-entropy is assumed" in printed
     assert "log-mel mean -4.2677393 and std 4.5689974 are assumed" in printed
     assert 'are called "class 0"' in printed
-    for name, tensor in checkpoint.read_weights(folders / "ours", "model").items():
-        assert torch.equal(checkpoint.read_weights(tmp_path / "ours", "model")[name], tensor)
-    assert checkpoint.read_description(tmp_path / "ours").data.frames == FRAMES
+    for name, tensor in read_weights(folders / "ours", "model").items():
+        assert torch.equal(read_weights(tmp_path / "ours", "model")[name], tensor)
+    assert read_description(tmp_path / "ours").data.frames == FRAMES
 
 
 def test_heads_that_no_config_tells_are_assumed_and_it_is_said(folders: Path, tmp_path: Path):
@@ -246,7 +248,7 @@ def test_heads_that_no_config_tells_are_assumed_and_it_is_said(folders: Path, tm
     (hf / "config.json").write_text(json.dumps(config))
     printed = convert(hf, "--out", tmp_path / "ours").stdout
     assert "heads of 64 features are assumed, no config.json says num_attention_heads (--heads)" in printed
-    assert checkpoint.read_description(tmp_path / "ours").model.heads == 1
+    assert read_description(tmp_path / "ours").model.heads == 1
 
 
 def test_a_preset_is_refused_where_the_network_has_no_lambda(folders: Path, tmp_path: Path):

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from asda.config import ModelConfig
-from asda.models import blocked_attention
+from asda.config.model import ModelConfig
 from asda.models.attention import (
     Attention,
     LearnedLambda,
@@ -25,6 +24,7 @@ from asda.models.attention import (
     differential_attention,
     set_attention_path,
 )
+from asda.models.fast import cpu_attention as blocked_attention
 
 pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
 

@@ -24,10 +24,11 @@ from matplotlib.image import imread
 from scipy import stats
 from tiny_tools import INPUT, TINY, noise, one_core, run, write_pretrained, write_tagger
 
-from asda.config import ClassifyConfig, Description, ModelConfig
-from asda.data.audio import INT16_SCALE
+from asda.config.model import ClassifyConfig, ModelConfig
+from asda.config.run import Description
+from asda.data.audio.waves import INT16_SCALE
 from asda.data.clips import Clip
-from asda.data.fbank import log_mel
+from asda.data.features.fbank import log_mel
 from asda.data.order import Draw
 from asda.errors import UserError
 from asda.models.attention import Attention, differential_attention
@@ -184,7 +185,7 @@ def test_intervals_are_those_of_scipy():
 def test_of_a_pre_training_the_teacher_is_looked_at_and_of_a_classifier_its_encoder(tmp_path: Path):
     pretrained, tagger = write_pretrained(tmp_path / "pretrained"), write_tagger(tmp_path / "tagger")
     for folder, stem, prefix in ((pretrained, "teacher", ""), (tagger, "model", "encoder.")):
-        weights = attention_maps.checkpoint.read_weights(folder, stem)
+        weights = attention_maps.read_weights(folder, stem)
         state = load_network(folder).encoder.state_dict()
         assert all(tensor.equal(weights[prefix + name]) for name, tensor in state.items())
 
@@ -192,7 +193,7 @@ def test_of_a_pre_training_the_teacher_is_looked_at_and_of_a_classifier_its_enco
 def test_a_network_without_such_maps_is_refused_by_name(tmp_path: Path, monkeypatch):
     tagger = write_tagger(tmp_path / "tagger")
     other = SimpleNamespace(model=SimpleNamespace(kind="another"))
-    monkeypatch.setattr(attention_maps.checkpoint, "read_description", lambda folder: other)
+    monkeypatch.setattr(attention_maps, "read_description", lambda folder: other)
     with pytest.raises(UserError, match="tagger holds a network of another kind"):
         load_network(tagger)
 

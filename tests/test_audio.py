@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torchaudio.functional import resample as torchaudio_resample
 
-from asda.data import audio
-from asda.data.audio import AudioError, decode_wav, encode_wav, read_audio, read_wave, resample, resampled_length
+from asda.data.audio import sndfile
+from asda.data.audio import waves as audio
+from asda.data.audio.read import read_audio, read_wave
+from asda.data.audio.waves import AudioError, decode_wav, encode_wav, resample, resampled_length
 
 
 def noise(num_samples: int = 16_000) -> np.ndarray:
@@ -113,7 +115,7 @@ def test_a_wave_is_the_mean_of_the_channels_at_the_file_s_own_rate_however_it_is
     stereo = np.stack([noise(44_100), noise(44_100)[::-1]], axis=1)
     soundfile.write(path, stereo, 44_100)
     decoded, _ = soundfile.read(path, dtype="float32")
-    monkeypatch.setattr(audio, "READ_AT_ONCE", 5_001)
+    monkeypatch.setattr(sndfile, "READ_AT_ONCE", 5_001)
     wave_S, rate = read_wave(path)
     assert (rate, wave_S.dtype) == (44_100, np.float32)
     np.testing.assert_array_equal(wave_S, (decoded[:, 0] + decoded[:, 1]) / 2)

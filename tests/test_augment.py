@@ -10,8 +10,10 @@ import torch
 import torchaudio.functional
 from scipy import stats
 
-from asda.config import AugmentConfig, load_config
-from asda.data.augment import (
+from asda.config.data import AugmentConfig
+from asda.config.run import load_config
+from asda.data.clips import ClipDataset
+from asda.data.features.augment import (
     ClipAugmentation,
     draw_augmentation,
     draw_augmentations,
@@ -23,12 +25,11 @@ from asda.data.augment import (
     partners,
     present_patches,
 )
-from asda.data.clips import ClipDataset
-from asda.data.cpu_patches import CpuPatches, PatchLayout
-from asda.data.fbank import num_samples
+from asda.data.features.cpu import CpuPatches, PatchLayout
+from asda.data.features.fbank import num_samples
 from asda.data.order import Draw
 from asda.data.stream import evaluation_batches, patch_maker, training_batches, with_patches
-from asda.engine import micro_batch_of
+from asda.engine.zero import micro_batch_of
 from asda.errors import UserError
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo_finetune.json"

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from fault_table import Count
 
-from asda.config import load_config
-from asda.continuing import flattened
+from asda.config.run import load_config
 from asda.errors import USER_ERROR_EXIT, UserError
+from asda.run.resume import flattened
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = [ROOT / "configs" / f"{name}.json" for name in ("demo_pretrain", "demo_finetune", "esc50_ast")]
@@ -118,7 +118,7 @@ def test_a_strange_override_is_one_sentence(override: str) -> None:
 
 def test_reading_a_configuration_needs_neither_torch_nor_deepspeed() -> None:
     code = (
-        "import sys, asda.config, asda.errors\n"
+        "import sys, asda.config.run, asda.errors\n"
         "print([name for name in ('torch', 'deepspeed', 'numpy', 'nvidia.dali') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

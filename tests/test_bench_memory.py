@@ -10,8 +10,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import bench_memory  # tools/ is not a package
 
-from asda.config import EngineConfig
-from asda.costs import rank_memory
+from asda.config.run import EngineConfig
+from asda.models.costs import rank_memory
 
 SMALL = ["model.width=96", "model.heads=4", "model.depth=2", "objective.target_layers=2", "objective.decoder.width=96"]
 # Partitions are padded to equal and even sizes, and single numbers travel too: a flag, a norm.

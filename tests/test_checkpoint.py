@@ -16,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_checkpoints import files_at, save, state_at, tiny_config, try_to_save
 
-from asda import checkpoint
-from asda.checkpoint_writer import POINTER, prune
-from asda.config import Config, Description
+from asda.checkpoint.manifest import MANIFEST, damage, entry_of
+from asda.checkpoint.read import checkpoints_of, newest_checkpoint, read_description, read_state, resolve_checkpoint
+from asda.checkpoint.weights import misfit, read_weights, write_weights
+from asda.checkpoint.writer import POINTER, prune
+from asda.config.run import Config, Description
 from asda.errors import UserError
-from asda.manifest import MANIFEST, damage, entry_of
 
 Harm = Callable[[Path], object]
 
@@ -32,11 +33,11 @@ def config() -> Config:
 
 def test_a_checkpoint_gives_back_what_was_saved(tmp_path: Path, config: Config) -> None:
     folder = save(tmp_path, config, 7)
-    assert checkpoint.newest_checkpoint(tmp_path) == folder == checkpoint.resolve_checkpoint(tmp_path) == checkpoint.resolve_checkpoint(folder)
-    assert checkpoint.read_state(folder, to_continue=True) == (config, state_at(7))
+    assert newest_checkpoint(tmp_path) == folder == resolve_checkpoint(tmp_path) == resolve_checkpoint(folder)
+    assert read_state(folder, to_continue=True) == (config, state_at(7))
     for stem, tensors in files_at(7).items():
         for name, tensor in tensors.items():
-            assert torch.equal(checkpoint.read_weights(folder, stem)[name], tensor)
+            assert torch.equal(read_weights(folder, stem)[name], tensor)
 
 
 def test_only_the_newest_are_kept_and_steps_are_ordered_as_numbers(tmp_path: Path, config: Config) -> None:
@@ -61,10 +62,10 @@ def test_200_flipped_bits_are_all_noticed_and_the_one_before_is_used(
         broken[rng.integers(len(broken))] ^= 1 << rng.integers(8)
         path.write_bytes(broken)
         warnings: list[str] = []
-        recovered += checkpoint.newest_checkpoint(tmp_path, warnings.append) == older
+        recovered += newest_checkpoint(tmp_path, warnings.append) == older
         detected += path.name in warnings[0]
         path.write_bytes(intact)
-    assert checkpoint.newest_checkpoint(tmp_path) == newer
+    assert newest_checkpoint(tmp_path) == newer
     count_fault("17", "one bit flipped anywhere in a checkpoint", 200, detected, recovered=recovered)
 
 
@@ -80,15 +81,15 @@ def test_missing_and_cut_files_are_noticed(harm: str, tmp_path: Path, config: Co
         "of another step": lambda folder: (shutil.rmtree(folder), shutil.copytree(older, folder)),
     }
     harms[harm](newer)
-    assert checkpoint.newest_checkpoint(tmp_path, lambda _: None) == older
+    assert newest_checkpoint(tmp_path, lambda _: None) == older
     with pytest.raises(UserError, match=r"damaged|no checkpoint"):
-        checkpoint.resolve_checkpoint(newer)
+        resolve_checkpoint(newer)
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_never_starts_afresh(tmp_path: Path, config: Config) -> None:
     (save(tmp_path, config, 1) / "state.json").write_text("")
     with pytest.raises(UserError, match="none of the 1 checkpoints"):
-        checkpoint.newest_checkpoint(tmp_path, lambda _: None)
+        newest_checkpoint(tmp_path, lambda _: None)
 
 
 def test_the_folders_say_which_is_the_newest_whatever_became_of_the_pointer(
@@ -109,14 +110,14 @@ def test_the_folders_say_which_is_the_newest_whatever_became_of_the_pointer(
     found = recovered = 0
     for harm in harms:
         harm(pointer)
-        found += checkpoint.newest_checkpoint(tmp_path) == newest
+        found += newest_checkpoint(tmp_path) == newest
         newest = save(tmp_path, config, int(newest.name.removeprefix("step-")) + 1)
         recovered += pointer.read_text() == f"{newest.name}\n" and not pointer.is_symlink()
     count_fault("19", "pointer empty, dangling, old, garbage, gone, a link", len(harms), found, recovered=recovered)
 
 
 def intact(run: Path) -> set[int]:
-    folders = [path for path in checkpoint.checkpoints_of(run) if damage(path) is None]
+    folders = [path for path in checkpoints_of(run) if damage(path) is None]
     return {int(path.name.removeprefix("step-")) for path in folders}
 
 
@@ -133,7 +134,7 @@ def do(run: Path, kind: str, number: int, step: int, fail: pytest.MonkeyPatch) -
             try_to_save(run, tiny_config(f"run.keep={1 + number % 3}"), step)
     elif kind == PRUNES:
         prune(run, keep=1 + number % 3)
-    elif found := checkpoint.checkpoints_of(run):
+    elif found := checkpoints_of(run):
         path = sorted(found[number % len(found)].iterdir())[number % 5]
         path.write_bytes(path.read_bytes()[:-1] + b"?")
 
@@ -170,7 +171,7 @@ def test_retention_never_removes_an_intact_checkpoint_unless_as_many_newer_ones_
             assert not list((run / "checkpoints").glob(".tmp-step*"))
             if after:
                 warnings: list[str] = []
-                found = checkpoint.newest_checkpoint(run, warnings.append)
+                found = newest_checkpoint(run, warnings.append)
                 assert found is not None
                 assert found.name == f"step-{max(after):07d}"
 
@@ -195,7 +196,7 @@ def test_states_of_another_format_are_refused(tmp_path: Path, config: Config) ->
     folder = save(tmp_path, config, 1)
     edit_state(folder, format=99)
     with pytest.raises(UserError, match="format 99"):
-        checkpoint.read_state(folder)
+        read_state(folder)
 
 
 def test_a_checkpoint_of_format_1_gives_its_weights_and_is_not_continued(tmp_path: Path, config: Config) -> None:
@@ -207,11 +208,11 @@ def test_a_checkpoint_of_format_1_gives_its_weights_and_is_not_continued(tmp_pat
     files.pop(MANIFEST)
     entries = {name: vars(entry_of(path)) for name, path in files.items()}
     (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": entries}))
-    assert checkpoint.resolve_checkpoint(tmp_path) == folder
-    assert checkpoint.read_state(folder)[1].step == 1
-    assert torch.equal(checkpoint.read_weights(folder, "model")["w"], files_at(1)["model"]["w"])
+    assert resolve_checkpoint(tmp_path) == folder
+    assert read_state(folder)[1].step == 1
+    assert torch.equal(read_weights(folder, "model")["w"], files_at(1)["model"]["w"])
     with pytest.raises(UserError, match="has format 1, whose optimizer state is in pickles"):
-        checkpoint.read_state(folder, to_continue=True)
+        read_state(folder, to_continue=True)
 
 
 def edit_state(folder: Path, **fields: object) -> None:
@@ -223,9 +224,9 @@ def edit_state(folder: Path, **fields: object) -> None:
 def test_a_run_in_another_order_of_clips_gives_its_weights_and_is_not_continued(tmp_path: Path, config: Config) -> None:
     folder = save(tmp_path, config, 1)
     edit_state(folder, order_version=99)
-    assert checkpoint.read_state(folder)[1].step == 1
+    assert read_state(folder)[1].step == 1
     with pytest.raises(UserError, match="data order 99"):
-        checkpoint.read_state(folder, to_continue=True)
+        read_state(folder, to_continue=True)
 
 
 @pytest.mark.parametrize(
@@ -243,13 +244,13 @@ def test_a_state_with_a_wrong_value_is_one_sentence(
     folder = save(tmp_path, config, 1)
     edit_state(folder, **fields)
     with pytest.raises(UserError, match=words):
-        checkpoint.read_state(folder)
+        read_state(folder)
 
 
 def test_a_folder_without_checkpoints_is_named(tmp_path: Path) -> None:
-    assert checkpoint.newest_checkpoint(tmp_path) is None
+    assert newest_checkpoint(tmp_path) is None
     with pytest.raises(UserError, match=str(tmp_path)):
-        checkpoint.resolve_checkpoint(tmp_path)
+        resolve_checkpoint(tmp_path)
 
 
 @pytest.fixture
@@ -260,48 +261,48 @@ def description(config: Config) -> Description:
 
 def test_a_folder_of_weights_gives_back_what_was_written(tmp_path: Path, description: Description) -> None:
     folder = tmp_path / "deep" / "weights"
-    checkpoint.write_weights(folder, description, {"model": {"w": torch.ones(2)}, "teacher": {"w": torch.zeros(2)}})
-    assert checkpoint.resolve_checkpoint(folder) == folder
-    assert checkpoint.read_description(folder) == description
-    assert torch.equal(checkpoint.read_weights(folder, "teacher")["w"], torch.zeros(2))
+    write_weights(folder, description, {"model": {"w": torch.ones(2)}, "teacher": {"w": torch.zeros(2)}})
+    assert resolve_checkpoint(folder) == folder
+    assert read_description(folder) == description
+    assert torch.equal(read_weights(folder, "teacher")["w"], torch.zeros(2))
 
 
 def test_weights_without_a_run_are_no_checkpoint_to_continue_or_evaluate(
     tmp_path: Path, description: Description
 ) -> None:
-    checkpoint.write_weights(tmp_path / "weights", description, {"model": {"a": torch.zeros(2)}})
+    write_weights(tmp_path / "weights", description, {"model": {"a": torch.zeros(2)}})
     with pytest.raises(UserError, match=r"holds weights and no run \(it has no state\.json\)"):
-        checkpoint.read_state(tmp_path / "weights")
+        read_state(tmp_path / "weights")
 
 
 def test_a_folder_of_weights_is_replaced_only_when_asked_and_only_if_it_holds_nothing_else(
     tmp_path: Path, description: Description
 ) -> None:
     folder = tmp_path / "weights"
-    checkpoint.write_weights(folder, description, {"model": {"w": torch.ones(2)}})
+    write_weights(folder, description, {"model": {"w": torch.ones(2)}})
     with pytest.raises(UserError, match="exists"):
-        checkpoint.write_weights(folder, description, {"model": {"w": torch.zeros(2)}})
-    checkpoint.write_weights(folder, description, {"model": {"w": torch.zeros(2)}}, replace=True)
-    assert torch.equal(checkpoint.read_weights(folder, "model")["w"], torch.zeros(2))
+        write_weights(folder, description, {"model": {"w": torch.zeros(2)}})
+    write_weights(folder, description, {"model": {"w": torch.zeros(2)}}, replace=True)
+    assert torch.equal(read_weights(folder, "model")["w"], torch.zeros(2))
     (folder / "notes.txt").touch()
     with pytest.raises(UserError, match="not a folder of weights alone"):
-        checkpoint.write_weights(folder, description, {"model": {"w": torch.ones(2)}}, replace=True)
+        write_weights(folder, description, {"model": {"w": torch.ones(2)}}, replace=True)
     assert (folder / "notes.txt").exists()
 
 
 def test_weights_that_cannot_be_written_leave_nothing(tmp_path: Path, description: Description) -> None:
     shared_memory = torch.ones(4)
     with pytest.raises(RuntimeError, match="share memory"):
-        checkpoint.write_weights(tmp_path / "x", description, {"model": {"a": shared_memory, "b": shared_memory}})
+        write_weights(tmp_path / "x", description, {"model": {"a": shared_memory, "b": shared_memory}})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_misfit_names_three_keys_with_shapes_and_counts_the_rest() -> None:
     expected = {name: torch.ones(2, 3) for name in "abcde"}
-    assert checkpoint.misfit(expected, expected) is None
+    assert misfit(expected, expected) is None
     found = {"a": torch.ones(3, 2), "b": torch.ones(2, 3), "z": torch.ones(1)}
-    complaint = checkpoint.misfit(expected, found)
+    complaint = misfit(expected, found)
     assert complaint == "c [2, 3] is missing, d [2, 3] is missing, e [2, 3] is missing, and 2 more"
-    assert checkpoint.misfit({"a": torch.ones(2)}, found) == (
+    assert misfit({"a": torch.ones(2)}, found) == (
         "b [2, 3] is unexpected, z [1] is unexpected, a [3, 2] should be [2]"
     )

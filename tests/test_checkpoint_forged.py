@@ -10,9 +10,10 @@ from pathlib import Path
 from fault_table import Count
 from tiny_checkpoints import save, tiny_config
 
-from asda import checkpoint
+from asda.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, FileEntry, Manifest, entry_of, write_manifest
+from asda.checkpoint.read import MAX_STATE_BYTES, read_state, resolve_checkpoint
+from asda.checkpoint.weights import read_weights
 from asda.errors import UserError
-from asda.manifest import MANIFEST, MAX_MANIFEST_BYTES, FileEntry, Manifest, entry_of, write_manifest
 
 
 class Canary:
@@ -90,7 +91,7 @@ def nested_state(folder: Path, _: Path) -> None:
 
 
 def huge_state(folder: Path, _: Path) -> None:
-    os.truncate(folder / "state.json", checkpoint.MAX_STATE_BYTES + 1)
+    os.truncate(folder / "state.json", MAX_STATE_BYTES + 1)
     vouch_for(folder)
 
 
@@ -117,9 +118,9 @@ def test_a_forged_checkpoint_is_refused_in_a_sentence_and_runs_nothing(tmp_path:
         canary = run / "canary"
         forge(save(run, tiny_config(), 1), canary)
         try:
-            folder = checkpoint.resolve_checkpoint(run)
-            checkpoint.read_state(folder, to_continue=True)
-            checkpoint.read_weights(folder, "model")
+            folder = resolve_checkpoint(run)
+            read_state(folder, to_continue=True)
+            read_weights(folder, "model")
         except UserError as error:
             refused += len(str(error)) < 500  # a sentence does not repeat the file
         ran += canary.exists()

@@ -16,10 +16,10 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny_checkpoints import Part, files_at, state_at, tiny_config
 
-from asda import checkpoint
-from asda.checkpoint_writer import CheckpointWriter, Outcome
+from asda.checkpoint.manifest import MANIFEST
+from asda.checkpoint.read import checkpoints_of, newest_for_all_ranks
+from asda.checkpoint.writer import CheckpointWriter, Outcome
 from asda.errors import UserError
-from asda.manifest import MANIFEST
 
 OF_RANK_1 = "optimizer-00001-of-00002.safetensors"
 AGREED_WITHIN_S = 10.0
@@ -61,7 +61,7 @@ HARMS: dict[str, Callable[[Path, Path], object]] = {
 
 def found_after(processes: Any, run: Path, harm: Callable[[Path, Path], object], spares: bool) -> dict[str, Any]:
     """What this rank finds after the first one has harmed the newest checkpoint, or all of them."""
-    folders = checkpoint.checkpoints_of(run)
+    folders = checkpoints_of(run)
     kept = run.with_name("kept")
     if processes.is_first:
         shutil.rmtree(kept, ignore_errors=True)
@@ -71,7 +71,7 @@ def found_after(processes: Any, run: Path, harm: Callable[[Path, Path], object],
     dist.barrier()
     started, warnings = time.monotonic(), []
     try:
-        found, error = checkpoint.newest_for_all_ranks(run, warnings.append), None
+        found, error = newest_for_all_ranks(run, warnings.append), None
     except UserError as refusal:
         found, error = None, str(refusal)
     seconds = time.monotonic() - started

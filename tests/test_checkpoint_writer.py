@@ -19,11 +19,11 @@ from fault_table import Count
 from safetensors.torch import load_file
 from tiny_checkpoints import ALONE, files_at, save, state_at, tiny_config, try_to_save
 
-from asda import checkpoint
-from asda.checkpoint_writer import POINTER, CheckpointWriter
-from asda.config import Config
-from asda.file_image import FileImage
-from asda.manifest import MANIFEST, FileEntry, damage
+from asda.checkpoint.manifest import MANIFEST, FileEntry, damage
+from asda.checkpoint.read import newest_checkpoint
+from asda.checkpoint.safetensors_file import FileImage
+from asda.checkpoint.writer import POINTER, CheckpointWriter
+from asda.config.run import Config
 
 TESTS = Path(__file__).parent
 
@@ -76,7 +76,7 @@ def test_a_save_waits_for_the_one_before_it_and_both_are_told(
         writer.save(state_at(1), files_at(1))
         threading.Timer(0.2, disk.set).start()
         writer.save(state_at(2), files_at(2))
-        assert checkpoint.newest_checkpoint(tmp_path) is not None, "the first one is there before the second begins"
+        assert newest_checkpoint(tmp_path) is not None, "the first one is there before the second begins"
         outcomes = [writer.poll(), writer.finish()]
     assert [outcome and outcome.step for outcome in outcomes] == [1, 2]
 
@@ -120,7 +120,7 @@ def test_what_is_no_matter_of_the_disk_is_raised_by_the_next_call(
         writer.wait_until_copied()
         with pytest.raises(RuntimeError, match="closed by peer"):
             writer.finish()
-    assert checkpoint.newest_checkpoint(tmp_path) is None
+    assert newest_checkpoint(tmp_path) is None
 
 
 def test_an_intact_checkpoint_of_the_same_step_stays_and_a_damaged_one_is_replaced(
@@ -211,20 +211,20 @@ def test_a_quota_leaves_the_checkpoints_before_it_and_the_policy_decides(policy:
         assert f"model.safetensors ({needed:,} bytes): File too large; " in outcome.failure
         assert f"{shutil.disk_usage(tmp_path).free:,}"[:3] in outcome.failure
         assert (writer.failure, writer.num_failed) == (outcome.failure if policy == "stop" else None, 1)
-        assert checkpoint.newest_checkpoint(tmp_path) == before
+        assert newest_checkpoint(tmp_path) == before
         assert sorted(path.name for path in before.parent.iterdir()) == [POINTER, before.name]
         writer.save(state_at(3), large_files())
         again = writer.finish()
     assert again is not None
     assert again.failure is None
-    assert checkpoint.newest_checkpoint(tmp_path) == again.folder
+    assert newest_checkpoint(tmp_path) == again.folder
 
 
 FULL_DISK = """
 import json, sys, torch
 from pathlib import Path
 from tiny_checkpoints import save, tiny_config, try_to_save
-from asda.checkpoint import newest_checkpoint
+from asda.checkpoint.read import newest_checkpoint
 run, config = Path(sys.argv[1]), tiny_config("run.keep=9")
 saved = [save(run, config, 1)]
 while not (outcome := try_to_save(run, config, len(saved) + 1, {"model": {"w": torch.zeros(200_000)}})).failure:
@@ -275,8 +275,8 @@ def test_a_disk_that_refuses_any_call_of_a_save_leaves_an_intact_checkpoint_and_
                 outcome = try_to_save(run, config, 2)
             trials += 1
             told += outcome.failure is not None and os.strerror(code) in outcome.failure
-            lost += checkpoint.newest_checkpoint(run) not in (before, outcome.folder)
+            lost += newest_checkpoint(run) not in (before, outcome.folder)
             lost += bool(list(before.parent.glob(".tmp-step*")))
             newest = save(run, config, 3)
-            recovered += checkpoint.newest_checkpoint(run) == newest
+            recovered += newest_checkpoint(run) == newest
     count_fault("20", "no space, quota, read error, rights at any call of a save", trials, told, lost, recovered)

@@ -10,13 +10,15 @@ import pytest
 from launching import ROOT, finetuning, launch
 from tiny_checkpoints import ALONE, files_at, state_at, tiny_config
 
-from asda import checkpoint
-from asda.checkpoint_writer import CheckpointWriter
-from asda.choosing import Best, best_so_far, check_choice, open_held_out
-from asda.config import load_config
+from asda.checkpoint.manifest import damage
+from asda.checkpoint.read import best_checkpoint, checkpoints_of, read_state, step_folder
+from asda.checkpoint.writer import CheckpointWriter
+from asda.config.run import load_config
 from asda.data.clips import ClipDataset
+from asda.data.datasets import open_held_out
 from asda.errors import UserError
-from asda.runlog import read_metrics
+from asda.run.log import read_metrics
+from asda.run.validation import Best, best_so_far, check_choice
 
 FINETUNE = ROOT / "configs" / "demo_finetune.json"
 
@@ -85,17 +87,17 @@ def test_the_best_checkpoint_outlives_newer_ones_until_there_is_a_better_one(tmp
         for step, best in enumerate([1, 2, 2, 2, 2, 6, 6, 6, 6], 1):
             writer.save(replace(state_at(step), best_step=best, best_figure=best / 10), files_at(step))
             writer.finish()
-            kept[step] = [int(folder.name.removeprefix("step-")) for folder in checkpoint.checkpoints_of(run)]
+            kept[step] = [int(folder.name.removeprefix("step-")) for folder in checkpoints_of(run)]
             assert (run / "checkpoints" / "best").read_text() == f"step-{best:07d}\n"
-            assert checkpoint.best_checkpoint(run) == checkpoint.step_folder(run, best)
-            assert checkpoint.damage(checkpoint.best_checkpoint(run)) is None
+            assert best_checkpoint(run) == step_folder(run, best)
+            assert damage(best_checkpoint(run)) is None
     assert kept == {
         1: [1], 2: [1, 2], 3: [2, 3], 4: [2, 3, 4], 5: [2, 4, 5], 6: [5, 6], 7: [6, 7], 8: [6, 7, 8], 9: [6, 8, 9],
     }  # fmt: skip
 
 
 def steps_of(run: Path) -> list[int]:
-    return [int(folder.name.removeprefix("step-")) for folder in checkpoint.checkpoints_of(run)]
+    return [int(folder.name.removeprefix("step-")) for folder in checkpoints_of(run)]
 
 
 @pytest.mark.launch
@@ -110,17 +112,17 @@ def test_the_best_step_is_kept_judged_on_test_clips_and_the_same_after_a_kill(sh
     rising = [step for step in range(1, 9) if figures[step - 1] > max(figures[: step - 1], default=-1)]
     assert steps_of(run) == sorted({*rising, 3, 6, 8}), "each step that was the best so far is saved"
     assert f"best on {shards}:test, which chose it: step {best}, mAP {max(figures):.4f}" in told
-    state = checkpoint.read_state(checkpoint.step_folder(run, 8))[1]
+    state = read_state(step_folder(run, 8))[1]
     assert (state.best_step, state.best_figure) == (best, max(figures))
 
     # What was on the disk when a kill came after step 3, and only the newest kept from there on.
     shutil.copytree(run, killed)
     for step in steps_of(killed):
         if step > 3:
-            shutil.rmtree(checkpoint.step_folder(killed, step))
+            shutil.rmtree(step_folder(killed, step))
     launch(2, "train.py", *finetuning(shards, killed, *choice, "run.keep=1"))
     assert steps_of(killed) == [best, 8]
-    assert checkpoint.best_checkpoint(killed) == checkpoint.step_folder(killed, best)
+    assert best_checkpoint(killed) == step_folder(killed, best)
     for kind in ("valid", "test", "test_best"):
         assert read_metrics(killed, kind) == read_metrics(run, kind)
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from asda.data import compressed
-from asda.data.audio import AudioError, read_audio, read_wave
-from asda.sharding.place import Place, read_place
+from asda.data.audio import ffmpeg as compressed
+from asda.data.audio.read import read_audio, read_wave
+from asda.data.audio.waves import AudioError
+from asda.sharding.audio_ref import Place, read_place
 
 KINDS = {
     "a.m4a": ("ipod", "aac", 44_100),

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from asda.config import PretrainConfig, dump_config, load_config
-from asda.config_file import MAX_CONFIG_BYTES
+from asda.config.load import MAX_CONFIG_BYTES
+from asda.config.model import PretrainConfig
+from asda.config.run import dump_config, load_config
 from asda.errors import UserError
 
 AS2M = Path(__file__).parent.parent / "configs" / "as2m.json"

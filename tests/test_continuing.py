@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from fault_table import Count
 
-from asda.config import Config, load_config
-from asda.config_file import known_keys
-from asda.continuing import DECIDING, MAY_CHANGE, check_continuation, decides, flattened
+from asda.config.load import known_keys
+from asda.config.run import Config, load_config
 from asda.errors import UserError
+from asda.run.resume import DECIDING, MAY_CHANGE, check_continuation, decides, flattened
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CHECKPOINT = Path("runs/x/checkpoints/step-0005000")
@@ -48,7 +48,7 @@ def test_every_key_of_the_configuration_is_sorted_into_one_of_the_two_sets() -> 
 
     leaves = [key for key in known_keys(Config) if not any(k.startswith(f"{key}.") for k in known_keys(Config))]
     unsorted = [key for key in leaves if sum(sets_of(key)) != 1]
-    assert not unsorted, f"say in asda/continuing.py whether a continued run may change {unsorted}"
+    assert not unsorted, f"say in asda/run/resume.py whether a continued run may change {unsorted}"
     known = set(known_keys(Config))
     assert not (DECIDING | MAY_CHANGE) - known, "sets name keys that the configuration does not have"
 

@@ -19,16 +19,19 @@ from safetensors.torch import save_file
 from tiny_tools import room_for
 from torch import Tensor
 
-from asda import checkpoint
-from asda.config import ClassifyConfig, Config, LogMelStats, ModelConfig, PretrainConfig, load_config
+from asda.checkpoint.read import read_description
+from asda.checkpoint.weights import read_weights
+from asda.config.data import LogMelStats
+from asda.config.model import ClassifyConfig, ModelConfig, PretrainConfig
+from asda.config.run import Config, load_config
 from asda.data.labels import audioset_labels
-from asda.errors import exit_with_sentence
+from asda.errors import UserError, exit_with_sentence
 from asda.models.classifier import Classifier
 from asda.models.encoder import Encoder
 from asda.models.pretrain import MaskedStudents
 from asda.objectives import make_objective
-from asda.official.settings import input_notes
-from asda.official.weights import official_positions
+from asda.official.fairseq import official_positions
+from asda.official.fairseq_settings import input_notes
 
 ROOT = Path(__file__).parent.parent
 KINDS = ["asda_pretrain", "eat_pretrain", "asda_finetune", "eat_finetune"]
@@ -155,7 +158,7 @@ def test_back_and_there_again_the_folder_is_the_same(kind: str, weights: Path, t
     ],
 )
 def test_what_the_official_code_will_do_otherwise_is_noted(values: dict, notes: list[str], weights: Path):
-    described = checkpoint.read_description(weights / "asda_finetune")
+    described = read_description(weights / "asda_finetune")
     found = input_notes(described.model_copy(update={"data": described.data.model_copy(update=values)}))
     assert len(found) == len(notes)
     assert all(words in sentence for words, sentence in zip(notes, found, strict=True))
@@ -168,7 +171,7 @@ def test_the_cfg_that_we_write_says_all_that_we_read_from_one(kind: str, weights
     del state["asda"]  # as in a file that fairseq has written again
     torch.save(state, tmp_path / "back.pt")
     converted(tmp_path / "back.pt", "--out", tmp_path / "again")
-    described, again = (checkpoint.read_description(folder) for folder in (weights / kind, tmp_path / "again"))
+    described, again = (read_description(folder) for folder in (weights / kind, tmp_path / "again"))
     assert again.model_copy(update={"about": described.about}) == described
 
 
@@ -203,7 +206,7 @@ def test_a_base_sized_eat_with_its_large_tables_there_and_back(tmp_path: Path):
     printed = converted(tmp_path / "eat.pt", "--out", tmp_path / "eat")
     assert "encoder 85,254,144, decoder 2,585,856" in printed  # 87,840,000 together
     assert "heads of 64 features are assumed" in printed
-    description = checkpoint.read_description(tmp_path / "eat")
+    description = read_description(tmp_path / "eat")
     assert (description.preset, description.size, description.model) == ("eat", "base", BASE_EAT)
     assert description.objective == load_config(ROOT / "configs" / "as2m.json", ["preset=eat"]).objective.model_copy(
         update={"utterance_weight": 192.0}
@@ -249,10 +252,10 @@ def random_official_eat(depth: int, width: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", FINETUNED)
 def test_a_converted_classifier_gives_the_official_logits(kind: str, weights: Path, shared: Path):
     numbers = golden.load(shared, kind)
-    description = checkpoint.read_description(weights / kind)
+    description = read_description(weights / kind)
     assert isinstance(description.objective, ClassifyConfig)
     classifier = Classifier(description.model, description.objective, len(description.labels)).eval()
-    classifier.load_state_dict(checkpoint.read_weights(weights / kind, "model"))
+    classifier.load_state_dict(read_weights(weights / kind, "model"))
     for num_frames in (96, 128, 192):
         logits_BC = classifier(golden.patchify(numbers[f"input.T{num_frames}"]))
         # The golden README's figure: the official fp32 logits are 1.1e-6 from their fp64 values.
@@ -263,24 +266,24 @@ def test_a_converted_classifier_gives_the_official_logits(kind: str, weights: Pa
 def test_converted_students_and_teacher_fit_their_modules_and_the_teacher_is_the_official_one(
     kind: str, weights: Path, shared: Path
 ):
-    numbers, description = golden.load(shared, kind), checkpoint.read_description(weights / kind)
+    numbers, description = golden.load(shared, kind), read_description(weights / kind)
     assert isinstance(description.objective, PretrainConfig)
     students = MaskedStudents(description.model, description.objective)
-    students.load_state_dict(checkpoint.read_weights(weights / kind, "model"))
+    students.load_state_dict(read_weights(weights / kind, "model"))
     teacher = Encoder(description.model).eval()
-    teacher.load_state_dict(checkpoint.read_weights(weights / kind, "teacher"))
+    teacher.load_state_dict(read_weights(weights / kind, "teacher"))
     tokens_BND = teacher(golden.patchify(numbers["input.source"]))
     last = f"fwd.teacher.block{description.model.depth - 1}.out"
     assert golden.rel_rms(tokens_BND, numbers[last]) < golden.REL_RMS
 
 
 def test_settings_come_from_the_cfg(weights: Path):
-    objective = checkpoint.read_description(weights / "asda_pretrain").objective
+    objective = read_description(weights / "asda_pretrain").objective
     assert isinstance(objective, PretrainConfig)
     assert objective.utterance_weight == 0.5 * 12 * 4  # cls_loss x clips x students
     assert (objective.students, objective.target_layers, objective.mask.block) == (4, 3, 3)
     assert (objective.decoder.layers, objective.decoder.groups, objective.decoder.width) == (2, 4, 96)
-    described = checkpoint.read_description(weights / "eat_finetune")
+    described = read_description(weights / "eat_finetune")
     assert isinstance(described.objective, ClassifyConfig)
     assert (described.objective.layer_decay, described.objective.loss) == (0.65, "bce")
     assert (described.data.frames, described.model.heads) == (128, 4)
@@ -301,7 +304,7 @@ def test_pooling_follows_the_prediction_mode(mode: str | int, pooling: str, shar
         state["cfg"]["model"]["prediction_mode"] = mode
 
     converted(changed(shared, "eat_finetune", change, tmp_path / "x.pt"), "--out", tmp_path / "ours")
-    objective = checkpoint.read_description(tmp_path / "ours").objective
+    objective = read_description(tmp_path / "ours").objective
     assert isinstance(objective, ClassifyConfig)
     assert objective.pooling == pooling
 
@@ -330,7 +333,7 @@ def test_fine_tuning_starts_from_the_encoder_of_a_fine_tuned_checkpoint(weights:
 
 def test_a_teacher_that_is_not_there_is_one_sentence(weights: Path):
     config = finetune_config(weights / "asda_finetune", "objective.init_weights=teacher")
-    with pytest.raises(checkpoint.UserError, match=r"holds no teacher .* use objective.init_weights=student"):
+    with pytest.raises(UserError, match=r"holds no teacher .* use objective.init_weights=student"):
         make_objective(config, ("cat", "dog"), torch.device("cpu"))
 
 
@@ -356,14 +359,14 @@ def test_the_layout_of_hugging_face_gives_the_same_weights(
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "eat", "num_heads": 4, "norm_eps": 1e-6}))
     source = tmp_path if as_folder else tmp_path / "model.safetensors"
     printed = converted(source, "--out", tmp_path / "ours")
-    expected = checkpoint.read_weights(weights / kind, "model")
-    ours = checkpoint.read_weights(tmp_path / "ours", "model")
+    expected = read_weights(weights / kind, "model")
+    ours = read_weights(tmp_path / "ours", "model")
     if kind == "eat_pretrain":
         assert "it holds no decoder" in printed
         expected = {name: tensor for name, tensor in expected.items() if name.startswith("encoder.")}
     assert sorted(ours) == sorted(expected)
     assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
-    assert checkpoint.read_description(tmp_path / "ours").model == checkpoint.read_description(weights / kind).model
+    assert read_description(tmp_path / "ours").model == read_description(weights / kind).model
 
 
 def test_a_checkpoint_in_fp16_becomes_fp32(shared: Path, tmp_path: Path):
@@ -374,7 +377,7 @@ def test_a_checkpoint_in_fp16_becomes_fp32(shared: Path, tmp_path: Path):
     path = changed(shared, "asda_pretrain", halve, tmp_path / "half.pt")
     assert "tensors of float16 became float32" in converted(path, "--out", tmp_path / "ours")
     expected = official(shared, "asda_pretrain")["model"]["blocks.0.attn.v.weight"].half().float()
-    assert torch.equal(checkpoint.read_weights(tmp_path / "ours", "model")["encoder.blocks.0.attn.v.weight"], expected)
+    assert torch.equal(read_weights(tmp_path / "ours", "model")["encoder.blocks.0.attn.v.weight"], expected)
 
 
 def test_parts_of_other_objectives_are_left_out_by_name(shared: Path, tmp_path: Path):
@@ -403,7 +406,7 @@ def test_the_front_end_follows_the_dataset_by_flag_or_by_the_number_of_classes(
     bare = changed(shared, "eat_finetune", lambda s: (classes(s), s.pop("cfg")), tmp_path / "bare.pt")
     converted(bare, "--out", tmp_path / "bare", "--heads", "4")
     for folder in ("flagged", "bare"):
-        described = checkpoint.read_description(tmp_path / folder)
+        described = read_description(tmp_path / folder)
         assert (described.data.log_mel.mean, described.data.frames) == (mean, frames)
         assert isinstance(described.objective, ClassifyConfig)
         assert described.objective.loss == (loss if folder == "flagged" else "bce")
@@ -415,7 +418,7 @@ def test_what_the_user_says_goes_before_the_file(shared: Path, tmp_path: Path):
     (tmp_path / "labels.txt").write_text("\n".join(f"bird {i}" for i in range(13)) + "\n")
     options = ("--mean", "-7", "--std", "5", "--labels", tmp_path / "labels.txt", "--preset", "paper", "--heads", "2")
     printed = converted(shared / "golden" / "asda_finetune_official.pt", "--out", tmp_path / "x", *options)
-    described = checkpoint.read_description(tmp_path / "x")
+    described = read_description(tmp_path / "x")
     assert (described.data.log_mel.mean, described.data.log_mel.std, described.labels[12]) == (-7, 5, "bird 12")
     assert (described.preset, described.model.attention_lambda, described.model.heads) == ("paper", 0.3, 2)
     assert "log-mel mean" not in printed
@@ -549,7 +552,7 @@ def test_a_byte_order_mark_is_no_part_of_a_class_name(shared: Path, tmp_path: Pa
     (tmp_path / "labels.txt").write_text("\n".join(names) + "\n", encoding="utf-8-sig")
     source = shared / "golden" / "asda_finetune_official.pt"
     converted(source, "--out", tmp_path / "out", "--labels", tmp_path / "labels.txt")
-    assert checkpoint.read_description(tmp_path / "out").labels == tuple(names)
+    assert read_description(tmp_path / "out").labels == tuple(names)
 
 
 def test_a_class_that_is_named_twice_or_a_list_that_is_not_there_is_refused(shared: Path, tmp_path: Path):

@@ -7,8 +7,8 @@ import torch
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from asda.config import Config, EngineConfig, load_config
-from asda.costs import Network, gemm_rate, in_flop, network_costs, rank_memory
+from asda.config.run import Config, EngineConfig, load_config
+from asda.models.costs import Network, gemm_rate, in_flop, network_costs, rank_memory
 
 AS2M = Path(__file__).parent.parent / "configs" / "as2m.json"
 

@@ -12,8 +12,8 @@ from golden import rel_rms
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear
 
-from asda.models import cpu_ops
-from asda.models.cpu_ops import GeluLinear, Norm, feature_spread, kernels_for, masked_error, norm_gelu
+from asda.models.fast import ops as cpu_ops
+from asda.models.fast.ops import GeluLinear, Norm, feature_spread, kernels_for, masked_error, norm_gelu
 
 R, D = 50, 72  # rows and features: the width is no multiple of a register's
 EPS = 1e-6

@@ -28,9 +28,9 @@ from faulty_server import serving
 from launching import ROOT, TINY, environment
 from scipy import stats
 
-from asda.config import dump_config
+from asda.config.run import dump_config
 from asda.data.clips import ClipDataset
-from asda.data.shards import load_dataset
+from asda.data.shards.read import load_dataset
 from asda.errors import UserError
 
 TOOL = ROOT / "tools" / "crossval.py"

@@ -14,9 +14,9 @@ import xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from asda import disk
-from asda.disk import BLOCK, hash_file
-from asda.file_image import DTYPES, FileImage
+from asda import system as disk
+from asda.checkpoint.safetensors_file import DTYPES, FileImage
+from asda.system import BLOCK, hash_file
 
 Patch = pytest.MonkeyPatch
 

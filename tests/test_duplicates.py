@@ -8,8 +8,9 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asda.data.audio import read_audio, to_int16
-from asda.data.fbank import log_mel
+from asda.data.audio.read import read_audio
+from asda.data.audio.waves import to_int16
+from asda.data.features.fbank import log_mel
 from asda.sharding.duplicates import (
     FINGERPRINT_BYTES,
     HASH_BYTES,

@@ -14,8 +14,8 @@ LAYOUTS = [(precision, stage) for precision in PRECISIONS for stage in stages_of
 
 def followed(processes: Any) -> list[str]:
     """Train in every precision and stage; returns what differs from the average of the recorded master weights."""
-    from asda.engine import full_weights
-    from asda.models.pretrain import ema_decay
+    from asda.engine.ema import ema_decay
+    from asda.engine.zero import full_weights
 
     complaints = []
     for precision, stage in LAYOUTS:

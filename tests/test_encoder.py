@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from asda.config import ModelConfig
+from asda.config.model import ModelConfig
 from asda.models.attention import Attention, initial_lambda, set_attention_path
 from asda.models.encoder import DropPath, Encoder
 

@@ -12,11 +12,11 @@ from fault_table import Count
 from launching import ROOT, environment
 from sounds_dataset import make_shards, write_dataset
 
-from asda.choosing import check_labels
-from asda.config import load_config
+from asda.config.run import load_config
 from asda.data.clips import ClipDataset
+from asda.data.datasets import check_labels
 from asda.errors import UserError
-from asda.metrics import summary
+from asda.evaluation.metrics import summary
 from asda.trainer import train
 
 LABELLED = ("alarm", "bird")  # the classes of split some
@@ -25,12 +25,12 @@ LABELLED = ("alarm", "bird")  # the classes of split some
 EVALUATE = """
 import json, sys
 import torch
-from asda.choosing import check_labels
-from asda.config import load_config
+from asda.data.datasets import check_labels
+from asda.config.run import load_config
 from asda.data.clips import ClipDataset
-from asda.engine import join_processes
+from asda.engine.processes import join_processes
 from asda.errors import UserError
-from asda.evaluate import evaluate_weights
+from asda.evaluation.loop import evaluate_weights
 from asda.models.classifier import Classifier
 
 config_file, shards, *splits = sys.argv[1:]

@@ -94,8 +94,8 @@ class Plain:
         return sums
 
     def step(self, step: int) -> None:
-        from asda.engine import learning_rate
-        from asda.models.pretrain import ema_decay
+        from asda.engine.ema import ema_decay
+        from asda.engine.zero import learning_rate
 
         for name, gradient in self.gradients(step).items():
             self.leaves[name].grad = gradient
@@ -133,7 +133,7 @@ def plain_run(config: Any, precision: str, num_parts: int, processes: Any = None
 
 def engine_run(config: Any, processes: Any) -> tuple[Weights, Weights]:
     """The same of DeepSpeed."""
-    from asda.partitions import fragments, whole
+    from asda.engine.partitions import fragments, whole
 
     objective, engine = make_run(config, processes)
     lower_the_loss_scale(engine)
@@ -240,7 +240,7 @@ def test_bad_steps_on_one_rank_change_nothing_anywhere(precision: str, count_fau
 
 def untouched(processes: Any) -> list[str]:
     """What differs between the weights that a module had and the master weights that its engine begins with."""
-    from asda.engine import full_weights, make_engine
+    from asda.engine.zero import full_weights, make_engine
     from asda.objectives import make_objective
 
     complaints = []
@@ -265,7 +265,7 @@ def untouched(processes: Any) -> list[str]:
 
 
 def test_a_machine_without_fp16_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    from asda import engine
+    from asda.engine import zero as engine
 
     monkeypatch.setattr(engine, "get_accelerator", lambda: SimpleNamespace(is_fp16_supported=lambda: False))
     with pytest.raises(UserError, match=r"engine\.precision is fp16, in which this machine does not compute; use bf16"):
@@ -280,7 +280,7 @@ def test_deepspeed_begins_with_the_very_weights_and_with_adam_at_its_start() -> 
 
 def accumulated(processes: Any) -> dict[int, list[str]]:
     """By stage, what differs between a gradient in bf16 and the mean of eight that are the same."""
-    from asda.engine import guarded, set_learning_rate
+    from asda.engine.zero import guarded, set_learning_rate
 
     found = {}
     patches, batch = next(micro_batches(0, 0, 1, 8))
@@ -303,7 +303,7 @@ def accumulated(processes: Any) -> dict[int, list[str]]:
 def test_micro_batches_in_bf16_add_up_in_fp32_in_stages_1_to_3() -> None:
     # An eighth and eight times a number are as exact in bf16 as in fp32; the sums on the way, five or seven times a
     # number of 8 bits, are exact in fp32 alone. In stage 0 DeepSpeed sums in bf16; should it learn better, say so in
-    # asda/engine.py.
+    # asda/engine/zero.py.
     (found,) = run_ranks(1, accumulated)
     assert not any(found[stage] for stage in (1, 2, 3)), found
     assert found[0]
@@ -337,7 +337,7 @@ def offloaded(processes: Any) -> list[str]:
 
 def drifted(processes: Any) -> list[str]:
     """What replicas_differ says of sound replicas, and of one weight that differs on rank 1, in each stage."""
-    from asda.engine import replicas_differ
+    from asda.engine.zero import replicas_differ
 
     said = []
     for stage in stages_of("bf16"):
@@ -373,7 +373,7 @@ def test_recomputation_and_offload_change_nothing_and_drift_is_named(count_fault
 
 @pytest.mark.parametrize("value", [1.5, -3e-39, 0.0, 6e4])
 def test_a_guarded_loss_is_the_loss_bit_for_bit_and_has_its_gradient(value: float) -> None:
-    from asda.engine import guarded
+    from asda.engine.zero import guarded
 
     weight = torch.tensor(value, requires_grad=True)
     loss = guarded(weight * 3)
@@ -384,7 +384,7 @@ def test_a_guarded_loss_is_the_loss_bit_for_bit_and_has_its_gradient(value: floa
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_loss_without_a_value_has_gradients_without_one(value: float) -> None:
-    from asda.engine import guarded
+    from asda.engine.zero import guarded
 
     weight = torch.tensor(2.0, requires_grad=True)
     guarded(weight * 0 + value).backward()

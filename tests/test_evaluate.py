@@ -22,20 +22,22 @@ from sklearn.metrics import average_precision_score, confusion_matrix, precision
 from tiny_checkpoints import ALONE
 from tiny_tools import noise, wav
 
-from asda import checkpoint, evaluation_files
 from asda import evaluate as command
-from asda.averaging import averaged, members
-from asda.checkpoint import State
-from asda.checkpoint_writer import CheckpointWriter
-from asda.config import ClassifyConfig, Config, load_config
+from asda.checkpoint.read import State, checkpoints_of, step_folder
+from asda.checkpoint.writer import CheckpointWriter
+from asda.config.model import ClassifyConfig
+from asda.config.run import Config, load_config
 from asda.data.clips import Clip, ClipDataset, read_clips
-from asda.data.fbank import FRAME_SHIFT, log_mel, num_samples
+from asda.data.features.fbank import FRAME_SHIFT, log_mel, num_samples
 from asda.data.order import Draw
-from asda.engine import Processes, leave_processes
+from asda.engine.processes import Processes, leave_processes
 from asda.errors import UserError
-from asda.evaluate import combined_logits, logits_of_clips
-from asda.evaluation_files import write_evaluation
-from asda.metrics import summary
+from asda.evaluate import combined_logits
+from asda.evaluation import report as evaluation_files
+from asda.evaluation.combine import averaged, members
+from asda.evaluation.loop import logits_of_clips
+from asda.evaluation.metrics import summary
+from asda.evaluation.report import write_evaluation
 from asda.models.classifier import Classifier
 
 CLASSES = ("clock", "dog", "rain", "siren")
@@ -197,7 +199,7 @@ def test_a_checkpoint_that_is_kept_only_as_the_best_is_none_of_the_last(lengths:
 
     few = config_of(lengths, "run.keep=2")
     old = write_run(tmp_path / "old", few, 1, 2, 3, 4, best_step=1)
-    assert [folder.name[-1] for folder in checkpoint.checkpoints_of(old)] == ["1", "3", "4"]
+    assert [folder.name[-1] for folder in checkpoints_of(old)] == ["1", "3", "4"]
     assert steps(old, 2) == [3, 4]
     sentence = "old holds 2 checkpoints of a run, and step-0000001 kept only as its best, --last asks for 3; ask"
     with pytest.raises(UserError, match=sentence):
@@ -259,7 +261,7 @@ def test_figures_of_the_checkpoint_that_one_stands_in_lie_in_its_run(
 
 def evaluated_while_the_run_goes_on(processes: Processes, run: Path, out: Path) -> None:
     """The newest checkpoint was step 1 when the first rank looked, and step 2 when the other did."""
-    seen = checkpoint.step_folder(run, processes.rank + 1)
+    seen = step_folder(run, processes.rank + 1)
     command.evaluate(members([seen]), None, out, ensemble=False, chunks=False)
 
 

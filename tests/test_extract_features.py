@@ -16,7 +16,7 @@ from safetensors import safe_open
 from tiny_tools import TINY, Done, noise, one_core, run, wav, write_broken, write_pretrained, write_tagger
 
 import asda
-from asda.data.audio import AudioError
+from asda.data.audio.waves import AudioError
 from asda.inference import Model
 
 pytestmark = pytest.mark.usefixtures(one_core.__name__)

@@ -25,14 +25,15 @@ import zstandard
 from fault_table import Count
 from xxhash import xxh3_64_hexdigest
 
-from asda.config import DataConfig
-from asda.data import reader
+from asda.config.data import DataConfig
+from asda.data import prefetch as reader
 from asda.data.clips import Clip, ClipDataset, DamageBudget, read_clips
-from asda.data.index import DatasetIndex, hash_bytes
 from asda.data.order import Draw
-from asda.data.shards import ShardFile, load_dataset, verify_shard
+from asda.data.shards.index import DatasetIndex, hash_bytes
+from asda.data.shards.read import ShardFile, load_dataset
 from asda.data.stream import training_batches
 from asda.errors import UserError
+from asda.sharding.verify import verify_shard
 from asda.sharding.writer import write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kaldi import MOST, PERCENTILE_99_9, float64_log_mel, kaldi_log_mel
 from safetensors.torch import load_file
 
-from asda.data import fbank
+from asda.data.features import fbank
 
 FLOOR = np.log(np.float32(fbank.MIN_ENERGY))
 

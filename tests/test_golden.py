@@ -19,11 +19,13 @@ from golden_findings import Finding
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from asda.data import fbank
-from asda.data.cpu_patches import CpuPatches
+from asda.config.presets import PRESETS
+from asda.data.features import fbank
+from asda.data.features.cpu import CpuPatches
+from asda.engine import ema as ema_module
 from asda.errors import UserError
-from asda.models import attention, classifier, cpu_ops, encoder, masks, pretrain
-from asda.presets import PRESETS
+from asda.models import attention, classifier, encoder, masks, pretrain
+from asda.models.fast import ops as cpu_ops
 
 Patch = pytest.MonkeyPatch
 ONE_RUN = ("--attention", "explicit", "--threads", "1")
@@ -206,9 +208,9 @@ MUTANTS: dict[str, tuple[str, str, Callable[[Patch], None]]] = {
     "decoder without GELU": ("asda pretrain", "decoder", replaced(cpu_ops, "gelu", without_gelu)),
     "targets without instance norm": ("asda pretrain", "targets", targets_without("instance_norm")),
     "targets without layer norm": ("eat pretrain", "targets", targets_without("layer_norm")),
-    "EMA half as far": ("asda pretrain", "EMA step", replaced(pretrain, "ema_update", half_as_far)),
-    "EMA decay a step late": ("eat pretrain", "EMA decay", replaced(pretrain, "ema_decay", one_step_late)),
-    "EMA a step late in training": ("asda trajectory", "losses", replaced(pretrain, "ema_decay", one_step_late)),
+    "EMA half as far": ("asda pretrain", "EMA step", replaced(ema_module, "ema_update", half_as_far)),
+    "EMA decay a step late": ("eat pretrain", "EMA decay", replaced(ema_module, "ema_decay", one_step_late)),
+    "EMA a step late in training": ("asda trajectory", "losses", replaced(ema_module, "ema_decay", one_step_late)),
     "Adam without decay": ("asda pretrain", "Adam step", adam_of(weight_decay=0.0)),
     "Adam with another eps": ("eat pretrain", "Adam step", adam_of(eps=1e-6)),
     "Adam with other betas": ("asda trajectory", "losses", adam_of(betas=(0.9, 0.999))),

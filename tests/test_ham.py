@@ -14,16 +14,11 @@ from torch import Tensor, nn
 from torchaudio.models.conformer import ConformerLayer, _ConvolutionModule, _FeedForwardModule
 
 import asda
-from asda.checkpoint import write_weights
-from asda.config import (
-    AstConfig,
-    ChannelAttentionConfig,
-    ConformerConfig,
-    Description,
-    InputConfig,
-    LogMelStats,
-)
-from asda.costs import network_costs
+from asda.checkpoint.weights import write_weights
+from asda.config.data import InputConfig, LogMelStats
+from asda.config.model import AstConfig, ChannelAttentionConfig, ConformerConfig
+from asda.config.run import Description
+from asda.models.costs import network_costs
 from asda.models.ham import (
     ChannelAttention,
     Conformer,
@@ -35,7 +30,7 @@ from asda.models.ham import (
     sinusoids,
 )
 from asda.objectives import make_objective
-from asda.runlog import read_metrics
+from asda.run.log import read_metrics
 
 pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
 

@@ -18,10 +18,9 @@ from fault_table import Count
 from launching import BIN, ROOT, environment
 from tiny_runs import EVERY, TinyRun
 
-from asda import hosts as hosts_module
-from asda.engine import free_port
+from asda.engine.processes import free_port, slurm_ranks
 from asda.errors import LOST_PEER_EXIT, STOPPED_EXIT, UserError
-from asda.hosts import slurm_ranks
+from asda.run import folder as hosts_module
 
 STEP = {"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
 
@@ -67,7 +66,7 @@ def test_a_job_that_names_no_host_is_refused() -> None:
 HOLDER = """
 import sys
 from pathlib import Path
-from asda import hosts
+from asda.run import folder as hosts
 folder = Path(sys.argv[1])
 with (folder / hosts.LOCK_FILE).open("a+") as file:
     print(repr(hosts._lock(file, folder)), flush=True)

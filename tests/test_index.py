@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from asda.data.index import (
+from asda.data.shards.index import (
     DatasetIndex,
     Duplicates,
     LogMelStats,

@@ -15,18 +15,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import asda
-from asda import checkpoint, inference
-from asda.config import ClassifyConfig, Description
-from asda.data import fbank
-from asda.data.audio import read_wave
+from asda import inference
+from asda.checkpoint.read import read_state, resolve_checkpoint
+from asda.checkpoint.weights import read_weights, write_weights
+from asda.config.model import ClassifyConfig
+from asda.config.presets import filled
+from asda.config.run import Description
+from asda.data.audio.read import read_wave
 from asda.data.clips import ClipDataset
+from asda.data.features import fbank
 from asda.data.stream import evaluation_batches, with_patches
 from asda.errors import UserError
 from asda.inference import Model
 from asda.models.classifier import Classifier
 from asda.models.encoder import Encoder
 from asda.models.pretrain import MaskedStudents
-from asda.presets import filled
 
 ROOT = Path(__file__).resolve().parent.parent
 RATE_HZ = 16_000
@@ -73,7 +76,7 @@ def write_model(folder: Path, *, teacher: bool = False, **changes: object) -> Pa
         weights["model"] = MaskedStudents(description.model, description.objective).state_dict()
         if teacher:
             weights["teacher"] = Encoder(description.model).state_dict()
-    checkpoint.write_weights(folder, description, weights)
+    write_weights(folder, description, weights)
     return folder
 
 
@@ -260,7 +263,7 @@ def test_students_and_teachers_are_different_networks(tmp_path: Path):
         model = asda.load(folder, weights=weights)
         stem = "model" if weights == "student" else "teacher"
         expected = Encoder(model.description.model)
-        tensors = checkpoint.read_weights(folder, stem)
+        tensors = read_weights(folder, stem)
         expected.load_state_dict({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
         patches_BNP = golden.patchify(mel_BTM[:, None])
         assert close(model.encode_log_mel(mel_BTM), expected(patches_BNP))
@@ -360,11 +363,11 @@ def test_certain_chunks_keep_their_log_odds(model: Model):
 @pytest.mark.launch
 def test_tags_of_a_run_are_what_evaluation_computes(finetuned: Path, shards: Path):
     model = asda.load(finetuned, device="cpu")
-    folder = checkpoint.resolve_checkpoint(finetuned)
-    config, state = checkpoint.read_state(folder)
+    folder = resolve_checkpoint(finetuned)
+    config, state = read_state(folder)
     assert (model.labels, model.chunk_s, model.hop_s) == (state.vocabulary, config.data.frames / 100, 0.16)
     classifier = Classifier(config.model, config.objective, len(state.vocabulary)).eval()
-    classifier.load_state_dict(checkpoint.read_weights(folder, "model"))
+    classifier.load_state_dict(read_weights(folder, "model"))
     dataset = ClipDataset(f"{shards}:test", labelled=True)
     stream = evaluation_batches(dataset, config.data, batch=4, rank=0, world_size=1)
     compared = 0
@@ -383,7 +386,7 @@ def test_a_run_folder_and_its_newest_checkpoint_are_the_same_model(pretrained: P
     samples_S = sound(CHUNK)
     for weights in ("student", "teacher"):
         run, folder = (
-            asda.load(path, weights=weights, device="cpu") for path in (pretrained, checkpoint.resolve_checkpoint(pretrained))
+            asda.load(path, weights=weights, device="cpu") for path in (pretrained, resolve_checkpoint(pretrained))
         )
         assert torch.equal(run.features(samples_S, RATE_HZ).patches, folder.features(samples_S, RATE_HZ).patches)
 
@@ -529,7 +532,7 @@ def test_a_classifier_whose_classes_have_no_names_is_refused(tmp_path: Path):
 
 def test_weights_of_another_size_are_named(tmp_path: Path):
     folder = write_model(tmp_path / "weights")
-    weights = checkpoint.read_weights(folder, "model")
+    weights = read_weights(folder, "model")
     weights["head.weight"] = torch.zeros(7, 32)
     del weights["norm.bias"]
     (folder / "manifest.json").unlink()

@@ -25,8 +25,8 @@ from matplotlib.image import imread
 from sounds import CLASSES, SECONDS
 from tiny_tools import Done, noise, run, wav
 
-from asda.data.index import hash_bytes
-from asda.data.shards import ShardFile, load_dataset
+from asda.data.shards.index import hash_bytes
+from asda.data.shards.read import ShardFile, load_dataset
 from asda.sharding.writer import write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent

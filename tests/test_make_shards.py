@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from asda.data.audio import encode_wav
-from asda.data.index import DatasetIndex
-from asda.data.shards import ShardFile, load_dataset, verify_shard
+from asda.data.audio.waves import encode_wav
+from asda.data.shards.index import DatasetIndex
+from asda.data.shards.read import ShardFile, load_dataset
 from asda.errors import UserError, exit_with_sentence
 from asda.sharding.sources import SourceOptions, list_clips
+from asda.sharding.verify import verify_shard
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "make_shards.py"
 

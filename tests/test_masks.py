@@ -27,7 +27,7 @@ import pytest
 from mask_statistics import SIGNIFICANCE, Difference, Masks, differences, of_histograms
 from numpy.typing import NDArray
 
-from asda.config import MaskConfig
+from asda.config.model import MaskConfig
 from asda.models import masks
 from asda.models.masks import inverse_block_masks, visible_indices
 

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from asda.engine import Processes
-from asda.meter import Meter
+from asda.engine.processes import Processes
+from asda.run.throughput import Meter
 
 CPU = torch.device("cpu")
 ALONE = Processes(0, 1, CPU)

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as arrays
 from scipy.stats import norm
 from sklearn.metrics import accuracy_score, average_precision_score, confusion_matrix, roc_auc_score
 
-from asda.metrics import accuracy, by_class, confusion, d_prime, summary
+from asda.evaluation.metrics import accuracy, by_class, confusion, d_prime, summary
 
 # Both sides take means of at most N quotients of exact counts in float64, and the sums of ours run in another order:
 # N roundings of 2^-53 of values of at most 1, and N <= 2000 here.

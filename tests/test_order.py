@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from xxhash import xxh3_64_hexdigest
 
-from asda.config import MIN_SHARE, OrderConfig
+from asda.config.data import MIN_SHARE, OrderConfig
 from asda.data.order import (
     BLOCK,
     ORDER_VERSION,

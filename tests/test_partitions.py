@@ -8,8 +8,8 @@ import torch
 from ranks import FP16, differing, everything, make_run, run_ranks, stages_of, tiny_config, train_step
 from safetensors.torch import save_file
 
+from asda.engine.partitions import dealt_out
 from asda.errors import UserError
-from asda.partitions import dealt_out
 
 
 def config_of(precision: str, stage: int):
@@ -20,7 +20,7 @@ def save(objective: Any, engine: Any, processes: Any, folder: Path) -> None:
     """What asda/train.py writes of tensors, without its protocol."""
     import torch.distributed as dist
 
-    from asda.partitions import optimizer_file
+    from asda.engine.partitions import optimizer_file
 
     folder.mkdir(parents=True, exist_ok=True)
     stem, tensors = optimizer_file(engine)
@@ -47,7 +47,7 @@ def trained_and_saved(processes: Any, precision: str, folder: Path) -> dict[int,
 
 def moved(processes: Any, precision: str, sources: Path, targets: Path | None, expected: dict[int, Any]) -> list[str]:
     """Load what was saved in each stage into every stage; returns what is not as it was, bit for bit."""
-    from asda.partitions import restore
+    from asda.engine.partitions import restore
 
     complaints = []
     for stage in stages_of(precision):
@@ -84,7 +84,7 @@ def test_a_checkpoint_continues_bit_for_bit_from_two_ranks_on_one_and_on_two_aga
 
 def incomplete(processes: Any, folder: Path) -> list[str]:
     """What restore says when a rank's file is missing, and when the model is another one."""
-    from asda.partitions import restore
+    from asda.engine.partitions import restore
 
     objective, engine = make_run(config_of("fp32", 1), processes)
     save(objective, engine, processes, folder)

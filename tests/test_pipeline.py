@@ -13,11 +13,11 @@ import torch
 from kaldi import MOST, float64_log_mel, kaldi_log_mel
 from scipy import stats
 
-from asda.config import AugmentConfig
-from asda.data.augment import ClipAugmentation, draw_augmentation
-from asda.data.cpu_patches import uniform
-from asda.data.fbank import num_samples
-from asda.data.pipeline import PatchPipeline
+from asda.config.data import AugmentConfig
+from asda.data.features.augment import ClipAugmentation, draw_augmentation
+from asda.data.features.cpu import uniform
+from asda.data.features.dali import PatchPipeline
+from asda.data.features.fbank import num_samples
 from asda.errors import UserError
 
 FRAMES, PATCH, MEAN, STD, PAD = 128, 16, -4.268, 4.569, 0.0
@@ -401,11 +401,11 @@ def test_torch_computes_with_as_many_threads_as_before_elsewhere():
 PROGRAM = """
 import itertools, sys, time
 import numpy as np
-from asda.config import AugmentConfig
-from asda.data.augment import ClipAugmentation, draw_augmentation
-from asda.data.cpu_patches import uniform
-from asda.data.fbank import num_samples
-from asda.data.pipeline import PatchPipeline
+from asda.config.data import AugmentConfig
+from asda.data.features.augment import ClipAugmentation, draw_augmentation
+from asda.data.features.cpu import uniform
+from asda.data.features.fbank import num_samples
+from asda.data.features.dali import PatchPipeline
 clip = np.random.default_rng(0).integers(-9000, 9000, 160_000).astype(np.int16)
 batches = PatchPipeline((([clip] * 4, n) for n in itertools.count()), frames=1024, patch=16, mean=0.0, std=1.0,
                         pad_log_mel=0.0, batch_size=4, device="cpu", threads=2, prefetch=4, native={native})

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from asda.data.audio import CUT_SLACK_S, AudioError
-from asda.sharding.place import Place, read_place
+from asda.data.audio.waves import CUT_SLACK_S, AudioError
+from asda.sharding.audio_ref import Place, read_place
 
 RATE = 16_000
 SECONDS = 30

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asda.errors import UserError
-from asda.sharding.place import Place
+from asda.sharding.audio_ref import Place
 from asda.sharding.plan import assign_splits, choose_vocabulary, keyed, parse_split, plan_split
 from asda.sharding.sources import Row
 

@@ -17,9 +17,12 @@ from safetensors.torch import load_file
 from tiny_tools import LABELS, Done, noise, one_core, run, wav, write_broken, write_pretrained, write_tagger
 
 import asda
-from asda.checkpoint import read_description, read_weights, write_weights
-from asda.config import ClassifyConfig, Description, InputConfig, LogMelStats
-from asda.data.files import audio_files
+from asda.checkpoint.read import read_description
+from asda.checkpoint.weights import read_weights, write_weights
+from asda.config.data import InputConfig, LogMelStats
+from asda.config.model import ClassifyConfig
+from asda.config.run import Description
+from asda.data.audio.find import audio_files
 from asda.errors import UserError
 from asda.inference import Model
 from asda.models.classifier import Classifier

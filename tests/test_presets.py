@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from asda.config import PretrainConfig, dump_config, load_config
+from asda.config.model import PretrainConfig
+from asda.config.presets import PRESETS, SIZES, departures, filled
+from asda.config.run import dump_config, load_config
 from asda.models.attention import Attention, LearnedLambda, PerHeadNorm
 from asda.models.encoder import Encoder
-from asda.presets import PRESETS, SIZES, departures, filled
 
 AS2M = Path(__file__).parent.parent / "configs" / "as2m.json"
 

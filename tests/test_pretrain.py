@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from asda.config import DecoderConfig, ModelConfig, PretrainConfig
+from asda.config.model import DecoderConfig, ModelConfig, PretrainConfig
+from asda.config.presets import PRESETS
+from asda.engine.ema import ema_update
 from asda.models.attention import set_attention_path
 from asda.models.masks import inverse_block_masks, visible_indices
-from asda.models.pretrain import Decoder, MaskedStudents, Teacher, ema_update, feature_spread
-from asda.presets import PRESETS
+from asda.models.pretrain import Decoder, MaskedStudents, Teacher, feature_spread
 
 pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
 

@@ -16,14 +16,24 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from asda.config import Config, LogMelStats, ProbeConfig
+from asda.config.data import LogMelStats
+from asda.config.run import Config, ProbeConfig
 from asda.data.clips import ClipDataset, read_clips
-from asda.data.fbank import log_mel
+from asda.data.features.fbank import log_mel
 from asda.data.order import Draw
-from asda.engine import Processes
+from asda.engine.processes import Processes
 from asda.errors import UserError
+from asda.evaluation.probe import (
+    PENALTIES,
+    Features,
+    Probe,
+    features_of,
+    judge,
+    linear_scores,
+    neighbour_scores,
+    standardised,
+)
 from asda.models.encoder import Encoder
-from asda.probe import PENALTIES, Features, Probe, features_of, judge, linear_scores, neighbour_scores, standardised
 
 CHANCE = 1 / 8  # of the eight classes of the fixture `shards`
 

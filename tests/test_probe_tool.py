@@ -15,14 +15,14 @@ from sklearn.preprocessing import StandardScaler
 from tiny_tools import INPUT, write_pretrained, write_tagger
 
 import asda
-from asda.data.audio import SAMPLE_RATE_HZ
+from asda.data.audio.waves import SAMPLE_RATE_HZ
 from asda.data.clips import ClipDataset, read_clips
-from asda.data.fbank import num_samples
+from asda.data.features.fbank import num_samples
 from asda.data.order import Draw
-from asda.data.shards import load_dataset
+from asda.data.shards.read import load_dataset
 from asda.errors import UserError
+from asda.evaluation.probe import PENALTIES
 from asda.inference import Model
-from asda.probe import PENALTIES
 
 
 def arguments_of(shards: Path, *more: object) -> list[str]:
@@ -36,7 +36,7 @@ def judged(out: Path) -> dict[str, dict[str, float]]:
 
 
 def run_probe(*arguments: str, ranks: int = 0) -> str:
-    from asda.engine import free_port  # here, because DeepSpeed takes seconds to import
+    from asda.engine.processes import free_port  # here, because DeepSpeed takes seconds to import
 
     launcher = [sys.executable]
     if ranks:

@@ -17,7 +17,7 @@ from forked_ranks import RankServer
 from launching import ROOT, environment
 from sounds_dataset import write_dataset
 
-from asda.runlog import read_metrics
+from asda.run.log import read_metrics
 
 SMALL = [
     "model.width=32", "model.depth=2", "model.heads=2", "engine.precision=fp32", "engine.micro_batch=4",

@@ -17,10 +17,11 @@ import pytest
 import torch
 from fault_table import Count
 
-from asda.config import Config, MaskConfig, load_config
+from asda.config.model import MaskConfig
+from asda.config.run import Config, load_config
 from asda.data.batches import Batch
 from asda.data.clips import ClipDataset, DamageBudget
-from asda.data.reader import read_ahead, read_ahead_in_processes
+from asda.data.prefetch import read_ahead, read_ahead_in_processes
 from asda.data.stream import patch_maker, training_batches, with_patches
 from asda.errors import UserError
 from asda.models.masks import visible_patches
@@ -229,6 +230,6 @@ def test_workers_end_with_a_trainer_that_is_killed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lives", [True, False])
 def test_a_worker_whose_trainer_ended_before_it_began_ends_too(lives: bool) -> None:
     trainer = os.getpid() if lives else 1 << 30
-    program = f"from asda.data.reader import _prepare_worker\n_prepare_worker(True, {trainer}, 0)\nprint('works')"
+    program = f"from asda.data.prefetch import _prepare_worker\n_prepare_worker(True, {trainer}, 0)\nprint('works')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == (("works\n", 0) if lives else ("", 1))

@@ -11,18 +11,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from asda.config import (
-    AstConfig,
-    ClassifyConfig,
-    Config,
-    OptimizerConfig,
-    PretrainConfig,
-    StepDecayConfig,
-    dump_config,
-    load_config,
-)
-from asda.engine import learning_rate
-from asda.official.ast import LOG_MEL as LOG_MEL_OF_CLASSES
+from asda.config.model import AstConfig, ClassifyConfig, PretrainConfig
+from asda.config.run import Config, OptimizerConfig, StepDecayConfig, dump_config, load_config
+from asda.engine.zero import learning_rate
+from asda.official.huggingface_ast import LOG_MEL as LOG_MEL_OF_CLASSES
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STORY = {"what", "source", "expected", "hardware", "command"}

@@ -15,10 +15,11 @@ from report_runs import confusions, differences, distinct_names, read_runs, trai
 from tiny_checkpoints import save
 from tiny_tools import Done, one_core, room_for, run
 
-from asda.config import Config, PretrainConfig, dump_config, load_config
+from asda.config.model import PretrainConfig
+from asda.config.run import Config, dump_config, load_config
 from asda.models.encoder import Encoder
 from asda.models.pretrain import MaskedStudents
-from asda.runlog import JsonLines
+from asda.run.log import JsonLines
 
 pytestmark = pytest.mark.usefixtures(one_core.__name__)
 VOID = {"meta", "br", "img", "hr", "link", "input"}  # elements of HTML without an end tag

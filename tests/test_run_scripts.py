@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from launching import ROOT, environment
 
-from asda.config import ClassifyConfig, load_config
+from asda.config.model import ClassifyConfig
+from asda.config.run import load_config
 
 RECORDER = 'python() { printf "%s\\0" "$@" >> "$CALLS"; printf "\\n" >> "$CALLS"; }; export -f python; exec bash "$0"'
 PARSERS = {

@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from asda.config import RunConfig
+from asda.config.run import RunConfig
 from asda.errors import UserError
-from asda.runlog import ALARM_EVERY, JsonLines, RunLog, check_wandb, collapse_alarm, read_metrics
+from asda.run.log import ALARM_EVERY, JsonLines, RunLog, check_wandb, collapse_alarm, read_metrics
 
 RUN = RunConfig(folder="runs/x")
 

@@ -20,12 +20,14 @@ from webdataset.compat import WebDataset
 from webdataset.tariterators import group_by_keys, tar_file_expander
 from xxhash import xxh3_64_hexdigest, xxh3_128_hexdigest
 
-from asda.data.audio import decode_wav, encode_wav, read_audio
-from asda.data.index import MAX_SAMPLE_BYTES, TAR_END, DatasetIndex, hash_bytes
-from asda.data.shards import ShardFile, load_dataset, load_shard_index, verify_shard
+from asda.data.audio.read import read_audio
+from asda.data.audio.waves import decode_wav, encode_wav
+from asda.data.shards.index import MAX_SAMPLE_BYTES, TAR_END, DatasetIndex, hash_bytes
+from asda.data.shards.read import ShardFile, load_dataset, load_shard_index
 from asda.errors import UserError
-from asda.sharding.place import Place
+from asda.sharding.audio_ref import Place
 from asda.sharding.plan import ClipTask, ShardTask
+from asda.sharding.verify import verify_shard
 from asda.sharding.writer import summarize_split, write_dataset, write_shard
 
 NUM_CLIPS = 6

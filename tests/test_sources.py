@@ -16,7 +16,7 @@ import zstandard
 
 from asda.data.labels import audioset_labels
 from asda.errors import UserError
-from asda.sharding.place import Place, read_place
+from asda.sharding.audio_ref import Place, read_place
 from asda.sharding.sources import Listing, SourceOptions, list_clips
 from asda.sharding.sources.audioset import AudioFolder
 

@@ -20,7 +20,7 @@ from launching import BIN, ROOT, command, environment
 from tiny_runs import EVERY, TinyRun, assert_same_runs, wait_until
 
 from asda.errors import LOST_PEER_EXIT, STOPPED_EXIT
-from asda.stopping import REPEAT_S, launchers_above, program_of
+from asda.run.signals import REPEAT_S, launchers_above, program_of
 
 STEPS = 40
 HEARTBEAT_S = 6.0  # by engine.timeout_s, which shortens it
@@ -28,9 +28,10 @@ SENDERS = {"one rank": [1], "all ranks": [0, 1]}
 
 RANK = """
 import ctypes, sys, threading
-from asda.engine import join_processes
+from asda.engine.processes import join_processes
 from asda.errors import Stopped, UserError, exit_with_sentence
-from asda.stopping import Heartbeat, StopSignals, agree
+from asda.run.heartbeat import Heartbeat
+from asda.run.signals import StopSignals, agree
 
 def stuck_in_c():
     mutex = ctypes.create_string_buffer(64)  # all zeros: PTHREAD_MUTEX_INITIALIZER
@@ -75,7 +76,7 @@ def uninterrupted(ranks: RankServer, shards: Path) -> TinyRun:
 
 
 def pair(ranks: RankServer, folder: Path, task: str, world_size: int = 2) -> list[Rank]:
-    from asda.engine import free_port
+    from asda.engine.processes import free_port
 
     (script := folder / "rank.py").write_text(RANK)
     port = free_port()

@@ -18,16 +18,17 @@ import numpy as np
 import pytest
 from faulty_server import serving
 
-from asda.data import cache as cache_module
-from asda.data import fetch as fetch_module
-from asda.data.audio import encode_wav
-from asda.data.cache import Cache, CacheConfig, StoredFile
-from asda.data.index import DatasetIndex, hash_bytes
-from asda.data.shards import ShardFile, load_dataset, verify_shard
-from asda.data.storage import LocalFolder, open_storage
+from asda.data.audio.waves import encode_wav
+from asda.data.remote import cache as cache_module
+from asda.data.remote import fetch as fetch_module
+from asda.data.remote.cache import Cache, CacheConfig, StoredFile
+from asda.data.remote.storage import LocalFolder, open_storage
+from asda.data.shards.index import DatasetIndex, hash_bytes
+from asda.data.shards.read import ShardFile, load_dataset
 from asda.errors import UserError
-from asda.sharding.place import Place
+from asda.sharding.audio_ref import Place
 from asda.sharding.plan import ClipTask, ShardTask
+from asda.sharding.verify import verify_shard
 from asda.sharding.writer import summarize_split, write_dataset, write_shard
 
 NUM_SHARDS, NUM_CLIPS = 5, 4
@@ -332,9 +333,9 @@ def test_a_file_that_is_removed_while_it_is_read_is_read_to_its_end(tmp_path):
 
 READ_ALL = """
 import json, sys
-from asda.data.cache import CacheConfig, StoredFile
-from asda.data.index import hash_bytes
-from asda.data.storage import open_storage
+from asda.data.remote.cache import CacheConfig, StoredFile
+from asda.data.shards.index import hash_bytes
+from asda.data.remote.storage import open_storage
 storage = open_storage(sys.argv[1], CacheConfig(sys.argv[2], timeout_s=60))
 print("open", flush=True)
 sys.stdin.readline()

@@ -13,10 +13,11 @@ import pytest
 import soundfile
 import torch
 
-from asda.config import Config, DataConfig, load_config
+from asda.config.data import DataConfig
+from asda.config.run import Config, load_config
 from asda.data.batches import Batch
 from asda.data.clips import Clip, ClipDataset, read_clips
-from asda.data.fbank import log_mel, num_samples
+from asda.data.features.fbank import log_mel, num_samples
 from asda.data.order import Draw
 from asda.data.stream import evaluation_batches, training_batches, with_patches
 from asda.errors import UserError

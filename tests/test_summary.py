@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from asda.config import Config, LogMelStats, load_config
-from asda.costs import network_costs
-from asda.engine import Processes
-from asda.summary import WIDTH, derived_numbers, in_bytes, in_short, in_time
+from asda.config.data import LogMelStats
+from asda.config.run import Config, load_config
+from asda.engine.processes import Processes
+from asda.models.costs import network_costs
+from asda.run.preflight import WIDTH, derived_numbers, in_bytes, in_short, in_time
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CPU = torch.device("cpu")

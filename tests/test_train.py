@@ -16,10 +16,10 @@ from launching import BIN, ROOT, command, environment, finetuning, launch, pretr
 from safetensors.torch import load_file
 from sounds_dataset import make_shards
 
-from asda.config import OptimizerConfig, load_config
-from asda.engine import deepspeed_dict, learning_rate, micro_batch_of
+from asda.config.run import OptimizerConfig, load_config
+from asda.engine.zero import deepspeed_dict, learning_rate, micro_batch_of
 from asda.errors import STOPPED_EXIT, USER_ERROR_EXIT, UserError
-from asda.runlog import read_metrics
+from asda.run.log import read_metrics
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -13,7 +13,7 @@ import forked_tool
 import pytest
 import zstandard
 
-from asda.data.shards import load_dataset
+from asda.data.shards.read import load_dataset
 from asda.sharding.verify import tar_problems
 
 

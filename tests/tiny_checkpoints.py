@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asda.checkpoint import State
-from asda.checkpoint_writer import CheckpointWriter, Files, Outcome
-from asda.config import Config, load_config
+from asda.checkpoint.read import State
+from asda.checkpoint.writer import CheckpointWriter, Files, Outcome
+from asda.config.run import Config, load_config
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo_pretrain.json"
 ALONE: Any = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"), is_first=True)  # Processes

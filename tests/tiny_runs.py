@@ -11,9 +11,9 @@ from forked_ranks import Rank, RankServer
 from launching import pretraining
 from safetensors.torch import load_file
 
-from asda import checkpoint
-from asda.engine import free_port
-from asda.runlog import read_metrics
+from asda.checkpoint.read import newest_checkpoint
+from asda.engine.processes import free_port
+from asda.run.log import read_metrics
 
 EVERY = 5  # steps between checkpoints
 COMPARED = (  # what the log says of a step, without times and rates
@@ -73,7 +73,7 @@ class TinyRun:
 
     def newest_step(self) -> int:
         """Of the newest intact checkpoint; 0 when there is none."""
-        newest = checkpoint.newest_checkpoint(self.folder)
+        newest = newest_checkpoint(self.folder)
         return int(newest.name.removeprefix("step-")) if newest else 0
 
     def tensors(self) -> dict[str, dict]:

@@ -15,16 +15,10 @@ import soundfile
 import sounds_dataset  # noqa: F401  # puts tools/ on the path
 import torch
 
-from asda.checkpoint import write_weights
-from asda.config import (
-    ClassifyConfig,
-    DecoderConfig,
-    Description,
-    InputConfig,
-    LogMelStats,
-    ModelConfig,
-    PretrainConfig,
-)
+from asda.checkpoint.weights import write_weights
+from asda.config.data import InputConfig, LogMelStats
+from asda.config.model import ClassifyConfig, DecoderConfig, ModelConfig, PretrainConfig
+from asda.config.run import Description
 from asda.errors import exit_with_sentence
 from asda.models.classifier import Classifier
 from asda.models.encoder import Encoder

@@ -15,19 +15,11 @@ from typing import Any
 
 import numpy as np
 from attention_maps import SIGNED, Network, attention_of, block_inputs, load_network, named_maps, on_patches
-from attention_noise import (
-    Estimate,
-    Mixture,
-    choose_clips,
-    make_mixtures,
-    mean_estimate,
-    measure,
-    ratio_estimate,
-)
+from attention_noise import Estimate, Mixture, choose_clips, make_mixtures, mean_estimate, measure, ratio_estimate
 from pictures import DB_PER_NEPER, pyplot, show_levels, show_patches
 from report_runs import distinct_names
 
-from asda.config import MOST
+from asda.config.base import MOST
 from asda.data.clips import ClipDataset
 from asda.errors import UserError, exit_with_sentence
 

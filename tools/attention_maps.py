@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asda import checkpoint
-from asda.config import Description, ModelConfig, of_asda
+from asda.checkpoint.read import read_description, resolve_checkpoint
+from asda.checkpoint.weights import read_weights
+from asda.config.model import ModelConfig, of_asda
+from asda.config.run import Description
 from asda.data.clips import Clip
-from asda.data.fbank import log_mel
+from asda.data.features.fbank import log_mel
 from asda.errors import UserError
 from asda.models.attention import Attention
 from asda.models.encoder import Encoder
@@ -46,8 +48,8 @@ def load_network(path: Path) -> Network:
     Raises:
         UserError: there is no intact checkpoint, or its network has no such attention.
     """
-    folder = checkpoint.resolve_checkpoint(path)
-    description = checkpoint.read_description(folder)
+    folder = resolve_checkpoint(path)
+    description = read_description(folder)
     if not isinstance(description.model, ModelConfig):
         raise UserError(f"{path} holds a network of another kind, whose attention is not looked into; leave it out")
     encoder = Encoder(description.model)
@@ -57,9 +59,9 @@ def load_network(path: Path) -> Network:
 
 def _weights(folder: Path) -> dict[str, Tensor]:
     if (folder / "teacher.safetensors").is_file():
-        return checkpoint.read_weights(folder, "teacher")
+        return read_weights(folder, "teacher")
     prefix = "encoder."
-    tensors = checkpoint.read_weights(folder, "model")
+    tensors = read_weights(folder, "model")
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 

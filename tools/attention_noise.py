@@ -16,9 +16,9 @@ import numpy as np
 from attention_maps import SIGNED, Network, attention_of, block_inputs, named_maps
 from torch import Tensor
 
-from asda.data.audio import INT16_SCALE
+from asda.data.audio.waves import INT16_SCALE
 from asda.data.clips import Clip, ClipDataset, read_clips
-from asda.data.fbank import log_mel, num_frames, num_samples
+from asda.data.features.fbank import log_mel, num_frames, num_samples
 from asda.data.order import Draw
 from asda.errors import UserError
 

@@ -26,8 +26,8 @@ from bench_memory import bench_memory
 from bench_metrics import bench_metrics
 from bench_step import bench_step
 
-from asda.data.audio import SAMPLE_RATE_HZ
-from asda.data.fbank import log_mel
+from asda.data.audio.waves import SAMPLE_RATE_HZ
+from asda.data.features.fbank import log_mel
 from asda.errors import exit_with_sentence
 from asda.models.attention import TRITON_TILE, attend, by_definition
 

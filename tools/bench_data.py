@@ -41,12 +41,13 @@ from webdataset.pipeline import DataPipeline
 from webdataset.shardlists import SimpleShardList, split_by_worker
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from asda.config import Config, MaskConfig, load_config
-from asda.data.audio import SAMPLE_RATE_HZ, decode_wav
+from asda.config.model import MaskConfig
+from asda.config.run import Config, load_config
+from asda.data.audio.waves import SAMPLE_RATE_HZ, decode_wav
 from asda.data.batches import Batch
 from asda.data.clips import ClipDataset
-from asda.data.fbank import log_mel_into, num_frames
-from asda.data.index import (
+from asda.data.features.fbank import log_mel_into, num_frames
+from asda.data.shards.index import (
     FORMAT_VERSION,
     DatasetIndex,
     LogMelStats,
@@ -375,7 +376,8 @@ def big_index(folder: Path) -> dict[str, float]:
     """Opening a dataset of 2 million clips (its shards are empty files of the right size), and a jump in its order."""
     generated = generate_index(folder / "big")
     script = (
-        "import json, sys, time, psutil; from asda.config import DataConfig; from asda.data.clips import ClipDataset;"
+        "import json, sys, time, psutil; from asda.config.data import DataConfig;"
+        "from asda.data.clips import ClipDataset;"
         "from asda.data.order import ClipOrder; before = psutil.Process().memory_info().rss; t = time.perf_counter();"
         "config = DataConfig(train=sys.argv[1]); dataset = ClipDataset(config.train, labelled=True);"
         "opened = time.perf_counter() - t; order = ClipOrder(dataset.ordered(config), seed=1, group_shards=16);"

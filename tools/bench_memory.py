@@ -24,11 +24,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from asda.config import EngineConfig, load_config
-from asda.costs import rank_memory
-from asda.engine import free_port, join_processes, leave_processes, make_engine
+from asda.config.run import EngineConfig, load_config
+from asda.engine.partitions import fragments
+from asda.engine.processes import free_port, join_processes, leave_processes
+from asda.engine.zero import make_engine
+from asda.models.costs import rank_memory
 from asda.objectives import Pretraining, make_objective
-from asda.partitions import fragments
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "as2m.json"

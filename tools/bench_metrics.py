@@ -14,7 +14,7 @@ import torch
 from sklearn.metrics import average_precision_score
 from torchmetrics.classification import MultilabelAveragePrecision
 
-from asda.metrics import summary
+from asda.evaluation.metrics import summary
 
 CLIPS, CLASSES, LABELS_A_CLIP = 20_000, 527, 2
 ROUNDS = 3

@@ -23,15 +23,17 @@ import torch
 from plain_asda import PlainStudents, plain_targets
 from torch import Tensor, nn
 
-from asda.checkpoint import State
-from asda.checkpoint_writer import CheckpointWriter
-from asda.config import Config, PretrainConfig, load_config, of_asda
-from asda.costs import gemm_rate, network_costs
+from asda.checkpoint.read import State
+from asda.checkpoint.writer import CheckpointWriter
+from asda.config.model import PretrainConfig, of_asda
+from asda.config.run import Config, load_config
 from asda.data.batches import Batch
-from asda.engine import guarded, join_processes, make_engine, set_learning_rate
+from asda.engine.partitions import optimizer_file
+from asda.engine.processes import join_processes
+from asda.engine.zero import guarded, make_engine, set_learning_rate
+from asda.models.costs import gemm_rate, network_costs
 from asda.models.masks import visible_patches
 from asda.objectives import Pretraining, make_objective
-from asda.partitions import optimizer_file
 
 CONFIG = Path(__file__).parents[1] / "configs" / "as2m.json"
 OVERRIDES = ["optimizer.batch=1", "engine.micro_batch=1"]

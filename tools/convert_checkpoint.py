@@ -11,14 +11,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from asda import checkpoint
-from asda.config import Description, ModelConfig, PretrainConfig
+from asda.checkpoint.manifest import TEMPORARY
+from asda.checkpoint.read import read_description, resolve_checkpoint
+from asda.checkpoint.weights import check_target, read_weights, write_weights
+from asda.config.model import ModelConfig, PretrainConfig
+from asda.config.run import Description
 from asda.data.labels import read_labels
 from asda.errors import UserError, exit_with_sentence
-from asda.official.ast import from_hugging_face, is_ast
+from asda.official.fairseq import Wishes, from_official, to_official
+from asda.official.fairseq_settings import input_notes
+from asda.official.huggingface_ast import from_hugging_face, is_ast
 from asda.official.safe_load import plain, safe_load
-from asda.official.settings import input_notes
-from asda.official.weights import Wishes, from_official, to_official
 
 EXAMPLES = """
 examples
@@ -74,7 +77,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def to_ours(args: argparse.Namespace) -> list[str]:
     """Read an official checkpoint, write a folder; lines about both."""
-    checkpoint.check_target(args.out, args.force)
+    check_target(args.out, args.force)
     file, cfg = read_official(args.input)
     if is_ast(file):
         beside = args.input if args.input.is_dir() else args.input.parent
@@ -88,7 +91,7 @@ def to_ours(args: argparse.Namespace) -> list[str]:
             f"preset {converted.description.preset}; leave --preset out"
         )
     try:
-        checkpoint.write_weights(args.out, converted.description, converted.weights, args.force)
+        write_weights(args.out, converted.description, converted.weights, args.force)
     except SafetensorError as error:
         raise UserError(f"cannot write {args.out}: {error}; free space, or choose another --out") from None
     return [
@@ -102,10 +105,10 @@ def to_theirs(args: argparse.Namespace) -> list[str]:
     """Read weights of ours, write an official checkpoint; lines about both."""
     if args.out.exists() and (not args.force or args.out.is_dir()):
         raise UserError(f"{args.out} exists; --force replaces a file, or choose another --out")
-    folder = checkpoint.resolve_checkpoint(args.input)
-    description = checkpoint.read_description(folder)
+    folder = resolve_checkpoint(args.input)
+    description = read_description(folder)
     stems = [stem for stem in ("model", "teacher") if (folder / f"{stem}.safetensors").is_file()]
-    weights = {stem: checkpoint.read_weights(folder, stem) for stem in stems}
+    weights = {stem: read_weights(folder, stem) for stem in stems}
     write_torch_file(to_official(description, weights), args.out)
     return [
         *described(description, weights),
@@ -140,7 +143,7 @@ def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def write_torch_file(content: dict[str, Any], path: Path) -> None:
     """Write a file with torch.save: whole, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=checkpoint.TEMPORARY, delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=TEMPORARY, delete=False) as file:
         try:
             torch.save(content, file)
             file.flush()

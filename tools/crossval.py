@@ -23,15 +23,15 @@ from typing import Any, TypeVar
 import xxhash
 from tqdm import tqdm
 
-from asda.config import Config, load_config
-from asda.continuing import changes, decides
-from asda.data.cache import CacheConfig
+from asda.config.run import Config, load_config
 from asda.data.clips import ClipDataset
-from asda.data.fetch import shareable, without_credentials
-from asda.data.index import DatasetIndex, SplitIndex
-from asda.data.shards import load_dataset
+from asda.data.remote.cache import CacheConfig
+from asda.data.remote.fetch import shareable, without_credentials
+from asda.data.shards.index import DatasetIndex, SplitIndex
+from asda.data.shards.read import load_dataset
 from asda.errors import STOPPED_EXIT, Stopped, UserError, exit_with_sentence
-from asda.runlog import read_metrics
+from asda.run.log import read_metrics
+from asda.run.resume import changes, decides
 
 Part = TypeVar("Part", str, int)
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,7 +156,7 @@ class Trainings:
     def _command(self, cell: Cell) -> list[str]:
         launch = [sys.executable]
         if self._ranks > 1:
-            from asda.engine import free_port  # takes seconds
+            from asda.engine.processes import free_port  # takes seconds
 
             launcher = str(Path(sys.executable).with_name("deepspeed"))
             launch = [launcher, "--num_accelerators", str(self._ranks), "--master_port", str(free_port())]

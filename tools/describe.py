@@ -6,13 +6,15 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from asda import checkpoint
-from asda.config import MOST, AstConfig, Config, Description, ModelConfig, PretrainConfig, load_config
-from asda.costs import Network, in_flop, network_costs
-from asda.data.audio import SAMPLE_RATE_HZ
-from asda.data.fbank import FRAME_SHIFT
+from asda.checkpoint.read import read_description, resolve_checkpoint
+from asda.config.base import MOST
+from asda.config.model import AstConfig, ModelConfig, PretrainConfig
+from asda.config.presets import departures
+from asda.config.run import Config, Description, load_config
+from asda.data.audio.waves import SAMPLE_RATE_HZ
+from asda.data.features.fbank import FRAME_SHIFT
 from asda.errors import UserError, exit_with_sentence
-from asda.presets import departures
+from asda.models.costs import Network, in_flop, network_costs
 
 EXAMPLES = """examples
   python tools/describe.py configs/as2m.json
@@ -93,7 +95,7 @@ def _read(path: Path, overrides: list[str]) -> tuple[Config | Description, int]:
     if path.is_dir():
         if overrides:
             raise UserError(f"{path} is a folder of weights, which {overrides[0]!r} cannot change; give a config file")
-        description = checkpoint.read_description(checkpoint.resolve_checkpoint(path))
+        description = read_description(resolve_checkpoint(path))
         return description, len(description.labels)
     return load_config(path, overrides), 0
 

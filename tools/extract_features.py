@@ -28,13 +28,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import asda
-from asda import disk
-from asda.data.audio import SAMPLE_RATE_HZ, AudioError, read_wave
+from asda import system as disk
+from asda.data.audio.find import AudioFile, audio_files
+from asda.data.audio.read import read_wave
+from asda.data.audio.waves import SAMPLE_RATE_HZ, AudioError
 from asda.data.clips import Clip, ClipDataset, read_clips
-from asda.data.files import AudioFile, audio_files
-from asda.data.index import DATASET_FILE, SHARD_SUFFIX
 from asda.data.order import Draw
-from asda.data.shards import ShardFile, load_dataset
+from asda.data.shards.index import DATASET_FILE, SHARD_SUFFIX
+from asda.data.shards.read import ShardFile, load_dataset
 from asda.errors import UserError, exit_with_sentence
 from asda.inference import Features, Model
 from asda.sharding.writer import TEMPORARY_SUFFIX, commit, temporary_file, write_file

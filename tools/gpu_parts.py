@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 from torch.cuda import nccl
 
-from asda.config import Config, PretrainConfig, load_config, of_asda
-from asda.costs import gemm_rate, network_costs
+from asda.config.model import PretrainConfig, of_asda
+from asda.config.run import Config, load_config
 from asda.models.attention import Path as AttentionPath
 from asda.models.attention import set_attention_path
+from asda.models.costs import gemm_rate, network_costs
 from asda.models.masks import visible_patches
 from asda.models.pretrain import MaskedStudents
 
@@ -83,7 +84,8 @@ def gemm(device: str) -> Found:
 
 def step(device: str, micro_batch: int, tiny: bool, overrides: list[str]) -> Found:
     """One training step on one device: teacher, students, losses, backward, clipping, optimizer, EMA."""
-    from asda.engine import guarded, join_processes, leave_processes, make_engine  # here: DeepSpeed takes seconds
+    from asda.engine.processes import join_processes, leave_processes  # here: DeepSpeed takes seconds
+    from asda.engine.zero import guarded, make_engine
     from asda.objectives import Pretraining, make_objective
 
     sizes = [f"optimizer.batch={micro_batch}", f"engine.micro_batch={micro_batch}", *overrides]

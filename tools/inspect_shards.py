@@ -19,10 +19,10 @@ import numpy as np
 from shard_tables import MIB, dataset_figures, shortened, tables
 from tqdm import tqdm
 
-from asda.data.audio import SAMPLE_RATE_HZ, AudioError, decode_wav
-from asda.data.cache import CacheConfig
-from asda.data.index import REPAIR, TAR_END, DatasetIndex
-from asda.data.shards import ShardFile, load_dataset
+from asda.data.audio.waves import SAMPLE_RATE_HZ, AudioError, decode_wav
+from asda.data.remote.cache import CacheConfig
+from asda.data.shards.index import REPAIR, TAR_END, DatasetIndex
+from asda.data.shards.read import ShardFile, load_dataset
 from asda.errors import UserError, exit_with_sentence
 from asda.sharding.verify import Checked, check_shard, repeated_keys
 from asda.sharding.workers import Progress
@@ -363,7 +363,7 @@ def clip_panel(dataset: DatasetIndex, clip: Clip) -> "Panel":
     """The picture of one clip: key, labels and length stand under it."""
     from pictures import CAPTION_CHARACTERS, DB_PER_NEPER, make_panel
 
-    from asda.data.fbank import log_mel
+    from asda.data.features.fbank import log_mel
 
     length = f"{clip.num_samples / SAMPLE_RATE_HZ:.2f} s"
     labels = shortened(", ".join(label_names(dataset, clip)) or "no label", CAPTION_CHARACTERS - len(length) - 2)

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from shard_tables import absent_table, split_figures, split_table
 
-from asda.data.audio import MAX_SECONDS, SAMPLE_RATE_HZ
-from asda.data.index import DATASET_FILE, FORMAT_VERSION, MAX_SAMPLE_BYTES, DatasetIndex, Duplicates
+from asda.data.audio.waves import MAX_SECONDS, SAMPLE_RATE_HZ
 from asda.data.labels import read_labels
-from asda.data.shards import load_dataset
+from asda.data.shards.index import DATASET_FILE, FORMAT_VERSION, MAX_SAMPLE_BYTES, DatasetIndex, Duplicates
+from asda.data.shards.read import load_dataset
 from asda.errors import UserError, exit_with_sentence
 from asda.sharding.duplicates import Pair, find_pairs
 from asda.sharding.journal import (

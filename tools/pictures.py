@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from asda.data.audio import SAMPLE_RATE_HZ
-from asda.data.fbank import FRAME_SHIFT, FRAME_WINDOW, LOW_HZ, NUM_MEL_BINS
+from asda.data.audio.waves import SAMPLE_RATE_HZ
+from asda.data.features.fbank import FRAME_SHIFT, FRAME_WINDOW, LOW_HZ, NUM_MEL_BINS
 from asda.errors import UserError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from asda.config import DecoderConfig, ModelConfig, PretrainConfig
+from asda.config.model import DecoderConfig, ModelConfig, PretrainConfig
 from asda.models.encoder import sincos_positions
 
 

@@ -18,9 +18,10 @@ from pictures import DB_PER_NEPER, printable, pyplot, show_levels
 from tqdm import tqdm
 
 import asda
-from asda.data.audio import SAMPLE_RATE_HZ, AudioError, read_wave
-from asda.data.fbank import FRAME_SHIFT
-from asda.data.files import audio_files
+from asda.data.audio.find import audio_files
+from asda.data.audio.read import read_wave
+from asda.data.audio.waves import SAMPLE_RATE_HZ, AudioError
+from asda.data.features.fbank import FRAME_SHIFT
 from asda.errors import UserError, exit_with_sentence
 from asda.inference import Model, Tag, Timeline
 

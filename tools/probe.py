@@ -1,7 +1,8 @@
 """What the frozen features of any encoder tell about labels: nearest neighbours and a linear layer.
 
-The judges of `probe` in pre-training (asda/probe.py) on a run, a checkpoint or converted weights, because fine-tuning
-hides how good features are. Nothing is trained by gradient descent, so the figures follow from the weights alone.
+The judges of `probe` in pre-training (asda/evaluation/probe.py) on a run, a checkpoint or converted weights, because
+fine-tuning hides how good features are. Nothing is trained by gradient descent, so the figures follow from the weights
+alone.
 """
 
 import argparse
@@ -15,14 +16,17 @@ import torch
 from crossval import interval, names, other_splits
 from torch import nn
 
-from asda import checkpoint
-from asda.config import MOST, Config, DataConfig, Description, EngineConfig, OptimizerConfig, ProbeConfig, RunConfig
-from asda.data.shards import load_dataset
-from asda.engine import Processes, join_processes, leave_processes
+from asda.checkpoint.read import read_description, resolve_checkpoint
+from asda.config.base import MOST
+from asda.config.data import DataConfig
+from asda.config.run import Config, Description, EngineConfig, OptimizerConfig, ProbeConfig, RunConfig
+from asda.data.datasets import open_labelled
+from asda.data.shards.read import load_dataset
+from asda.engine.processes import Processes, join_processes, leave_processes
 from asda.errors import UserError, exit_with_sentence
+from asda.evaluation.probe import Features, Probe, features_of, judge
 from asda.inference import load
 from asda.models.classifier import make_encoder
-from asda.probe import Features, Probe, features_of, judge, open_labelled
 
 EXAMPLES = """examples:
   python tools/probe.py --checkpoint runs/mine --train shards/esc10:fold1+fold2 --test shards/esc10:fold3 --random
@@ -44,8 +48,8 @@ class Sets(NamedTuple):
 
 def probe(args: argparse.Namespace) -> None:
     """Judge, print a line for each encoder, and write the JSON file if one is asked for."""
-    folder = checkpoint.resolve_checkpoint(args.checkpoint)
-    description = checkpoint.read_description(folder)
+    folder = resolve_checkpoint(args.checkpoint)
+    description = read_description(folder)
     weights = args.weights or ("teacher" if (folder / "teacher.safetensors").is_file() else "student")
     encoders: dict[str, nn.Module] = {weights: load(folder, weights, "cpu").encoder}
     if args.random:

@@ -34,13 +34,13 @@ from report_figures import (
 )
 from report_runs import Judged, Run, confusions, differences, held_out, in_words, median, read_runs, training_hours
 
-from asda.config import PretrainConfig
-from asda.data.cache import CacheConfig
+from asda.config.model import PretrainConfig
+from asda.config.presets import departures
 from asda.data.clips import Clip, ClipDataset, read_clips
-from asda.data.fetch import shareable
 from asda.data.order import Draw
+from asda.data.remote.cache import CacheConfig
+from asda.data.remote.fetch import shareable
 from asda.errors import UserError, exit_with_sentence
-from asda.presets import departures
 from asda.sharding.writer import write_file
 
 EPILOG = """examples:

@@ -26,7 +26,7 @@ from attention_maps import (
 from pictures import DB_PER_NEPER, mel_bin, pyplot, show_levels, show_patches
 from report_runs import Run
 
-from asda.config import PretrainConfig
+from asda.config.model import PretrainConfig
 from asda.data.clips import Clip
 from asda.data.order import clip_rng
 from asda.models.masks import inverse_block_masks

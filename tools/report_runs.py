@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from asda import checkpoint
-from asda.config import Config, PretrainConfig, load_config
-from asda.data.fetch import shareable
+from asda.checkpoint.read import State, newest_checkpoint, read_state
+from asda.config.model import PretrainConfig
+from asda.config.run import Config, load_config
+from asda.data.remote.fetch import shareable
 from asda.errors import UserError
-from asda.runlog import read_metrics
+from asda.run.log import read_metrics
 
 KINDS = ("train", "valid", "test", "test_best", "probe")
 FIGURES = ("accuracy", "mAP", "clips", "classes", "step")  # of evaluation.json, all numbers
@@ -37,7 +38,7 @@ class Run:
     config: Config
     entries: dict[str, list[Entry]]  # by kind, every step once
     evaluation: Entry  # evaluation.json; empty where there is none
-    state: checkpoint.State | None  # of the newest intact checkpoint
+    state: State | None  # of the newest intact checkpoint
     complaint: str  # why there is no checkpoint to draw pictures from; "" where there is
 
     @property
@@ -79,10 +80,10 @@ def _read_run(folder: Path, name: str) -> Run:
     )
 
 
-def _newest_state(folder: Path) -> tuple[checkpoint.State | None, str]:
+def _newest_state(folder: Path) -> tuple[State | None, str]:
     try:
-        newest = checkpoint.newest_checkpoint(folder, warn=lambda sentence: None)
-        return (checkpoint.read_state(newest)[1], "") if newest else (None, f"{folder} has no checkpoint yet")
+        newest = newest_checkpoint(folder, warn=lambda sentence: None)
+        return (read_state(newest)[1], "") if newest else (None, f"{folder} has no checkpoint yet")
     except UserError as error:
         return None, str(error)
 

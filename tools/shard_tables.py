@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from asda.data.audio import SAMPLE_RATE_HZ
-from asda.data.index import DatasetIndex, SplitIndex
+from asda.data.audio.waves import SAMPLE_RATE_HZ
+from asda.data.shards.index import DatasetIndex, SplitIndex
 
 MIB = 1 << 20
 BAR_CHARACTERS = 30  # of the longest bar of a histogram

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from asda.config import Config
-from asda.data.augment import ClipAugmentation, mixed_targets, packed, present_patches, used_parts
+from asda.config.run import Config
 from asda.data.clips import Clip
-from asda.data.cpu_patches import CpuPatches, PatchLayout
+from asda.data.features.augment import ClipAugmentation, mixed_targets, packed, present_patches, used_parts
+from asda.data.features.cpu import CpuPatches, PatchLayout
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from threading import Lock
 import numpy as np
 import xxhash
 
-from asda.config import DataConfig, DataSpecs, LogMelStats
-from asda.data.audio import decode_wav
-from asda.data.cache import CacheConfig
-from asda.data.fetch import without_credentials
-from asda.data.index import DatasetIndex, SplitIndex, class_weight
+from asda.config.data import DataConfig, DataSpecs, LogMelStats
+from asda.data.audio.waves import decode_wav
 from asda.data.order import Draw, OrderedDataset
-from asda.data.shards import ShardFile, load_dataset
+from asda.data.remote.cache import CacheConfig
+from asda.data.remote.fetch import without_credentials
+from asda.data.shards.index import DatasetIndex, SplitIndex, class_weight
+from asda.data.shards.read import ShardFile, load_dataset
 from asda.errors import UserError, say
 
 SILENT_STD = 1e-3  # of log-mel values; equal ones differ by rounding, and those of any sound by about 1

@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest, xxh3_128_intdigest
 
-from asda.config import MIN_SHARE, OrderConfig
+from asda.config.data import MIN_SHARE, OrderConfig
 from asda.errors import UserError
 
 ORDER_VERSION = 2  # a change of the arithmetic below changes every run's order: raise this, and refuse older states

@@ -1,12 +1,12 @@
 """From shards to batches of clips: a webdataset pipeline whose samples are micro-batches.
 
 1. draws     which clips a micro-batch visits                  asda.data.order, pure arithmetic
-2. shards    that come next are fetched, or announced          asda.data.storage
+2. shards    that come next are fetched, or announced          asda.data.remote.storage
 3. clips     read, verified, decoded                           asda.data.clips
 4. batches   crop, masks and augmentation of every visit       `training_batches`, `evaluation_batches`
-5. patches   normalised log-mel patches on the device          asda.data.pipeline, in DALI
+5. patches   normalised log-mel patches on the device          asda.data.features.dali, in DALI
 
-Steps 3 and 4 are done ahead in threads or, with data.workers, in processes (asda.data.reader); those make the patches
+Steps 3 and 4 are done ahead in threads or, with data.workers, in processes (asda.data.prefetch); those make the patches
 too where no GPU does.
 
 The order is chosen before anything is read, so a shard's neighbours are not read one after another as webdataset does
@@ -22,15 +22,16 @@ import numpy as np
 import torch
 from webdataset.pipeline import DataPipeline
 
-from asda.config import AugmentConfig, Config, DataConfig, LogMelStats
-from asda.data.augment import ClipAugmentation, draw_augmentations
+from asda.config.data import AugmentConfig, DataConfig, LogMelStats
+from asda.config.run import Config
 from asda.data.batches import Batch, PatchMaker
 from asda.data.clips import Clip, ClipDataset, DamageBudget, Note, read_clips
-from asda.data.cpu_patches import PatchLayout
-from asda.data.fbank import num_samples
+from asda.data.features.augment import ClipAugmentation, draw_augmentations
+from asda.data.features.cpu import PatchLayout
+from asda.data.features.dali import PatchPipeline
+from asda.data.features.fbank import num_samples
 from asda.data.order import ClipOrder, Draw, clip_rng, rank_slice
-from asda.data.pipeline import PatchPipeline
-from asda.data.reader import read_ahead, read_ahead_in_processes
+from asda.data.prefetch import read_ahead, read_ahead_in_processes
 from asda.errors import UserError
 
 MaskMaker = Callable[[np.random.Generator], np.ndarray]  # -> [M, K] int64; pickled where there are worker processes

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.utils.checkpoint import checkpoint
 
-from asda.config import AstConfig, ModelConfig
+from asda.config.model import AstConfig, ModelConfig
 from asda.models.attention import Attention
-from asda.models.cpu_ops import Norm
 from asda.models.encoder import INIT_STD, DropPath, Mlp, init_linear
+from asda.models.fast.ops import Norm
 
 NUM_SPECIAL = 2  # tokens before those of the patches: CLS and DIST
 

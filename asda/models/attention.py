@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from asda.config import ModelConfig
+from asda.config.model import ModelConfig
 from asda.errors import UserError
-from asda.models.blocked_attention import BlockedAttention
-from asda.models.cpu_ops import Norm
+from asda.models.fast.cpu_attention import BlockedAttention
+from asda.models.fast.ops import Norm
 
 NORM_EPS = 1e-5  # of the norm after the difference; the other norms of the encoder have 1e-6
 TRITON_TILE = 128  # tokens, and features of a head, of which the Triton kernel holds a matrix on the chip
@@ -61,7 +61,7 @@ def attend(
     if path == "sdpa":
         return _by_sdpa(qk_2BGNE, v_BHNE, lam, present_BN)
     if path == "triton":
-        from asda.models.triton_attention import TritonAttention  # Triton is not there on every machine
+        from asda.models.fast.triton_attention import TritonAttention  # Triton is not there on every machine
 
         return TritonAttention.apply(qk_2BGNE, v_BHNE, lam, present_BN)  # pyright: ignore[reportReturnType]
     if v_BHNE.device.type == "cpu":

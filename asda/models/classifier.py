@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, linear, logsigmoid
 
-from asda.config import AstConfig, ClassifyConfig, ModelConfig
+from asda.config.model import AstConfig, ClassifyConfig, ModelConfig
 from asda.models.ast import AstEncoder
 from asda.models.encoder import INIT_STD, NORM_EPS, Encoder
 from asda.models.ham import Conformer, Ham

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from asda.config import ModelConfig
+from asda.config.model import ModelConfig
 from asda.models.attention import Attention
-from asda.models.cpu_ops import GeluLinear, Norm
+from asda.models.fast.ops import GeluLinear, Norm
 
 NORM_EPS = 1e-6  # EAT and ASDA; the norm inside the attention has 1e-5
 INIT_STD = 0.02  # of the weights of linear layers, as in BERT

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 from torch.utils.checkpoint import checkpoint
 
-from asda.config import AstConfig, ChannelAttentionConfig, ConformerConfig
+from asda.config.model import AstConfig, ChannelAttentionConfig, ConformerConfig
 from asda.models.ast import NUM_SPECIAL
 from asda.models.encoder import INIT_STD, MAX_WAVELENGTH, init_linear
 

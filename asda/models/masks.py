@@ -7,7 +7,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from asda.config import MaskConfig
+from asda.config.model import MaskConfig
 
 
 def inverse_block_masks(

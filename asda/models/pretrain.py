@@ -9,16 +9,15 @@ K visible ones, P pixels of a patch, D width, C decoder width.
 """
 
 import copy
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import instance_norm, layer_norm
 
-from asda.config import DecoderConfig, EmaConfig, ModelConfig, PretrainConfig
-from asda.models.cpu_ops import feature_spread, masked_error, norm_gelu
+from asda.config.model import DecoderConfig, ModelConfig, PretrainConfig
 from asda.models.encoder import Encoder
+from asda.models.fast.ops import feature_spread, masked_error, norm_gelu
 
 
 class Losses(NamedTuple):
@@ -152,16 +151,3 @@ class Teacher(nn.Module):
         tokens_BND = layer_norm(mean_BND, mean_BND.shape[-1:])
         spread = feature_spread(tokens_BND, torch.ones_like(tokens_BND[..., 0]))
         return Targets(tokens_BND, tokens_BND.mean(1), spread)
-
-
-def ema_decay(config: EmaConfig, step: int) -> float:
-    """The teacher's decay after update number `step` (the first is 1): linear up to anneal_steps, then constant."""
-    remaining = max(0.0, 1 - step / config.anneal_steps)
-    return config.end_decay - (config.end_decay - config.decay) * remaining
-
-
-@torch.no_grad()
-def ema_update(averages: Iterable[Tensor], followed: Iterable[Tensor], decay: float) -> None:
-    """Averages <- decay * averages + (1 - decay) * followed, in place: fp32 averages of tensors of any dtype."""
-    # One fused call; torch exports the _foreach functions to its own optimizers alone, and pyright knows it.
-    torch._foreach_lerp_(list(averages), [tensor.float() for tensor in followed], 1 - decay)  # pyright: ignore[reportPrivateImportUsage]

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from xxhash import xxh3_128_hexdigest
 
-from asda.data.index import DATASET_FILE, SHARD_SUFFIX, ShardEntry
+from asda.data.shards.index import DATASET_FILE, SHARD_SUFFIX, ShardEntry
 from asda.errors import UserError
 from asda.sharding.plan import Plan, ShardTask
 from asda.sharding.workers import report_done

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from asda.data.audio import (
+from asda.data.audio.waves import (
     INT16_SCALE,
     SAMPLE_RATE_HZ,
     AudioError,

@@ -15,9 +15,9 @@ from pathlib import Path
 from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest, xxh3_128
 
 import asda
-from asda.data.index import SHARD_SUFFIX
+from asda.data.shards.index import SHARD_SUFFIX
 from asda.errors import UserError
-from asda.sharding.place import Place
+from asda.sharding.audio_ref import Place
 from asda.sharding.sources import Row
 
 MAX_KEY_CHARS = 95  # a ustar header has 100 bytes for "<key>.json"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import repeat
 from pathlib import Path
 
-from asda.data.audio import SAMPLE_RATE_HZ
+from asda.data.audio.waves import SAMPLE_RATE_HZ
 from asda.errors import UserError
 from asda.sharding.plan import ClipTask, ShardTask
 from asda.sharding.workers import Workers

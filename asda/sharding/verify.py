@@ -1,5 +1,7 @@
 """What is wrong in a folder of shards: everything, not only what a reader would stumble over first."""
 
+import io
+import json
 import sys
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -9,9 +11,19 @@ from pathlib import Path
 from typing import BinaryIO
 
 import zstandard
+from xxhash import xxh3_128
 
-from asda.data.index import DATASET_FILE, MAX_SAMPLE_BYTES, SHARD_SUFFIX, DatasetIndex, ShardEntry
-from asda.data.shards import ShardFile, load_dataset, load_shard_index, verify_shard
+from asda.data.audio.waves import AudioError, decode_wav
+from asda.data.shards.index import (
+    DATASET_FILE,
+    MAX_SAMPLE_BYTES,
+    REPAIR,
+    SHARD_SUFFIX,
+    TAR_END,
+    DatasetIndex,
+    ShardEntry,
+)
+from asda.data.shards.read import BadFrameError, ShardFile, _decompress, load_dataset, load_shard_index
 from asda.errors import UserError
 from asda.sharding.workers import report_done, worker_pool
 
@@ -173,3 +185,49 @@ def _read(stream: BinaryIO, num_bytes: int) -> bytes:
     if num_bytes:
         raise tarfile.TarError("it ends without the two zero blocks of a tar's end")
     return b"".join(pieces)
+
+
+def verify_shard(dataset: DatasetIndex, entry: ShardEntry) -> None:
+    """Read everything in a shard: index, frames, members, end frame, hash of the whole file. Raises UserError."""
+    shard = ShardFile(dataset.folder, entry)
+    index = load_shard_index(shard.storage, entry)
+    shard.storage.check_sizes([shard.file])
+    for number, key in enumerate(index.keys):
+        _check_members(shard, number, key, dataset.vocabulary)
+    end = index.offsets[-1]
+    where = f"shard {shard.path} is damaged in its end frame (bytes {end} to {entry.bytes})"
+    try:
+        if _decompress(shard.storage.read(shard.file, end, entry.bytes)) != TAR_END:
+            raise UserError(f"{where}: it does not hold two zero blocks; {REPAIR}")
+    except (BadFrameError, zstandard.ZstdError) as error:
+        raise UserError(f"{where}: {error}; {REPAIR}") from error
+    if (found := _hash_of(shard)) != entry.hash:
+        raise UserError(
+            f"shard {shard.path} is damaged: its hash is {found}, {DATASET_FILE} says {entry.hash}; {REPAIR}"
+        )
+
+
+def _check_members(shard: ShardFile, number: int, key: str, vocabulary: tuple[str, ...]) -> None:
+    """Compare the tar members of one clip with its row in the index."""
+    where = f"shard {shard.path}, key {key}: its members"
+    members = io.BytesIO(shard.read_frame(number) + TAR_END)
+    try:
+        with tarfile.open(fileobj=members) as tar:
+            contents = [(member.name, tar.extractfile(member)) for member in tar]
+        names = [name for name, _ in contents]
+        if names != [f"{key}.wav", f"{key}.json"]:
+            raise UserError(f"{where} are {', '.join(names) or 'none'}, not {key}.wav and {key}.json; {REPAIR}")
+        wav, text = (file.read() if file else b"" for _, file in contents)
+        labels = [vocabulary[label] for label in shard.index.labels[number]]
+        found = (len(decode_wav(wav)), json.loads(text)["labels"])
+    except (tarfile.TarError, AudioError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{where} cannot be read ({error}); {REPAIR}") from error
+    if found != (shard.index.num_samples[number], labels):
+        raise UserError(f"{where} are not what the index says; {REPAIR}")
+
+
+def _hash_of(shard: ShardFile) -> str:
+    state, size = xxh3_128(), shard.entry.bytes
+    for low in range(0, size, READ_BYTES):
+        state.update(shard.storage.read(shard.file, low, min(low + READ_BYTES, size)))
+    return f"xxh3_128:{state.hexdigest()}"

@@ -17,8 +17,8 @@ import numpy as np
 import zstandard
 from xxhash import xxh3_64_hexdigest, xxh3_128
 
-from asda.data.audio import SAMPLE_RATE_HZ, AudioError, encode_wav
-from asda.data.index import (
+from asda.data.audio.waves import SAMPLE_RATE_HZ, AudioError, encode_wav
+from asda.data.shards.index import (
     DATASET_FILE,
     NO_HASH,
     SHARD_FORMAT_VERSION,
@@ -33,8 +33,8 @@ from asda.data.index import (
     hash_dataset_file,
 )
 from asda.errors import UserError
+from asda.sharding.audio_ref import read_place
 from asda.sharding.duplicates import clip_prints
-from asda.sharding.place import read_place
 from asda.sharding.plan import ClipTask, ShardTask
 
 ZSTD_LEVEL = 1  # level 3 takes 1.6 times as long for 1.2 % fewer bytes of audio, and is no faster to read
@@ -138,7 +138,7 @@ class FrameWriter:
 
 def _write_clip(frames: FrameWriter, clip: ClipTask, max_seconds: float) -> WrittenClip:
     # Imported here because it brings numba, which takes seconds, and a process that only plans and waits needs none.
-    from asda.data.fbank import log_mel
+    from asda.data.features.fbank import log_mel
 
     samples_S = read_place(clip.place, max_seconds)
     offset, digest = frames.append(clip_members(clip, samples_S))

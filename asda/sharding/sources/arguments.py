@@ -5,8 +5,8 @@ import gc
 from collections.abc import Callable
 from pathlib import Path
 
-from asda.data.audio import PYAV_EXTENSIONS
-from asda.data.compressed import EXTRA, has_pyav
+from asda.data.audio.ffmpeg import EXTRA, has_pyav
+from asda.data.audio.waves import PYAV_EXTENSIONS
 from asda.errors import UserError
 from asda.sharding.sources.audioset import rows_from_audioset
 from asda.sharding.sources.csv_table import rows_from_csv

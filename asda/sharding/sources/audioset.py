@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from asda.data.files import is_audio, walk
+from asda.data.audio.find import is_audio, walk
 from asda.errors import UserError
-from asda.sharding.place import Place
+from asda.sharding.audio_ref import Place
 from asda.sharding.sources.classes import Classes
 from asda.sharding.sources.listing import (
     Listing,

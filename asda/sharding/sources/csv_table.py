@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from asda.errors import UserError
-from asda.sharding.place import Place
+from asda.sharding.audio_ref import Place
 from asda.sharding.sources.listing import Listing, Row, SourceOptions, only_input, refuse_duplicates, select
 
 LABEL_COLUMNS = ("label", "labels", "tags")  # the first that is present

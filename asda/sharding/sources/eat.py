@@ -11,9 +11,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from asda.data.files import walk
+from asda.data.audio.find import walk
 from asda.errors import UserError
-from asda.sharding.place import Place
+from asda.sharding.audio_ref import Place
 from asda.sharding.sources.classes import Classes
 from asda.sharding.sources.hdf5 import PACK_EXTENSIONS, pack_keys, pack_rate_hz
 from asda.sharding.sources.listing import Listing, Row, SourceOptions, examples, refuse_duplicates

@@ -6,7 +6,7 @@ Piczak, "ESC: Dataset for environmental sound classification", ACM Multimedia 20
 from pathlib import Path
 
 from asda.errors import UserError
-from asda.sharding.place import Place
+from asda.sharding.audio_ref import Place
 from asda.sharding.sources.listing import Listing, Row, SourceOptions, only_input, refuse_duplicates, select
 
 COLUMNS = ("filename", "fold", "target", "category")

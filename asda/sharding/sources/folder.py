@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from asda.data.audio import AUDIO_EXTENSIONS
-from asda.data.files import is_audio, walk
+from asda.data.audio.find import is_audio, walk
+from asda.data.audio.waves import AUDIO_EXTENSIONS
 from asda.errors import UserError
-from asda.sharding.place import Place
+from asda.sharding.audio_ref import Place
 from asda.sharding.sources.listing import Listing, Row, SourceOptions, only_input
 
 

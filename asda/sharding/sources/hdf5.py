@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from asda.data.files import walk
+from asda.data.audio.find import walk
 from asda.errors import UserError
+from asda.sharding.audio_ref import Place
 from asda.sharding.packs import open_pack
-from asda.sharding.place import Place
 from asda.sharding.sources.classes import Classes
 from asda.sharding.sources.listing import Listing, Row, SourceOptions, refuse_duplicates
 

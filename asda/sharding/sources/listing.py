@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from asda.errors import UserError
-from asda.sharding.place import Place
+from asda.sharding.audio_ref import Place
 
 MAX_NAMED = 3  # examples in a sentence
 

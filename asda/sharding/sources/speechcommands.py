@@ -8,9 +8,9 @@ _background_noise_ are left out: they belong to no split, last minutes where wor
 import os
 from pathlib import Path
 
-from asda.data.files import is_audio, walk
+from asda.data.audio.find import is_audio, walk
 from asda.errors import UserError
-from asda.sharding.place import Place
+from asda.sharding.audio_ref import Place
 from asda.sharding.sources.listing import Listing, Row, SourceOptions, examples, only_input
 
 NOISE = "_background_noise_"

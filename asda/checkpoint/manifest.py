@@ -1,0 +1,186 @@
+"""The manifest of a checkpoint: which files belong to it, with their sizes and hashes, written after all of them.
+
+    {"hash": ..., "format": 2, "step": 1000, "world_size": 2, "config_hash": ..., "data_state": {...},
+     "files": {"model.safetensors": {"bytes": 379802624, "xxh3_128": "..."}, ...}}
+
+Its first entry is the hash of the rest, so that damage to the manifest itself is noticed too. A manifest may come from
+anyone: names are plain names, sizes are compared before anything is read, and nothing is opened that it does not list.
+xxh3 finds damage; it does not prove who made a file.
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import xxhash
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from asda.system import hash_file, sync
+
+FORMAT = 2
+READABLE_FORMATS = (1, 2)  # of a run with format 1, by DeepSpeed's pickles, only weights and configuration are read
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 16 << 20  # 100,000 ranks
+
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+# One name, or one below engine/ in format 1. A name that begins with a dot is temporary, or leads out of the folder.
+FileName = Annotated[str, Field(pattern=r"^(engine/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}$")]
+Hash = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+Count = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What a file must be."""
+
+    __pydantic_config__ = STRICT
+
+    bytes: Count
+    xxh3_128: Hash
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of manifest.json; folders of weights have no step, world size and data."""
+
+    __pydantic_config__ = STRICT
+
+    files: dict[FileName, FileEntry]
+    format: int = FORMAT
+    step: Count | None = None
+    world_size: Count | None = None
+    config_hash: Hash | None = None  # of config.json
+    data_state: dict[str, Any] = field(default_factory=dict)  # which shards in which order
+    hash: Hash | None = None  # of all other entries; absent in format 1
+
+
+@lru_cache
+def _validator() -> TypeAdapter[Manifest]:
+    return TypeAdapter(Manifest)  # building one takes milliseconds
+
+
+def entry_of(path: Path) -> FileEntry:
+    """Size and hash of a file as it can be read back."""
+    return FileEntry(path.stat().st_size, hash_file(path))
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Path:
+    """Write manifest.json into a folder; returns its path."""
+    fields = {name: value for name, value in asdict(manifest).items() if value is not None and name != "hash"}
+    path = folder / MANIFEST
+    path.write_text(_with_hash(fields))
+    return path
+
+
+def damage(folder: Path, part: int = 0, parts: int = 1, *, from_disk: bool = False) -> str | None:
+    """What is wrong with a checkpoint's files; None when they match the manifest.
+
+    Args:
+        folder: the checkpoint, or a folder of weights with a manifest.
+        part: which share of the files is read and hashed; names and sizes are checked of all.
+        parts: into how many shares the files are dealt, so that the ranks of a run check one each.
+        from_disk: read past the page cache; dearer where the files are to be loaded next.
+    """
+    manifest = _read_manifest(folder)
+    if isinstance(manifest, str):
+        return manifest
+    complaint = _wrong_names(folder, manifest) or _wrong_sizes(folder, manifest)
+    return complaint or _wrong_hash(folder, manifest, _share(manifest, part, parts), from_disk)
+
+
+def _read_manifest(folder: Path) -> Manifest | str:
+    """The manifest, or what is wrong with it."""
+    path = folder / MANIFEST
+    if folder.is_symlink() or path.is_symlink():
+        return "it is a link; copy the checkpoint itself"
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            return f"its manifest.json has {path.stat().st_size} bytes, more than {MAX_MANIFEST_BYTES}"
+        text = path.read_text(encoding="utf-8")
+        manifest = _validator().validate_json(text)
+    except OSError as error:
+        return f"its manifest.json cannot be read: {error.strerror}"
+    except ValidationError as error:
+        first = error.errors()[0]
+        return f"its manifest.json is malformed at {'.'.join(map(str, first['loc'])) or 'top'}: {first['msg']}"
+    except ValueError:
+        return "its manifest.json is not UTF-8"
+    if manifest.format not in READABLE_FORMATS:
+        return f"its manifest.json has format {manifest.format}, this version of asda reads {READABLE_FORMATS}"
+    if manifest.format > 1 and text != _with_hash({k: v for k, v in json.loads(text).items() if k != "hash"}):
+        return "the hash of manifest.json differs from the one in it"
+    return manifest
+
+
+def _with_hash(fields: dict[str, Any]) -> str:
+    """The one text that a manifest with these entries may have."""
+    digest = xxhash.xxh3_128_hexdigest(json.dumps(fields).encode())
+    return json.dumps({"hash": digest, **fields}, indent=2) + "\n"
+
+
+def _wrong_names(folder: Path, manifest: Manifest) -> str | None:
+    step = folder.name.removeprefix("step-")
+    if manifest.step is not None and step != folder.name and step.isdecimal() and int(step) != manifest.step:
+        return f"its manifest.json is of step {manifest.step}"
+    for path in folder.glob("*.safetensors"):
+        if path.name not in manifest.files:
+            return f"{path.name} is not in its manifest.json"
+    return None
+
+
+def _wrong_sizes(folder: Path, manifest: Manifest) -> str | None:
+    for name, expected in manifest.files.items():
+        path = folder / name
+        if path.is_symlink():
+            return f"{name} is a link; copy the file itself"
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected.bytes:
+            return f"{name} has {path.stat().st_size} bytes, the manifest says {expected.bytes}"
+    return None
+
+
+def _share(manifest: Manifest, part: int, parts: int) -> list[str]:
+    return sorted(manifest.files, key=lambda name: (manifest.files[name].bytes, name))[part::parts]
+
+
+def _wrong_hash(folder: Path, manifest: Manifest, names: list[str], from_disk: bool) -> str | None:
+    for name in names:
+        try:
+            found = hash_file(folder / name, from_disk=from_disk)
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        if found != manifest.files[name].xxh3_128:
+            return f"the hash of {name} differs from the manifest's"
+    return None
+
+
+TEMPORARY = ".tmp-"
+
+
+def commit(temporary: Path, folder: Path, manifest: Manifest) -> None:
+    """Give a temporary folder, whose files are on the disk, its manifest and its name; replaces what had the name."""
+    sync(write_manifest(temporary, manifest))
+    sync(temporary)
+    if folder.exists():
+        remove(folder)
+    temporary.rename(folder)
+    sync(folder.parent)
+
+
+def remove(path: Path) -> None:
+    """Take a name away in one step, so that no half of a checkpoint is ever seen, then what it stood for.
+
+    A file that a reader holds open on a network disk outlives this, under a temporary name.
+    """
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+        return
+    if not path.name.startswith(TEMPORARY):
+        nameless = path.with_name(f"{TEMPORARY}removed-{path.name}")
+        shutil.rmtree(nameless, ignore_errors=True)
+        path = path.rename(nameless)
+    shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,222 @@
+"""Checkpoints that are whole or not there.
+
+    <run>/checkpoints/step-0001000/
+        config.json                          the resolved run
+        state.json                           where it stands: step, counters, data (State)
+        model.safetensors                    all trained weights, whole, fp32
+        teacher.safetensors                  the EMA teacher, whole, fp32 (pre-training only)
+        optimizer-00000-of-00002.safetensors each rank's part of Adam's moments, fp32
+        manifest.json                        sizes and hashes of all of them; written last
+    <run>/checkpoints/latest, best           the names of the newest and of the best, for people and scripts
+
+A checkpoint is written to a temporary folder, every file is synced to the disk, then the folder gets its name in one
+rename (asda/checkpoint/writer.py). So a name exists only for whole checkpoints, and the newest whose files match its
+manifest is the one to use. asda never reads `latest` and `best`: the folders themselves say which is the newest, its
+state which is the best, and a pointer could be damaged. Nothing here is a pickle, and reading runs nothing that a file
+contains.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from pydantic import TypeAdapter, ValidationError
+
+from asda.checkpoint.manifest import (
+    FORMAT,
+    MANIFEST,
+    READABLE_FORMATS,
+    STRICT,
+    damage,
+)
+from asda.config.data import InputConfig
+from asda.config.run import Config, Description, load_config, load_description
+from asda.data.order import ORDER_VERSION
+from asda.errors import UserError
+
+STEP_NAME = re.compile(r"step-(\d{7,})")
+MAX_STATE_BYTES = 64 << 20  # 2 million damaged clips need 16 MiB
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run needs besides tensors to go on: its place in the data and the schedules follow from the counters."""
+
+    __pydantic_config__ = STRICT
+
+    step: int  # attempted steps; the place in the data follows from it
+    vocabulary: tuple[str, ...]  # empty in pre-training
+    data_fingerprint: str  # of the training shards
+    world_size: int  # ranks that saved it
+    damaged_clips: tuple[int, ...] = ()  # by number, those that others stood in for (data.max_damaged)
+    applied_steps: int = 0  # updates of the weights; the schedules follow from it
+    skipped_steps: int = 0  # attempted, but without a finite loss and gradient
+    bad_steps_in_a_row: int = 0  # the last of them without an update between
+    best_step: int = 0  # whose checkpoint run.keep_best keeps; 0: none
+    best_figure: float | None = None  # of that step, on data.valid
+    best_on: str = ""  # fingerprint of the shards of data.valid, which chose it
+    order_version: int = ORDER_VERSION
+    format: int = FORMAT
+
+
+def newest_checkpoint(run: Path, warn: Callable[[str], None] = print) -> Path | None:
+    """The newest checkpoint of a run whose files match their manifest; None when the run has no checkpoint.
+
+    Raises:
+        UserError: there are checkpoints, but none is intact. A run never starts afresh over them in silence.
+    """
+    return _newest_of(run, checkpoints_of(run), damage, warn)
+
+
+def newest_for_all_ranks(run: Path, warn: Callable[[str], None] = print) -> Path | None:
+    """As newest_checkpoint, by all ranks together: each hashes a share of the files, and all refuse what one refuses.
+
+    Only the first rank warns; the error is the same sentence on all of them.
+    """
+    found = [checkpoints_of(run)]
+    dist.broadcast_object_list(found)
+    return _newest_of(run, found[0], _damage_on_any_rank, warn if dist.get_rank() == 0 else lambda _: None)
+
+
+def _newest_of(
+    run: Path, folders: list[Path], complaint_about: Callable[[Path], str | None], warn: Callable[[str], None]
+) -> Path | None:
+    for folder in reversed(folders):
+        complaint = complaint_about(folder)
+        if complaint is None:
+            return folder
+        warn(f"checkpoint {folder} is damaged ({complaint}); looking at the one before it")
+    if folders:
+        raise UserError(
+            f"none of the {len(folders)} checkpoints in {run / 'checkpoints'} is intact; restore one, "
+            "or start in another run.folder"
+        )
+    return None
+
+
+def _damage_on_any_rank(folder: Path) -> str | None:
+    complaints: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(complaints, damage(folder, dist.get_rank(), dist.get_world_size()))
+    found = ((rank, complaint) for rank, complaint in enumerate(complaints) if complaint)
+    return next((f"{complaint}, says rank {rank}" for rank, complaint in found), None)
+
+
+def best_checkpoint(run: Path) -> Path:
+    """The checkpoint of a run that run.keep_best has kept, intact or not, as its newest intact one knows it.
+
+    Raises:
+        UserError: the run has no checkpoint, or has kept none as the best.
+    """
+    _, state = read_state(resolve_checkpoint(run))
+    if not state.best_step:
+        raise UserError(
+            f"{run} has kept no checkpoint as its best; train it with run.keep_best=accuracy or mAP, and data.valid"
+        )
+    return step_folder(run, state.best_step)
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / "checkpoints" / f"step-{step:07d}"
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """A checkpoint folder or a folder of weights as given, or the newest intact checkpoint of a run folder.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    if (path / MANIFEST).is_file() or (path / "state.json").is_file():
+        complaint = damage(path)
+        if complaint:
+            raise UserError(f"checkpoint {path} is damaged: {complaint}; use another one of its run")
+        return path
+    if (path / "model.safetensors").is_file():  # published weights need no manifest
+        return path
+    found = newest_checkpoint(path) if path.is_dir() else None
+    if found is None:
+        raise UserError(
+            f"there is no checkpoint in {path}; give a run folder, or one of its checkpoints/step-... folders"
+        )
+    return found
+
+
+def read_state(folder: Path, *, to_continue: bool = False) -> tuple[Config, State]:
+    """The configuration and state of a checkpoint of a run.
+
+    Args:
+        folder: the checkpoint.
+        to_continue: whether the run is to go on from here, for which its clips must come in the order that it began in.
+
+    Raises:
+        UserError: it is no checkpoint of a run, or another version of asda wrote it.
+    """
+    path = folder / "state.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder} holds weights and no run (it has no state.json): predict.py, extract_features.py and "
+            "objective.init_from take it, evaluating and continuing need a checkpoint that train.py saved"
+        )
+    state = _parse_state(path)
+    if to_continue and state.format < FORMAT:
+        raise UserError(
+            f"{folder} has format {state.format}, whose optimizer state is in pickles that this version of asda does "
+            "not open; continue with the version that began the run, or start another run.folder from its weights"
+        )
+    if to_continue and state.order_version != ORDER_VERSION:
+        raise UserError(
+            f"{folder} was trained in data order {state.order_version}, this version of asda draws in order "
+            f"{ORDER_VERSION}; continue with the version that began the run, or start another run.folder from it"
+        )
+    return load_config(folder / "config.json"), state
+
+
+def _parse_state(path: Path) -> State:
+    if path.stat().st_size > MAX_STATE_BYTES:
+        raise UserError(f"{path} has {path.stat().st_size} bytes; a state has at most {MAX_STATE_BYTES}")
+    text = path.read_bytes()
+    try:
+        found = TypeAdapter(dict[str, Any]).validate_json(text).get("format")
+        if found not in READABLE_FORMATS:
+            raise UserError(f"checkpoint {path.parent} has format {found}; this version of asda reads {FORMAT}")
+        return TypeAdapter(State).validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "top"
+        raise UserError(f"{path} is malformed at {where}: {first['msg']}; use another checkpoint") from None
+
+
+def read_description(folder: Path) -> Description:
+    """The network, its input and its labels, of a checkpoint or of converted weights."""
+    if not (folder / "state.json").is_file():
+        return load_description(folder / "config.json")
+    config, state = read_state(folder)
+    return description_of(config, state.vocabulary)
+
+
+def description_of(config: Config, labels: tuple[str, ...]) -> Description:
+    """What of a run concerns its network."""
+    assert config.data.log_mel != "dataset", "a run resolves it before it saves"
+    return Description(
+        _about=config.about,
+        preset=config.preset,
+        size=config.size,
+        objective=config.objective,
+        data=InputConfig(
+            frames=config.data.frames,
+            log_mel=config.data.log_mel,
+            pad_log_mel=config.data.pad_log_mel,
+            padding=config.data.padding,
+        ),
+        model=config.model,
+        labels=labels,
+    )
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The checkpoints of a run by step, oldest first, damaged ones too."""
+    named = [(STEP_NAME.fullmatch(path.name), path) for path in (run / "checkpoints").glob("step-*")]
+    return [path for _, path in sorted((int(name[1]), path) for name, path in named if name)]

@@ -1,0 +1,323 @@
+"""Writes checkpoints while the training goes on. What a checkpoint is: asda/checkpoint/read.py.
+
+    with CheckpointWriter(run, config, processes) as writer:
+        loop:
+            loss.backward()
+            writer.wait_until_copied()     # weights, moments and teacher may change from here on
+            optimizer step
+            if outcome := writer.poll():   # told once, on every rank
+                log(outcome)
+            if save is due:
+                writer.save(state, files)  # returns at once
+        writer.finish()
+
+One thread on every rank copies the tensors, writes and hashes its files and tells the first rank, which commits:
+
+    1  every rank: copy, write, sync and hash each file in .tmp-step-N/
+    2  first rank: collect sizes and hashes, write and sync config.json and state.json
+    3  first rank: write and sync manifest.json, sync the folder
+    4  first rank: rename .tmp-step-N to step-N, sync their folder
+    5  first rank: replace the file `latest`; remove what is older than the newest intact run.keep, but for the best
+    6  tell all ranks how it ended
+
+A process may die anywhere in it: up to 4 there is no new checkpoint, from 4 on there is a whole one. The thread talks
+to the other ranks in a group of its own, over gloo, so it never mixes with what the training exchanges.
+"""
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from asda.checkpoint.manifest import TEMPORARY, FileEntry, Manifest, commit, damage, entry_of, remove
+from asda.checkpoint.read import State, checkpoints_of, step_folder
+from asda.checkpoint.safetensors_file import FileImage
+from asda.config.run import Config, dump_config
+from asda.errors import UserError
+from asda.system import sync
+
+if TYPE_CHECKING:
+    from asda.engine.processes import Processes  # that imports DeepSpeed, which takes seconds
+
+Files = dict[str, dict[str, Tensor]]  # file stem -> tensor name -> tensor
+POINTER, BEST_POINTER = "latest", "best"
+NICENESS = 15  # of the writing thread: beside busy cores it gets 36 parts of 1024, 3.4 % of one (sched(7))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a save ended; equal on all ranks."""
+
+    step: int
+    folder: Path
+    seconds: float  # from save() to the end of the commit
+    bytes: int  # of all files of all ranks
+    failure: str | None = None  # one sentence
+
+
+class CheckpointWriter:
+    """Saves checkpoints of a run in the background. All ranks construct it, and call save, together.
+
+    Args:
+        run: the run folder, on a disk that all ranks see.
+        config: the resolved run; its run.keep and run.on_failed_save are followed.
+        processes: this rank among all.
+
+    Errors of the disk become an Outcome. Any other error of the thread (a lost rank) is raised by the next call.
+    """
+
+    def __init__(self, run: Path, config: Config, processes: "Processes"):
+        self._run, self._config, self._processes = run, config, processes
+        self._group: Any = None
+        if processes.world_size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.engine.timeout_s))
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=os.nice, initargs=(NICENESS,))
+        self._stream = torch.cuda.Stream(processes.device) if processes.device.type == "cuda" else None
+        self._images: dict[str, FileImage] = {}
+        self._copied = threading.Event()
+        self._copied.set()
+        self._save: Future[Outcome] | None = None
+        self._untold: deque[Outcome] = deque()
+        self.num_failed = 0  # saves of this process's run
+        self.failure: str | None = None  # of a save that should end the run; ranks may see it at different steps
+        if processes.is_first:
+            sweep(run)
+        self._gather(None)  # nobody writes before that is done
+
+    def save(self, state: State, files: Files) -> None:
+        """Begin a save. One that is under way is waited for.
+
+        Args:
+            state: where the run stands; the first rank's counts.
+            files: file stem -> tensors of this rank, on any device. They must not change before wait_until_copied.
+        """
+        self._wait()
+        self._copied.clear()
+        ready = None
+        if self._stream is not None:
+            ready = torch.cuda.Event()
+            ready.record(torch.cuda.current_stream(self._processes.device))
+        self._save = self._thread.submit(self._run_save, state, files, ready)
+
+    def wait_until_copied(self) -> None:
+        """Return when the tensors that were given to save may change."""
+        self._copied.wait()
+
+    def poll(self) -> Outcome | None:
+        """How a save ended, once; None while there is nothing to tell."""
+        if self._save is not None and self._save.done():
+            self._wait()
+        return self._untold.popleft() if self._untold else None
+
+    def finish(self) -> Outcome | None:
+        """Wait for the save under way, and tell how it ended, unless poll did."""
+        self._wait()
+        return self.poll()
+
+    def close(self) -> None:
+        """Let a save that is under way end; the process needs nothing of it any more."""
+        self._thread.shutdown(wait=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    def _wait(self) -> None:
+        if self._save is None:
+            return
+        save, self._save = self._save, None
+        outcome = save.result()
+        self._untold.append(outcome)
+        if outcome.failure:
+            self.num_failed += 1
+            if self._config.run.on_failed_save == "stop":
+                self.failure = outcome.failure
+
+    # From here on: in the thread.
+
+    def _run_save(self, state: State, files: Files, ready: Any) -> Outcome:
+        started = time.monotonic()
+        try:
+            self._images = _images(files, self._images, self._stream, ready)
+        finally:
+            self._copied.set()
+        folder = step_folder(self._run, state.step)
+        temporary = folder.with_name(TEMPORARY + folder.name)
+        reports = self._gather(_failure_or(lambda: _write_files(temporary, self._images)))
+        outcome = None
+        if self._processes.is_first:
+            found = _failure_or(lambda: self._commit(temporary, folder, state, reports))
+            if isinstance(found, str):
+                shutil.rmtree(temporary, ignore_errors=True)
+            failed, num_bytes = (found, 0) if isinstance(found, str) else (None, found)
+            outcome = Outcome(state.step, folder, time.monotonic() - started, num_bytes, failed)
+        return self._from_first(outcome)
+
+    def _commit(self, temporary: Path, folder: Path, state: State, reports: list[Any]) -> int:
+        """Steps 2 to 5 of the protocol; returns the number of bytes of all files. Raises UserError."""
+        failures = [f"rank {rank}: {report}" for rank, report in enumerate(reports) if isinstance(report, str)]
+        if failures:
+            raise UserError(failures[0] if self._processes.world_size > 1 else reports[0])
+        files: dict[str, FileEntry] = {name: entry for report in reports for name, entry in report.items()}
+        with _told_as_sentence(temporary):
+            _refuse_files_elsewhere(temporary, files)
+            files |= _write_state(temporary, self._config, state)
+            manifest = Manifest(
+                files,
+                step=state.step,
+                world_size=self._processes.world_size,
+                config_hash=files["config.json"].xxh3_128,
+                data_state={"fingerprint": state.data_fingerprint, "order_version": state.order_version},
+            )
+            if damage(folder) is None:  # saved before, at the same step of the same run
+                remove(temporary)
+            else:
+                commit(temporary, folder, manifest)
+                sync(self._run)  # of which `checkpoints` may be new
+            point_to(folder)
+            best = step_folder(self._run, state.best_step) if state.best_step else None
+            if best == folder:
+                point_to(folder, BEST_POINTER)
+            prune(self._run, self._config.run.keep, just_written=folder, spare=best)
+        return sum(entry.bytes for entry in files.values())
+
+    def _gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on the first rank; [] on the others."""
+        if self._group is None:
+            return [value]
+        values = [None] * self._processes.world_size if self._processes.is_first else None
+        dist.gather_object(value, values, dst=0, group=self._group)
+        return values or []
+
+    def _from_first(self, value: Any) -> Any:
+        """The first rank's value, on all."""
+        if self._group is None:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self._group, device=torch.device("cpu"))
+        return values[0]
+
+
+def sweep(run: Path) -> None:
+    """Remove what interrupted saves left."""
+    for leftover in (run / "checkpoints").glob(TEMPORARY + "*"):
+        remove(leftover)
+
+
+def point_to(folder: Path, name: str = POINTER) -> None:
+    """Write the name of a checkpoint into a file beside it, `latest` or `best`."""
+    pointer = folder.with_name(name)
+    temporary = pointer.with_name(TEMPORARY + name)
+    temporary.write_text(folder.name + "\n")
+    sync(temporary)
+    os.replace(temporary, pointer)
+    sync(pointer.parent)
+
+
+def prune(run: Path, keep: int, just_written: Path | None = None, spare: Path | None = None) -> None:
+    """Remove what is older than the newest `keep` checkpoints that are intact, but for the one to spare.
+
+    Those that are to stay are read back first: a hash that was right when they were written says nothing about them
+    now, and the last intact one must never go because a newer one looked as if it were. Only what was written, read
+    back and hashed a moment ago is believed.
+    """
+    found = checkpoints_of(run)
+    if len(found) <= keep:
+        return
+    num_intact = 0
+    for folder in reversed(found):
+        if num_intact == keep:
+            if folder != spare:
+                remove(folder)
+        elif folder == just_written or damage(folder, from_disk=True) is None:
+            num_intact += 1
+
+
+def _images(files: Files, last: dict[str, FileImage], stream: Any, ready: Any) -> dict[str, FileImage]:
+    """Copy tensors, into the memory of the last save where it fits; ready: when the device has computed them."""
+    with nullcontext() if stream is None else torch.cuda.stream(stream):
+        if stream is not None:
+            stream.wait_event(ready)
+        images = {
+            stem: last[stem] if stem in last and last[stem].is_of(tensors) else FileImage(tensors)
+            for stem, tensors in files.items()
+        }
+        for stem, image in images.items():
+            image.copy_from(files[stem])
+    if stream is not None:
+        stream.synchronize()
+    return images
+
+
+def _write_files(temporary: Path, images: dict[str, FileImage]) -> dict[str, FileEntry]:
+    """Step 1 of the protocol: this rank's files. Raises UserError."""
+    entries = {}
+    with _told_as_sentence(temporary):
+        temporary.mkdir(parents=True, exist_ok=True)
+    for stem, image in images.items():
+        path = temporary / f"{stem}.safetensors"
+        with _told_as_sentence(path, image.num_bytes):
+            entries[path.name] = image.write(path)
+    return entries
+
+
+def _write_state(temporary: Path, config: Config, state: State) -> dict[str, FileEntry]:
+    """Step 2: what the first rank adds."""
+    texts = {"config.json": dump_config(config), "state.json": json.dumps(asdict(state), indent=2) + "\n"}
+    for name, text in texts.items():
+        (temporary / name).write_text(text)
+        sync(temporary / name)
+    return {name: entry_of(temporary / name) for name in texts}
+
+
+def _refuse_files_elsewhere(temporary: Path, files: dict[str, FileEntry]) -> None:
+    for name, entry in files.items():
+        path = temporary / name
+        if not path.is_file() or path.stat().st_size != entry.bytes:
+            raise UserError(
+                f"{path} has been written by another rank, but the first rank does not see it; run.folder must lie on "
+                "a disk that all machines share"
+            )
+
+
+def _failure_or(work: Callable[[], Any]) -> Any:
+    """What `work` returns, or the sentence of its UserError."""
+    try:
+        return work()
+    except UserError as error:
+        return str(error)
+
+
+@contextmanager
+def _told_as_sentence(path: Path, num_bytes: int = 0) -> Iterator[None]:
+    """Turn what a file system refuses (no space, quota, rights) into a UserError with the file and the bytes."""
+    try:
+        yield
+    except OSError as error:
+        needed = f" ({num_bytes:,} bytes)" if num_bytes else ""
+        where = error.filename or path
+        raise UserError(
+            f"cannot write {where}{needed}: {error.strerror or error}; {_free_bytes(path):,} bytes are free there. The "
+            "checkpoints before it are intact: make room, or keep fewer (run.keep), and start the same command again"
+        ) from None
+
+
+def _free_bytes(path: Path) -> int:
+    existing = next(folder for folder in path.absolute().parents if folder.is_dir())
+    return shutil.disk_usage(existing).free

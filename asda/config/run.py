@@ -1,0 +1,273 @@
+"""A run as data: one JSON file, checked once against one tree.
+
+    load_config("configs/as2m.json", ["engine.zero_stage=2"]) -> Config
+
+Every level refuses unknown keys and names the nearest known one. Values carry their unit in the name or in the
+comment beside them. Where a default stands, it is the released ASDA recipe; a preset and a size replace it
+(asda/config/presets.py), and the config.json of a run spells all values out.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import Field, ValidationError, model_validator
+
+from asda.config.base import Count, Fraction, NonNegative, PositiveFloat, PositiveInt, Preset, Section, Size
+from asda.config.data import DataConfig, DataSpecs, InputConfig
+from asda.config.load import apply_override, explain, read_json_object
+from asda.config.model import AnyModelConfig, AstConfig, ClassifyConfig, ModelConfig, PretrainConfig, of_asda
+from asda.config.presets import DEFAULT_PRESET, DEFAULT_SIZE, filled
+from asda.errors import UserError
+
+Kind = TypeVar("Kind", "Config", "Description")
+
+
+class StepDecayConfig(Section):
+    """The learning rate is multiplied by `factor` at update `start`, and again every `every` updates (AST)."""
+
+    factor: Annotated[float, Field(gt=0, le=1)]
+    every: PositiveInt
+    start: Count
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule: linear warm-up from 0, then a cosine or steps. A step is one update of the weights."""
+
+    steps: PositiveInt
+    warmup_steps: Count
+    lr: PositiveFloat
+    min_lr: NonNegative = 0.0  # at the end of a cosine, and the least in steps
+    schedule: Literal["cosine", "steps"] = "cosine"  # after the warm-up
+    step_decay: StepDecayConfig | None = None  # of schedule steps
+    # Of a layer whose rate objective.layer_decay scales, the floor is scaled alike, or the same for all ("absolute", as
+    # fairseq has it: where that is above a layer's peak, the layer's rate is constant)
+    lr_floor: Literal["scaled", "absolute"] = "scaled"
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegative = 0.05
+    clip: NonNegative = 4.0  # global gradient norm; 0 does not clip
+    batch: PositiveInt  # clips per step, over all ranks
+
+    @model_validator(mode="after")
+    def falls(self) -> Self:
+        """Refuse a floor above the peak, to which the rate would rise."""
+        if self.min_lr > self.lr:
+            raise ValueError(f"optimizer.min_lr {self.min_lr:g} must not be above optimizer.lr {self.lr:g}; lower it")
+        return self
+
+    @model_validator(mode="after")
+    def has_its_decay(self) -> Self:
+        """Refuse steps without their sizes, and sizes that would do nothing."""
+        if (self.schedule == "steps") != (self.step_decay is not None):
+            raise ValueError(
+                f"optimizer.schedule is {self.schedule}: optimizer.step_decay (factor, every, start) is given with "
+                "schedule steps, and with it alone"
+            )
+        return self
+
+
+class EngineConfig(Section):
+    """How DeepSpeed runs it: what may change between machines without changing the recipe."""
+
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and activations; the master weights are fp32
+    attention: Literal["auto", "explicit", "sdpa", "triton"] = "auto"  # how it is computed; auto takes the fastest
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1  # partitioned over ranks: 1 optimizer, 2 gradients, 3 weights
+    micro_batch: PositiveInt = 12  # most clips a rank takes at once; gradients are accumulated up to optimizer.batch
+    activation_checkpointing: bool = False  # keep only the input of each block, and compute it again in the backward
+    offload_optimizer: bool = False  # the optimizer's state in the host's memory; stages 1 to 3
+    timeout_s: PositiveFloat = 600.0  # longest that a rank waits for the others in one exchange
+
+
+class RunConfig(Section):
+    """The run's folder and its rhythm, in steps."""
+
+    folder: Annotated[str, Field(min_length=1)]
+    seed: Count = 1
+    log_every: PositiveInt = 20
+    save_every: PositiveInt = 1000
+    eval_every: PositiveInt = 1000
+    keep: PositiveInt = 2  # newest checkpoints kept
+    # By which figure on data.valid a checkpoint is saved and kept beside them as the best; "" keeps none
+    keep_best: Literal["", "accuracy", "mAP"] = ""
+    on_failed_save: Literal["stop", "continue"] = "stop"  # when a checkpoint cannot be written (disk full)
+    max_bad_steps: PositiveInt = 10  # in a row, without a finite loss and gradient; then the run ends
+    check_replicas_every: Count = 1000  # steps between comparisons of all ranks' weights; 0 compares never
+    min_target_spread: NonNegative = 0.1  # a smaller spread of the teacher's targets is said aloud: collapse
+    min_prediction_spread: NonNegative = 0.01  # the same of the students' predictions
+    wandb: str = ""  # project of Weights & Biases that is told as well; needs the extra wandb
+
+
+class ProbeConfig(Section):
+    """Labelled shards on which the teacher's features are judged while pre-training, every run.eval_every steps."""
+
+    train: DataSpecs  # neighbours and the linear layer come from these
+    test: DataSpecs  # held out
+    neighbours: PositiveInt = 10
+
+
+class Config(Section):
+    """One run."""
+
+    about: dict[str, str] = Field(default={}, alias="_about")  # the story: source, expected metric, hardware, command
+    preset: Preset = DEFAULT_PRESET  # with the size it sets what is not given
+    size: Size = DEFAULT_SIZE
+    objective: PretrainConfig | ClassifyConfig = Field(discriminator="kind")
+    data: DataConfig
+    model: AnyModelConfig
+    optimizer: OptimizerConfig
+    engine: EngineConfig = EngineConfig()
+    run: RunConfig
+    probe: ProbeConfig | None = None  # in pre-training only
+    resume: Literal["auto", "never"] = "auto"  # auto continues from run.folder's newest checkpoint, if any
+
+    @model_validator(mode="after")
+    def fits(self) -> Self:
+        """Check what concerns several sections."""
+        _check_frames(self.data.frames, self.model)
+        _check_architecture(self.model, self.objective, self.data)
+        if self.optimizer.warmup_steps > self.optimizer.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} must not exceed "
+                f"optimizer.steps {self.optimizer.steps}"
+            )
+        if self.data.augment.frame_roll >= self.data.frames:
+            raise ValueError(
+                f"data.augment.frame_roll {self.data.augment.frame_roll} must be less than "
+                f"data.frames {self.data.frames}"
+            )
+        if self.data.augment.mixup.alpha and (self.optimizer.batch % 2 or self.engine.micro_batch < 2):
+            raise ValueError(
+                f"optimizer.batch {self.optimizer.batch} must be even and engine.micro_batch "
+                f"{self.engine.micro_batch} at least 2, because data.augment.mixup mixes neighbours"
+            )
+        if isinstance(self.objective, PretrainConfig):
+            _check_pretraining(self.objective, self.data, of_asda(self.model))
+        elif self.probe:
+            raise ValueError("probe is for objective.kind pretrain; a classifier is judged on data.valid")
+        if self.engine.offload_optimizer and not self.engine.zero_stage:
+            raise ValueError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3; DeepSpeed has none for 0")
+        if self.engine.precision == "fp16" and not self.engine.zero_stage:
+            # Measured with DeepSpeed 0.19.8: the first moments after a step are smaller by the loss scale.
+            raise ValueError(
+                "engine.precision fp16 needs engine.zero_stage 1, 2 or 3; in stage 0 DeepSpeed divides gradients by a "
+                "loss scale that it has not multiplied the loss with"
+            )
+        return self
+
+
+class Description(Section):
+    """The network of a folder of weights, its input and its labels: config.json where no run of ours made the weights.
+
+    Keys are as in a run's configuration.
+    """
+
+    about: dict[str, str] = Field(default={}, alias="_about")
+    preset: Preset = DEFAULT_PRESET
+    size: Size = DEFAULT_SIZE
+    objective: PretrainConfig | ClassifyConfig = Field(discriminator="kind")
+    data: InputConfig
+    model: AnyModelConfig
+    labels: tuple[str, ...] = ()  # of a classifier, in the order of its logits
+
+    @model_validator(mode="after")
+    def fits(self) -> Self:
+        """Check what concerns several sections."""
+        _check_frames(self.data.frames, self.model)
+        _check_architecture(self.model, self.objective, self.data)
+        return self
+
+
+def _check_architecture(
+    model: ModelConfig | AstConfig, objective: PretrainConfig | ClassifyConfig, data: "DataConfig | InputConfig"
+) -> None:
+    """Refuse of AST what it is not made for."""
+    if not isinstance(model, AstConfig):
+        return
+    if isinstance(objective, PretrainConfig):
+        raise ValueError(
+            "model.architecture ast is for objective.kind classify: students and teacher are of architecture asda; "
+            "use that, or fine-tune an AST"
+        )
+    if data.padding == "masked":
+        raise ValueError(
+            "data.padding masked is for model.architecture asda: AST's patches overlap the padding and it was trained "
+            "to see it; use constant"
+        )
+
+
+def _check_pretraining(objective: PretrainConfig, data: DataConfig, model: ModelConfig) -> None:
+    """Refuse what students, teacher and decoder cannot do."""
+    if data.padding == "masked":
+        raise ValueError(
+            "data.padding masked is for objective.kind classify: the targets of pre-training know no padding; "
+            "use constant, and crop or choose clips that fill data.frames"
+        )
+    if data.valid:
+        raise ValueError(f"data.valid {data.valid!r} must be empty in pre-training; probe judges it by labels")
+    if objective.target_layers > model.depth:
+        raise ValueError(f"objective.target_layers {objective.target_layers} must not exceed model.depth {model.depth}")
+    if model.width % objective.decoder.groups:
+        raise ValueError(
+            f"model.width {model.width} must be a multiple of objective.decoder.groups {objective.decoder.groups}, "
+            "because the decoder's first convolution takes the encoder's features"
+        )
+    num_patches = (data.frames // model.patch) * (model.mel_bins // model.patch)
+    if not 0 < objective.mask.visible(num_patches) < num_patches:
+        raise ValueError(
+            f"objective.mask.ratio {objective.mask.ratio:g} leaves {objective.mask.visible(num_patches)} of the "
+            f"{num_patches} patches of a clip visible; one at least must be, and one must not: change it, or "
+            "data.frames"
+        )
+
+
+def _check_frames(frames: int, model: ModelConfig | AstConfig) -> None:
+    """Refuse a clip that is no whole number of patches, or that the table of positions is not for."""
+    if frames % model.patch:
+        raise ValueError(f"data.frames {frames} must be a multiple of model.patch {model.patch}")
+    if isinstance(model, AstConfig):
+        if frames != model.frames:
+            raise ValueError(
+                f"data.frames {frames} must equal model.frames {model.frames}, for which AST learns its positions; "
+                "leave model.frames out"
+            )
+        return
+    if frames > model.max_time_patches * model.patch:
+        raise ValueError(
+            f"data.frames {frames} must fit model.max_time_patches {model.max_time_patches} x model.patch {model.patch}"
+        )
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a run from a JSON file and dotted overrides; what neither gives comes from the preset and the size.
+
+    Args:
+        path: the JSON file.
+        overrides: "key.key=value", where value is JSON, or a plain string when it does not parse as JSON.
+
+    Raises:
+        UserError: naming the file or the key, the value, the rule and, for unknown keys, the nearest known one.
+    """
+    tree = read_json_object(Path(path))
+    for override in overrides or []:
+        apply_override(tree, override)
+    return _checked(tree, Config, path)
+
+
+def load_description(path: Path) -> Description:
+    """Read the config.json of a folder of weights; raises UserError as load_config does."""
+    return _checked(read_json_object(path), Description, path)
+
+
+def dump_config(config: Config | Description) -> str:
+    """The resolved tree as JSON text; load_config or load_description reads it back to an equal tree."""
+    return config.model_dump_json(by_alias=True, indent=2) + "\n"
+
+
+def _checked(tree: dict[str, Any], kind: type[Kind], path: str | Path) -> Kind:
+    try:
+        return kind.model_validate_json(json.dumps(filled(tree)))
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error, kind)}") from None
+    except RecursionError:
+        raise UserError(f"{path}: values are nested deeper than a config ever is") from None

@@ -1,0 +1,205 @@
+"""Audio files as waves: in float at their own rate, or as shards hold them, 16 kHz, mono, int16, in one kind of WAV.
+
+Reads what libsndfile reads and, with the extra `m4a`, AAC and Opus in MP4, WebM and the like. Nothing here trusts a
+header: lengths, rates and channels are bounded before a byte is decoded, and a file that holds less than it declares is
+refused. (Ogg, NIST and raw AAC files declare no length: their cut copies pass as shorter clips.)
+"""
+
+import math
+import struct
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import soxr
+
+if TYPE_CHECKING:
+    from torchaudio.transforms import Resample
+
+# torch is imported where it resamples: it takes a second and 450 MB, and whoever only opens a dataset needs none.
+
+# What is read, by the names such files bear; what a file is, its content says.
+LIBSNDFILE_EXTENSIONS = (
+    *(".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc"),
+    *(".au", ".snd", ".caf", ".w64", ".rf64", ".sph", ".nist"),
+)
+PYAV_EXTENSIONS = (".m4a", ".m4b", ".mp4", ".aac", ".webm", ".mka", ".mkv")  # by the extra m4a
+AUDIO_EXTENSIONS = LIBSNDFILE_EXTENSIONS + PYAV_EXTENSIONS
+
+SAMPLE_RATE_HZ = 16_000
+MIN_SAMPLES = 400  # one 25 ms frame of the log-mel front-end
+MAX_SECONDS = 600.0  # of a clip, unless the caller says otherwise
+RATE_BOUNDS_HZ = (1_000, 768_000)
+MAX_CHANNELS = 64
+MAX_FRAMES = 1 << 29  # of a file, one sample per channel each; as mono float32 2 GiB, 3 hours at 48 kHz
+INT16_SCALE = 32_768  # int16 sample = amplitude x 32768
+WAV_HEADER_BYTES = 44  # RIFF, fmt and data headers, and nothing else
+
+LOUDEST = 100.0  # float audio may pass full scale, but not by 40 dB: then it is integers turned into floats
+RESAMPLE_AT_ONCE = 1 << 19  # samples: 10 s at 48 kHz in one piece; torchaudio takes up to 60 bytes for each
+# Values of torchaudio's resampling kernel: it holds 16000 / g filters of about rate / g taps, where g is the greatest
+# common divisor of the two. 22.05 and 44.1 kHz take 0.1 M values, 11127 Hz would take 178 M (0.7 GB).
+MAX_KERNEL_VALUES = 1 << 22
+LOWPASS_ZEROS, LOWPASS_ROLLOFF = 6, 0.99  # torchaudio's defaults: zero crossings each side, share of the Nyquist band
+CUT_SLACK_S = 0.5  # a file that is longer than a segment by this much still is that segment: codecs pad, cutters round
+
+
+Segment = tuple[float, float]  # start and stop in a recording, seconds
+
+
+class AudioError(ValueError):
+    """The reason, in a few words, why a file or a payload is not usable audio."""
+
+
+def check_format(rate_hz: int, num_channels: int) -> None:
+    """Refuse rates and channels out of bounds."""
+    low_hz, high_hz = RATE_BOUNDS_HZ
+    if not low_hz <= rate_hz <= high_hz:
+        raise AudioError(f"sample rate {rate_hz} Hz is outside {low_hz} to {high_hz} Hz")
+    if not 1 <= num_channels <= MAX_CHANNELS:
+        raise AudioError(f"{num_channels} channels are more than {MAX_CHANNELS}")
+
+
+def part_of(num_frames: int, rate_hz: int, segment: Segment | None) -> tuple[int, int]:
+    """Return first frame and number of frames of a segment, which ends with the file at the latest.
+
+    All of a file that lasts no longer than the segment, because it is the segment, cut by whoever downloaded it.
+    """
+    if segment is None or num_frames <= (segment[1] - segment[0] + CUT_SLACK_S) * rate_hz:
+        return 0, num_frames
+    first, stop = (round(time_s * rate_hz) for time_s in segment)
+    if first >= num_frames:
+        raise AudioError(f"lasts {num_frames / rate_hz:.1f} s and the clip begins at {segment[0]:g} s")
+    return first, min(stop, num_frames) - first
+
+
+def check_length(num_frames: int, rate_hz: int, max_seconds: float) -> None:
+    """Refuse to read nothing, too much, or less than a frame of the log-mel front-end."""
+    if num_frames <= 0:
+        raise AudioError("holds no samples")
+    if num_frames > max_seconds * rate_hz:
+        raise AudioError(f"lasts {num_frames / rate_hz:.1f} s, longer than {max_seconds:g} s")
+    if num_frames > MAX_FRAMES:
+        raise AudioError(f"{num_frames} samples per channel are more than {MAX_FRAMES}")
+    num_samples = resampled_length(num_frames, rate_hz)
+    if num_samples < MIN_SAMPLES:
+        raise AudioError(f"has {num_samples} samples at 16 kHz, shorter than one frame of {MIN_SAMPLES}")
+
+
+def mean_of_channels(audio_CS: np.ndarray) -> np.ndarray:
+    """Mean over the channels, float32 [S]. Raises AudioError where it is not finite, or far beyond full scale."""
+    # A sum of rows: numpy's mean over a short axis takes twenty times as long.
+    mean_S = np.asarray(sum(audio_CS[1:], start=audio_CS[0]) / np.float32(len(audio_CS)))
+    if complaint := no_amplitudes(mean_S):
+        raise AudioError(complaint)
+    return mean_S
+
+
+def no_amplitudes(wave_S: np.ndarray) -> str:
+    """Why floats cannot be amplitudes of full scale 1; "" where they can."""
+    peak = max(float(wave_S.max(initial=0)), -float(wave_S.min(initial=0)))  # nan if any of them is
+    if not math.isfinite(peak):
+        return "holds samples that are not finite"
+    too_loud = f"reaches {peak:.0f} where full scale is 1; divide it, or give integers as int16"
+    return too_loud if peak > LOUDEST else ""
+
+
+def resampled_length(num_samples: int, rate_hz: int) -> int:
+    """Samples at 16 kHz that so many at another rate become: the end of the wave counts as a whole sample."""
+    return -(-num_samples * SAMPLE_RATE_HZ // rate_hz)
+
+
+def resample(wave_S: np.ndarray, rate_hz: int) -> np.ndarray:
+    """Resample to 16 kHz, float32 [S] to float32 [resampled_length(S, rate_hz)].
+
+    By torchaudio (a sinc of 6 zero crossings under a Hann window), to the bit as the official feature extraction calls
+    torchaudio.functional.resample, which may lose the last sample to the rounding of its length; waves longer than
+    RESAMPLE_AT_ONCE (10.9 s at 48 kHz) go in blocks, and are the same within rounding (3e-8). Rates whose kernel would
+    be huge (MAX_KERNEL_VALUES) are left to soxr (HQ).
+    """
+    if rate_hz == SAMPLE_RATE_HZ:
+        return wave_S
+    if _kernel_values(rate_hz) > MAX_KERNEL_VALUES:
+        return _resample_by_soxr(wave_S, rate_hz)
+    if max(len(wave_S), resampled_length(len(wave_S), rate_hz)) > RESAMPLE_AT_ONCE:
+        return _resample_in_blocks(wave_S, rate_hz)
+    import torch
+
+    return _resampler(rate_hz)(torch.from_numpy(wave_S)).numpy()
+
+
+def _resample_in_blocks(wave_S: np.ndarray, rate_hz: int) -> np.ndarray:
+    """`resample` of a long wave by torchaudio, whose own memory is several times the wave's.
+
+    `old` samples become `new`, and the outputs n * new to (n + 1) * new are dot products of samples around group n of
+    the input. So a block of whole groups, with as many groups around it as the filter reaches over, gives what the
+    whole wave gives.
+    """
+    import torch
+
+    resampler = _resampler(rate_hz)
+    old, new = rate_hz // resampler.gcd, SAMPLE_RATE_HZ // resampler.gcd
+    reach = math.ceil(resampler.width / old)  # groups
+    num_groups, block = math.ceil(len(wave_S) / old), RESAMPLE_AT_ONCE // max(old, new)
+    out_S = np.empty(resampled_length(len(wave_S), rate_hz), np.float32)
+    for start in range(0, num_groups, block):
+        before = min(reach, start)
+        piece_S = torch.from_numpy(wave_S[(start - before) * old : (start + block + reach) * old])
+        whole_S = torch.nn.functional.pad(piece_S, (0, -len(piece_S) % old))  # the last group may be a part of one
+        block_S = out_S[start * new : (start + block) * new]
+        block_S[:] = resampler(whole_S).numpy()[before * new :][: len(block_S)]
+    return out_S
+
+
+def _resample_by_soxr(wave_S: np.ndarray, rate_hz: int) -> np.ndarray:
+    """`resample` by soxr, which rounds the length to the nearest: silence behind the wave brings it up to ours."""
+    silence_S = np.zeros(rate_hz // SAMPLE_RATE_HZ + 1, np.float32)
+    resampled_S = soxr.resample(np.concatenate([wave_S, silence_S]), rate_hz, SAMPLE_RATE_HZ, quality="HQ")
+    return resampled_S[: resampled_length(len(wave_S), rate_hz)]
+
+
+def _kernel_values(rate_hz: int) -> int:
+    gcd = math.gcd(rate_hz, SAMPLE_RATE_HZ)
+    old, new = rate_hz // gcd, SAMPLE_RATE_HZ // gcd
+    width = math.ceil(LOWPASS_ZEROS * old / (min(old, new) * LOWPASS_ROLLOFF))
+    return new * (2 * width + old)
+
+
+@lru_cache(maxsize=8)
+def _resampler(rate_hz: int) -> "Resample":
+    """Holds the kernel, computed in float32 as the function does for float32 waves; the class would take float64."""
+    import torch
+    from torchaudio.transforms import Resample
+
+    return Resample(rate_hz, SAMPLE_RATE_HZ, dtype=torch.float32)
+
+
+def to_int16(amplitude_S: np.ndarray) -> np.ndarray:
+    """Round amplitudes in [-1, 1) to int16; louder ones saturate."""
+    return np.clip(np.rint(amplitude_S * INT16_SCALE), -INT16_SCALE, INT16_SCALE - 1).astype(np.int16)
+
+
+@lru_cache(maxsize=1024)  # most clips of a dataset have one of a few lengths
+def wav_header(num_bytes: int) -> bytes:
+    """Return the canonical 44-byte header of a 16 kHz mono PCM int16 WAV with this many bytes of samples."""
+    riff = struct.pack("<4sI4s", b"RIFF", num_bytes + WAV_HEADER_BYTES - 8, b"WAVE")
+    # size of fmt, format 1 = PCM, channels, rate, bytes per second, bytes per frame, bits per sample
+    fmt = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, SAMPLE_RATE_HZ, 2 * SAMPLE_RATE_HZ, 2, 16)
+    return riff + fmt + struct.pack("<4sI", b"data", num_bytes)
+
+
+def encode_wav(samples_S: np.ndarray) -> bytes:
+    """Return int16 samples [S] at 16 kHz as a WAV with the canonical header."""
+    payload = samples_S.astype("<i2", copy=False).tobytes()
+    return wav_header(len(payload)) + payload
+
+
+def decode_wav(wav: bytes | memoryview) -> np.ndarray:
+    """Return the int16 samples [S] of a WAV as encode_wav writes it, as a view of its bytes.
+
+    Raises AudioError for any other header: inside a shard there is one kind of WAV, so another one is damage.
+    """
+    num_bytes = len(wav) - WAV_HEADER_BYTES
+    if num_bytes < 0 or num_bytes % 2 or bytes(wav[:WAV_HEADER_BYTES]) != wav_header(num_bytes):
+        raise AudioError("is not a 16 kHz mono int16 WAV with the canonical 44-byte header of its length")
+    return np.frombuffer(wav, dtype="<i2", offset=WAV_HEADER_BYTES)

@@ -1,0 +1,215 @@
+"""What chance does to a clip, as numbers: drawn before its audio is touched, applied by asda.data.features.dali.
+
+    wave, minus its mean   rolled forward by `wave_shift`, times `gain`, plus white noise of `noise_ratio` times its rms
+    log-mel                padded to T frames; with SpecAug of order before_normalisation, the box becomes 0;
+                           box, noise and roll of the frames are then its partner's too, and so the mixture's
+    normalised             plus `frame_noise` times a uniform number for each value; rolled forward by `frame_shift`
+    mixed                  `share` of it, and 1 - `share` of its partner: of clips 2k and 2k + 1 of a batch the other
+    masked                 with SpecAug of order after_mixup, the box becomes 0, which is the mean
+
+All of it follows from a generator that belongs to one visit of one clip, so it is the same on whatever rank, in
+whatever micro-batch, and after whatever interruption that visit happens.
+
+Shapes: B clips, T frames, N patches, C classes, K fields of ClipAugmentation.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from asda.config.data import AugmentConfig, DataConfig, MixupConfig
+from asda.data.features.fbank import NUM_MEL_BINS, num_frames, num_samples
+from asda.data.order import Draw, clip_rng
+
+NUM_CHANCES = 9  # uniform numbers of a clip, each with one use: switching one augmentation on leaves the others alone
+
+
+class ClipAugmentation(NamedTuple):
+    """What happens to one clip; the defaults do nothing. All values are exact in float64, as which they travel."""
+
+    wave_shift: int = 0  # samples by which the wave is rolled forward, 0 <= wave_shift < S
+    gain: float = 1.0  # factor on the amplitude
+    noise_ratio: float = 0.0  # rms of the white noise / rms of the clip
+    frame_noise: float = 0.0  # most that is added to a normalised value
+    frame_shift: int = 0  # frames by which the spectrogram is rolled forward, 0 <= frame_shift < T
+    noise_key: int = 0  # 32 bits from which both noises follow
+    mel_start: int = 0  # first masked mel bin
+    mel_stop: int = 0  # and the first that is not
+    frame_start: int = 0
+    frame_stop: int = 0
+    share: float = 1.0  # of the clip itself in the mixture with its partner
+
+
+OF_FRAMES = ("frame_noise", "frame_shift", "noise_key", "mel_start", "mel_stop", "frame_start", "frame_stop")
+
+
+def draw_augmentations(
+    draws: Sequence[Draw], clip_samples: Sequence[int], config: DataConfig, seed: int
+) -> list[ClipAugmentation] | None:
+    """What happens to the clips of a micro-batch; None if the configuration asks for nothing.
+
+    Args:
+        draws: neighbours in the order of the run, the first at an even position, so that pairs of them are the same
+            in every micro-batch; an even number of them if they are mixed.
+        clip_samples: of each clip.
+        config: of the data.
+        seed: of the run.
+    """
+    augment = config.augment
+    if augment == AugmentConfig():
+        return None
+    first_of_pair = [draw for draw in draws[::2] for _ in range(2)][: len(draws)]
+    shares = [draw_share(clip_rng(seed, draw, "mixup"), augment.mixup) for draw in first_of_pair]
+    drawn = [
+        draw_augmentation(clip_rng(seed, draw, "augment"), augment, samples, config.frames, share)
+        for draw, samples, share in zip(draws, clip_samples, shares, strict=True)
+    ]
+    return drawn if augment.spec_augment.order == "after_mixup" else frames_alike(drawn)
+
+
+def used_parts(
+    waves: Sequence[np.ndarray], augmentations: Sequence[ClipAugmentation] | None, frames: int
+) -> list[np.ndarray]:
+    """What of each wave [S] reaches a frame that is kept: all of it where its end or its loudness does too."""
+    pairs = zip(waves, augmentations or [ClipAugmentation()] * len(waves), strict=True)
+    return [wave_S if one.wave_shift or one.noise_ratio else wave_S[: num_samples(frames)] for wave_S, one in pairs]
+
+
+def frames_alike(augmentations: Sequence[ClipAugmentation]) -> list[ClipAugmentation]:
+    """To the frames of both clips of a mixed pair happens what happens to those of the first.
+
+    AST mixes waves and then blanks, makes noisy and rolls the mixture. What is done alike to both parts of a mean is
+    done to it: blanks stay blank, and the noise is not averaged away.
+    """
+    firsts = [augmentations[min(place, partner)] for place, partner in enumerate(partners(augmentations))]
+    return [
+        one._replace(**{name: getattr(first, name) for name in OF_FRAMES})
+        for one, first in zip(augmentations, firsts, strict=True)
+    ]
+
+
+def draw_augmentation(
+    rng: np.random.Generator, config: AugmentConfig, num_samples: int, frames: int, share: float = 1.0
+) -> ClipAugmentation:
+    """Everything that happens to one visit of one clip.
+
+    The published recipes (EAT's and ASDA's code) roll by any offset and multiply by Beta(10, 10) + 0.5; Speech Commands
+    also has the frame noise, U(0, 1) / 10 times a uniform number for each value, and rolls the frames by up to 10.
+
+    Args:
+        rng: belongs to the visit; the same state gives the same augmentation.
+        config: what there is, and how much.
+        num_samples: of the clip.
+        frames: it is padded or cut to.
+        share: of the clip in its mixture; see draw_share.
+    """
+    chance = rng.random(NUM_CHANCES)
+    noise_key = int(rng.integers(1 << 32))
+    # Last, because a beta variate takes as much of the generator as it likes.
+    magnitude = rng.beta(config.magnitude, config.magnitude) + 0.5 if config.magnitude else 1.0
+    mel_start, mel_stop = masked_range(chance[0], chance[1], config.spec_augment.mel_ratio, NUM_MEL_BINS)
+    frame_start, frame_stop = masked_range(chance[2], chance[3], config.spec_augment.frame_ratio, frames)
+    return ClipAugmentation(
+        wave_shift=int(chance[4] * num_samples) if config.roll else 0,
+        gain=float(magnitude * _amplitude(_between(config.gain_db, chance[5]))),
+        noise_ratio=float(_amplitude(-_between(config.noise_snr_db, chance[6]))) if config.noise_snr_db else 0.0,
+        frame_noise=float(config.frame_noise * chance[7]),
+        frame_shift=(int(chance[8] * (2 * config.frame_roll + 1)) - config.frame_roll) % frames,
+        noise_key=noise_key,
+        mel_start=mel_start,
+        mel_stop=mel_stop,
+        frame_start=frame_start,
+        frame_stop=frame_stop,
+        share=share,
+    )
+
+
+def draw_share(rng: np.random.Generator, config: MixupConfig) -> float:
+    """How much of itself a clip keeps in its mixture with its partner; the partner keeps as much of its own.
+
+    The published code draws one share for a batch and mixes clip i with clip B - 1 - i. In a shuffled order that is a
+    random partner and a share from the same Beta(alpha, alpha), which is what neighbours with a share for each pair
+    have too; but pairs of neighbours lie in one micro-batch of one rank however the batch is cut, and a share for each
+    pair needs no word between the ranks. Draw it from a generator that belongs to the first clip of the pair.
+    """
+    is_mixed = rng.random() < config.probability
+    return float(rng.beta(config.alpha, config.alpha)) if config.alpha and is_mixed else 1.0
+
+
+def masked_range(width_chance: float, place_chance: float, ratio: float, size: int) -> tuple[int, int]:
+    """A masked range of up to ratio * size out of `size`: first index, and first index after it.
+
+    As torchaudio.functional.mask_along_axis: a real width and a real place, both uniform, each rounded down.
+    """
+    width = width_chance * ratio * size
+    start = int(place_chance * (size - width))
+    return (start, start + int(width)) if width >= 1 else (0, 0)
+
+
+def packed(augmentations: Sequence[ClipAugmentation]) -> np.ndarray:
+    """The form in which they travel through DALI: float64 [B, K + 1], the K fields in their order, then the partner."""
+    pairs = zip(augmentations, partners(augmentations), strict=True)
+    return np.array([[*one, partner] for one, partner in pairs], np.float64)
+
+
+def unpacked(numbers_K: np.ndarray) -> tuple[ClipAugmentation, int]:
+    """An augmentation and the partner of a row of `packed`."""
+    *fields, partner = numbers_K.tolist()
+    typed = [type(none)(field) for none, field in zip(ClipAugmentation(), fields, strict=True)]
+    return ClipAugmentation._make(typed), int(partner)
+
+
+def partners(augmentations: Sequence[ClipAugmentation]) -> list[int]:
+    """With which clip of the batch each is mixed: its neighbour in the pair (2k, 2k + 1), or itself where it is not.
+
+    Raises:
+        ValueError: a clip that is to be mixed has no neighbour, or one that keeps another share.
+    """
+    found = []
+    for place, one in enumerate(augmentations):
+        if one.share == 1:
+            found.append(place)
+        elif (place ^ 1) < len(augmentations) and augmentations[place ^ 1].share == one.share:
+            found.append(place ^ 1)
+        else:
+            raise ValueError(f"clip {place} of {len(augmentations)} keeps {one.share:g}, its partner does not")
+    return found
+
+
+def mixed_targets(targets_BC: np.ndarray, augmentations: Sequence[ClipAugmentation]) -> np.ndarray:
+    """The labels of mixed clips: share * own + (1 - share) * partner's, float32 [B, C]."""
+    share_B1 = np.array([[one.share] for one in augmentations], dtype=np.float32)
+    return share_B1 * targets_BC + (1 - share_B1) * targets_BC[partners(augmentations)]
+
+
+def present_patches(
+    clip_samples: Sequence[int],
+    augmentations: Sequence[ClipAugmentation] | None,
+    frames: int,
+    patch: int,
+) -> np.ndarray:
+    """Where there is audio, bool [B, N]: a patch is present if at least one of its frames is; the others are padding.
+
+    Where frames are not rolled this says: if its first frame is. A mixture is present where either clip is.
+
+    Args:
+        clip_samples: of each clip of the batch, at least 400.
+        augmentations: of each clip; None when there are none.
+        frames: T, a clip is padded or cut to.
+        patch: frames and mel bins of a patch.
+    """
+    present_BT = np.arange(frames) < np.array([num_frames(samples) for samples in clip_samples])[:, None]
+    if augmentations is not None:
+        rolled = [np.roll(row_T, one.frame_shift) for row_T, one in zip(present_BT, augmentations, strict=True)]
+        present_BT = np.stack(rolled) | np.stack(rolled)[partners(augmentations)]
+    by_time_patch = present_BT.reshape(len(present_BT), -1, patch).any(axis=2)
+    return by_time_patch.repeat(NUM_MEL_BINS // patch, axis=1)
+
+
+def _between(limits: tuple[float, float], chance: float) -> float:
+    return limits[0] + (limits[1] - limits[0]) * chance
+
+
+def _amplitude(decibel: float) -> float:
+    return 10 ** (decibel / 20)

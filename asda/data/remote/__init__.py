@@ -1,0 +1,1 @@
+"""Shards that lie elsewhere: fetched, verified, kept in a cache of bounded size."""

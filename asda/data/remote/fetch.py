@@ -1,0 +1,364 @@
+"""Fetching bytes through fsspec: repeated while the reason may pass, or one sentence.
+
+A request that fails for a reason that may pass (a broken connection, a silent server, HTTP 503, bytes that are not the
+right ones) is repeated, later and later, a bounded number of times; one that cannot succeed (404, 403) is not.
+Credentials in a location (user:password@, ?signature) are used and never shown: neither the locations nor the words
+of other packages' errors get into a message before those are cut out.
+"""
+
+import asyncio
+import io
+import logging
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import wait
+from typing import Any, BinaryIO, TypeVar
+from urllib.parse import quote, urlsplit, urlunsplit
+
+import tenacity
+from fsspec import filesystem
+from fsspec.asyn import AsyncFileSystem
+from xxhash import xxh3_128
+
+from asda.data.remote.cache import CacheConfig, Stopped, StoredFile
+from asda.errors import UserError
+
+# Scheme of a location -> the package that fsspec needs for it. What would run commands or other code is not here.
+PACKAGES = {
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+    "hf": "huggingface_hub",
+    "hdfs": "pyarrow",
+    "webhdfs": "requests",
+    "oss": "ossfs",
+}
+OURS = ("aiohttp", "s3fs")  # which the extra asda[remote] installs
+HTTP = ("http", "https")
+URL_SAFE = "%/:@!$&'()*+,;=~-._"  # in a path, beside letters and digits
+
+PIECE_BYTES = 4 << 20  # per request to what is not HTTP
+WATCH_S = 0.1  # between two looks at a transfer that is under way
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # before the second attempt, and between later ones; doubled each time
+PASSING_STATUS = (408, 425, 429)  # HTTP errors below 500 that may pass
+
+Result = TypeVar("Result")
+_log = logging.getLogger(__name__)
+
+
+class WrongBytesError(Exception):
+    """What has arrived is not the file."""
+
+
+class NoRangesError(Exception):
+    """The server sends whole files whatever it is asked for."""
+
+
+class StalledError(Exception):
+    """The server is silent."""
+
+
+class LocalDiskError(Exception):
+    """A write to this machine's disk failed while a file was arriving: no reason to ask the server again."""
+
+    def __init__(self, cause: OSError):
+        super().__init__(cause)
+        self.cause = cause
+
+
+class Fetcher:
+    """One remote folder. Any thread may fetch at any time.
+
+    Attributes:
+        stopping: set it to end all transfers; they raise Stopped.
+    """
+
+    def __init__(self, location: str, config: CacheConfig):
+        """Open `location`, scheme://..., without a request. Raises UserError where a package is missing."""
+        self.stopping = threading.Event()
+        self._location = location
+        self._scheme = location.partition("://")[0].lower()
+        self._config = config
+        self._fs = _open_filesystem(self._scheme, location, config.timeout_s)
+
+    def where(self, name: str) -> str:
+        """The file's place, for messages."""
+        return f"{without_credentials(self._location).rstrip('/')}/{name}"
+
+    def read_up_to(self, name: str, limit_bytes: int) -> bytes:
+        """The whole of a file whose length is not known. Raises UserError where it cannot be had or is longer."""
+        out = io.BytesIO()
+
+        def attempt() -> bytes:
+            arrived = self._transfer(name, 0, limit_bytes, out, ranged=False)
+            return out.getvalue()[: arrived.num_bytes]
+
+        return self._persist(name, attempt)
+
+    def read(self, file: StoredFile, start: int, stop: int) -> bytes:
+        """The bytes from start to stop, not verified. Raises UserError where they cannot be had."""
+        out = io.BytesIO()
+
+        def attempt() -> bytes:
+            arrived = self._transfer(file.name, start, stop, out, ranged=(start, stop) != (0, file.bytes))
+            arrived.check_length(stop - start)
+            return out.getvalue()
+
+        return self._persist(file.name, attempt)
+
+    def download(self, file: StoredFile, out: BinaryIO) -> None:
+        """Write the whole file to `out`, and return only if its length and its hash are the right ones.
+
+        Raises:
+            UserError: it cannot be had.
+            OSError: `out` cannot be written.
+        """
+
+        def attempt() -> None:
+            arrived = self._transfer(file.name, 0, file.bytes, out, ranged=False)
+            arrived.check_length(file.bytes)
+            arrived.check_hash(file.hash)
+
+        self._persist(file.name, attempt)
+
+    def _transfer(self, name: str, start: int, stop: int, out: BinaryIO, *, ranged: bool) -> "_Arrivals":
+        """One attempt at the bytes from start to stop."""
+        out.seek(0)
+        arrivals = _Arrivals(out, stop - start, self.stopping, ranged=ranged)
+        if isinstance(self._fs, AsyncFileSystem):
+            self._watch(self._pour(name, start, stop, arrivals, ranged=ranged), arrivals)
+        else:
+            for low in range(start, stop, PIECE_BYTES):
+                high = min(low + PIECE_BYTES, stop)
+                if arrivals.write(self._fs.cat_file(self._url(name), low, high)) < high - low:
+                    break  # the file ends here
+        return arrivals
+
+    async def _pour(self, name: str, start: int, stop: int, arrivals: "_Arrivals", *, ranged: bool) -> None:
+        url, fs = self._url(name), self._fs
+        if self._scheme in HTTP:
+            headers = {"Range": f"bytes={start}-{stop - 1}"} if ranged else {}
+            await fs._get_file(url, arrivals, headers=headers)
+            return
+        for low in range(start, stop, PIECE_BYTES):
+            high = min(low + PIECE_BYTES, stop)
+            if arrivals.write(await fs._cat_file(url, start=low, end=high)) < high - low:
+                return
+
+    def _watch(self, transfer: Any, arrivals: "_Arrivals") -> None:
+        """Run a transfer in fsspec's loop; end it when nothing arrives any more, or when the storage is closed."""
+        future = asyncio.run_coroutine_threadsafe(transfer, self._fs.loop)
+        try:
+            while not wait([future], timeout=WATCH_S).done:
+                if self.stopping.is_set():
+                    raise Stopped
+                if time.monotonic() - arrivals.last_at > self._config.timeout_s:
+                    raise StalledError(f"nothing arrived for {self._config.timeout_s:g} s")
+            future.result()
+        finally:
+            arrivals.abandon()  # the transfer ends a little later, and must not write into the next attempt
+            future.cancel()
+
+    def _url(self, name: str) -> str:
+        if self._scheme not in HTTP:
+            return f"{self._location.rstrip('/')}/{name}"
+        parts = urlsplit(self._location)  # a signature in the query stays behind the name
+        return urlunsplit(parts._replace(path=f"{quote(parts.path.rstrip('/'), safe=URL_SAFE)}/{name}", fragment=""))
+
+    def _persist(self, name: str, attempt: Callable[[], Result]) -> Result:
+        """Repeat an attempt while it fails for reasons that may pass; then raise UserError with the last of them."""
+        began = time.monotonic()
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(self._config.attempts) | tenacity.stop_after_delay(self._config.give_up_s),
+            wait=tenacity.wait_exponential(FIRST_WAIT_S, LONGEST_WAIT_S) + tenacity.wait_random(0, FIRST_WAIT_S),
+            retry=tenacity.retry_if_exception(_may_pass),
+            sleep=self._sleep,
+            before_sleep=lambda state: self._log_retry(name, state),
+        )
+        try:
+            return retrying(attempt)
+        except (Stopped, UserError):
+            raise
+        except LocalDiskError as error:
+            raise error.cause from None
+        except tenacity.RetryError as error:
+            last = error.last_attempt
+            tried = f"{last.attempt_number} attempts in {time.monotonic() - began:.1f} s"
+            reason = _reason(last.exception())
+        except Exception as error:  # whatever a filesystem raises; its own words may hold credentials
+            tried, reason = "not tried again", _reason(error)
+        raise UserError(f"cannot fetch {self.where(name)}: {reason} ({tried}); check the location and the server")
+
+    def _sleep(self, seconds: float) -> None:
+        if self.stopping.wait(seconds):
+            raise Stopped
+
+    def _log_retry(self, name: str, state: tenacity.RetryCallState) -> None:
+        assert state.outcome is not None
+        assert state.next_action is not None
+        attempts = f"attempt {state.attempt_number + 1} of {self._config.attempts} in {state.next_action.sleep:.1f} s"
+        _log.warning("%s: %s; %s", self.where(name), _reason(state.outcome.exception()), attempts)
+
+
+class _Arrivals:
+    """The file object that a transfer writes to: counts, hashes, and refuses more than was asked for."""
+
+    def __init__(self, out: BinaryIO, limit_bytes: int, stopping: threading.Event, *, ranged: bool):
+        self.num_bytes = 0
+        self.last_at = time.monotonic()  # s
+        self._state = xxh3_128()
+        self._out = out
+        self._limit_bytes = limit_bytes
+        self._stopping = stopping
+        self._ranged = ranged
+        self._beginning = b""
+        self._abandoned = False
+        self._lock = threading.Lock()
+
+    def read(self, _size: int = -1) -> bytes:
+        """Not for reading; fsspec takes for a file what has read, close and tell."""
+        raise io.UnsupportedOperation
+
+    close = tell = read
+
+    def abandon(self) -> None:
+        """Take nothing more."""
+        with self._lock:
+            self._abandoned = True
+
+    def write(self, chunk: bytes) -> int:
+        """Take the next bytes."""
+        with self._lock:
+            if self._abandoned or self._stopping.is_set():
+                raise Stopped
+            return self._take(chunk)
+
+    def check_length(self, num_bytes: int) -> None:
+        """Refuse a file that ended early."""
+        if self.num_bytes != num_bytes:
+            raise WrongBytesError(f"{self.num_bytes} of {num_bytes} bytes arrived{self._hint}")
+
+    def check_hash(self, expected: str) -> None:
+        """Refuse other bytes."""
+        if (found := f"xxh3_128:{self._state.hexdigest()}") != expected:
+            raise WrongBytesError(f"its hash is {found}, the index says {expected}{self._hint}")
+
+    def _take(self, chunk: bytes) -> int:
+        self._beginning = self._beginning or chunk[:64]
+        self.num_bytes += len(chunk)
+        if self.num_bytes > self._limit_bytes:
+            if self._ranged:
+                raise NoRangesError("the server does not send parts of files; read it through a cache (data.cache)")
+            raise WrongBytesError(f"more than {self._limit_bytes} bytes arrived{self._hint}")
+        self._state.update(chunk)
+        try:
+            self._out.write(chunk)
+        except OSError as error:
+            raise LocalDiskError(error) from error
+        self.last_at = time.monotonic()
+        return len(chunk)
+
+    @property
+    def _hint(self) -> str:
+        page = self._beginning.lstrip().lower().startswith((b"<!doctype", b"<html"))
+        return ", which look like a web page" if page else ""
+
+
+def without_credentials(location: str) -> str:
+    """A location without user, password and query, for messages."""
+    return re.sub(r"//[^/\s]*@", "//", location.partition("?")[0])
+
+
+def shareable(value: Any) -> Any:
+    """A value of a configuration, or a tree of them, without what addresses in it hold of users and passwords."""
+    if isinstance(value, dict):
+        return {key: shareable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [shareable(item) for item in value]
+    return without_credentials(value) if isinstance(value, str) and "://" in value else value
+
+
+def _open_filesystem(scheme: str, location: str, timeout_s: float) -> Any:
+    options: dict[str, Any] = {}
+    package = PACKAGES[scheme]
+    try:
+        if scheme in HTTP:
+            options = _http_options(timeout_s)
+        elif package == "s3fs":
+            patience = {"connect_timeout": timeout_s, "read_timeout": timeout_s, "retries": {"max_attempts": 0}}
+            options = {"config_kwargs": patience}
+        fs = filesystem(scheme, skip_instance_cache=True, **options)
+    except ImportError:
+        command = "pip install 'asda[remote]'" if package in OURS else f"pip install {package}"
+        raise UserError(f"{without_credentials(location)} needs the package {package}: {command}") from None
+    fs.retries = 1  # of s3fs and gcsfs: attempts are counted and logged here
+    return fs
+
+
+def _http_options(timeout_s: float) -> dict[str, Any]:
+    """Bytes as they are on the server: no compression on the way, and no second quoting of the address."""
+    import aiohttp  # an extra
+
+    client = {
+        "timeout": aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s),
+        "headers": {"Accept-Encoding": "identity"},
+        "auto_decompress": False,
+        "trust_env": True,  # proxies, as other programs take them
+    }
+    return {"client_kwargs": client, "encoded": True}
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether the same request may succeed later."""
+    if (status := _http_status(error)) is not None:
+        return status >= 500 or status in PASSING_STATUS
+    if isinstance(error, (FileNotFoundError, PermissionError)):
+        return False
+    return isinstance(error, (WrongBytesError, StalledError, OSError, EOFError, *_network_errors()))
+
+
+def _network_errors() -> tuple[type[BaseException], ...]:
+    """What aiohttp and botocore raise beside OSError; both are extras, and loaded where they are in use."""
+    found = []
+    for module, names in (
+        ("aiohttp", ("ClientConnectionError", "ClientPayloadError", "ClientResponseError")),
+        ("botocore.exceptions", ("ConnectionError", "HTTPClientError", "IncompleteReadError")),
+        ("botocore.parsers", ("ResponseParserError",)),
+    ):
+        if loaded := sys.modules.get(module):
+            found += [getattr(loaded, name) for name in names if hasattr(loaded, name)]
+    return tuple(found)
+
+
+def _http_status(error: BaseException) -> int | None:
+    """Of aiohttp's ClientResponseError, and of the clients of other stores that name it so."""
+    for name in ("status", "status_code", "code"):
+        value = getattr(error, name, None)
+        if isinstance(value, int) and 400 <= value < 600:
+            return value
+    return None
+
+
+def _reason(error: BaseException | None) -> str:
+    """Why an attempt failed, in one line without credentials."""
+    if isinstance(error, (WrongBytesError, NoRangesError, StalledError)):
+        return str(error)
+    if error is not None and (status := _http_status(error)) is not None:
+        return f"HTTP status {status}"
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, PermissionError):
+        return "access is refused"
+    if isinstance(error, TimeoutError):
+        return "the server did not answer in time"
+    text = re.sub(r"\S*[/?]\S*", lambda address: without_credentials(address[0]), str(error))
+    return f"{type(error).__name__}: {' '.join(text.split())[:200]}"

@@ -1,0 +1,171 @@
+"""Reading shards: nothing is used before its hash agrees with the index. The format is specified in shards/README.md.
+
+    dataset.json --hash--> train-000000.json --hash of every frame--> train-000000.tar.zst
+
+A shard is a row of zstd frames, one per clip, so any clip is reached by its offset and checked on its own. Where the
+files lie, and how they come here, is asda.data.remote.storage's.
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import zstandard
+from xxhash import xxh3_64_hexdigest
+
+from asda.data.remote.cache import CacheConfig, StoredFile
+from asda.data.remote.storage import LocalFolder, Storage, open_storage
+from asda.data.shards.index import (
+    DATASET_FILE,
+    MAX_DATASET_FILE_BYTES,
+    MAX_SAMPLE_BYTES,
+    REPAIR,
+    DatasetIndex,
+    ShardEntry,
+    ShardIndex,
+    hash_bytes,
+    parse,
+    parse_dataset,
+)
+from asda.errors import UserError
+
+INDEXES_KEPT = 512  # shard indexes in memory at a time: about 40 MB with 256 clips a shard
+
+_of_thread = threading.local()  # .decompressor: making one takes 20 us, and threads cannot share one
+
+
+def load_dataset(
+    location: str | Path | Storage,
+    splits: Sequence[str] | None = None,
+    cache: CacheConfig | None = None,
+    *,
+    tolerant: bool = False,
+) -> DatasetIndex:
+    """Open a dataset, and check that all files of the given splits (default: all) have their sizes.
+
+    Remote files are checked when they are fetched: asking for the size of every one takes minutes.
+
+    Args:
+        location: a folder, or a URL as asda.data.storage.open_storage takes it.
+        splits: the splits that will be used.
+        cache: keeps copies of remote shards; without it every read is a request.
+        tolerant: leaves missing files and wrong sizes for when they are read.
+
+    Raises:
+        UserError: something is missing, newer than this code, malformed, or of another size.
+    """
+    storage = open_storage(location, cache)
+    where = storage.where(DATASET_FILE)
+    dataset = parse_dataset(storage.read_dataset_file(MAX_DATASET_FILE_BYTES), where)
+    dataset = replace(dataset, folder=storage.folder if isinstance(storage, LocalFolder) else storage)
+    names = list(dataset.splits) if splits is None else splits
+    for name in names:
+        if name not in dataset.splits:
+            raise UserError(f"{where} has no split {name!r}; it has {', '.join(dataset.splits)}")
+    if names and not tolerant:
+        entries = (entry for name in names for entry in dataset.splits[name].shards)
+        storage.check_sizes(file for entry in entries for file in (_shard_file(entry), _index_file(entry)))
+    return dataset
+
+
+def load_shard_index(location: str | Path | Storage, entry: ShardEntry) -> ShardIndex:
+    """Read the index of one shard. Raises UserError unless it is the one that dataset.json was written with."""
+    storage, file = open_storage(location), _index_file(entry)
+    where = storage.where(file.name)
+    text = storage.read_whole(file)
+    if hash_bytes(text) != file.hash and storage.renew(file):
+        text = storage.read_whole(file)
+    if (found := hash_bytes(text)) != file.hash:
+        raise UserError(
+            f"shard index {where} is damaged: its hash is {found}, {DATASET_FILE} says {file.hash}; {REPAIR}"
+        )
+    index = parse(ShardIndex, text, where)
+    if (index.name, len(index.keys), index.bytes, index.hash) != (entry.name, entry.clips, entry.bytes, entry.hash):
+        raise UserError(
+            f"shard index {where} and {DATASET_FILE} disagree on the shard's name, clips, bytes or hash; {REPAIR}"
+        )
+    return index
+
+
+_kept_shard_index = lru_cache(maxsize=INDEXES_KEPT)(load_shard_index)
+
+
+class ShardFile:
+    """One shard. Reads are independent of each other: any thread may read any clip at any time."""
+
+    def __init__(self, location: str | Path | Storage, entry: ShardEntry):
+        self.storage = open_storage(location)
+        self.entry = entry
+        self.file = _shard_file(entry)
+
+    @cached_property
+    def path(self) -> Path | str:
+        """The file, or where it is on the network."""
+        where = self.storage.where(self.entry.name)
+        return Path(where) if isinstance(self.storage, LocalFolder) else where
+
+    @property
+    def index(self) -> ShardIndex:
+        """The shard's index, read and verified when it is first needed."""
+        return _kept_shard_index(self.storage, self.entry)
+
+    def prefetch(self) -> None:
+        """Begin to bring the shard near, in the background: into the cache, or into the system's memory."""
+        self.storage.read_ahead(_index_file(self.entry))
+        self.storage.read_ahead(self.file)
+
+    def read_frame(self, number: int) -> bytes:
+        """Return the tar members of clip `number`, without a tar's end.
+
+        Raises UserError naming the key and the bytes unless the hash of the compressed frame, its declared size,
+        and zstd's own checksum all agree.
+        """
+        index = self.index
+        start, stop = index.offsets[number : number + 2]
+        expected = index.hashes[number]
+        frame = self.storage.read(self.file, start, stop)
+        if xxh3_64_hexdigest(frame) != expected and self.storage.renew(self.file):
+            frame = self.storage.read(self.file, start, stop)
+        if (found := xxh3_64_hexdigest(frame)) != expected:
+            raise UserError(f"{self._damage(number)}: its hash is {found}, the index says {expected}; {REPAIR}")
+        try:
+            return _decompress(frame)
+        except (BadFrameError, zstandard.ZstdError) as error:
+            raise UserError(f"{self._damage(number)}: {error}; {REPAIR}") from error
+
+    def _damage(self, number: int) -> str:
+        start, stop = self.index.offsets[number : number + 2]
+        return f"shard {self.path} is damaged at key {self.index.keys[number]} (bytes {start} to {stop})"
+
+
+class BadFrameError(ValueError):
+    """A frame that breaks the rules of the format."""
+
+
+def _decompress(frame: bytes) -> bytes:
+    """Decompress exactly one frame. One-shot on purpose: zstandard's streaming readers accept truncated input.
+
+    Nothing is allocated before the sizes that the frame declares are known to be bounded.
+    """
+    declared = zstandard.get_frame_parameters(frame)
+    if declared.content_size > MAX_SAMPLE_BYTES:  # also what a frame without a declared size says
+        raise BadFrameError(f"it declares {declared.content_size} bytes, more than {MAX_SAMPLE_BYTES}")
+    if declared.window_size > MAX_SAMPLE_BYTES:
+        raise BadFrameError(f"it declares a window of {declared.window_size} bytes, more than {MAX_SAMPLE_BYTES}")
+    if not declared.has_checksum:
+        raise BadFrameError("its frame has no checksum")
+    try:
+        decompressor = _of_thread.decompressor
+    except AttributeError:
+        decompressor = _of_thread.decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_SAMPLE_BYTES)
+    return decompressor.decompress(frame, allow_extra_data=False)
+
+
+def _shard_file(entry: ShardEntry) -> StoredFile:
+    return StoredFile(entry.name, entry.bytes, entry.hash)
+
+
+def _index_file(entry: ShardEntry) -> StoredFile:
+    return StoredFile(entry.index_name, entry.index_bytes, entry.index_hash)

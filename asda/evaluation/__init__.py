@@ -1,0 +1,1 @@
+"""Score networks on held-out clips: logits, metrics, probes, reports."""

@@ -1,0 +1,161 @@
+"""What an evaluation leaves behind: its figures, a table of classes, and a picture of what is taken for what.
+
+    evaluation.json             the figures, of which checkpoint, on which clips
+    evaluation_classes.csv      class, clips, average_precision, auc; with one label a clip also recall and precision
+    evaluation_confusion.png    with one label a clip: clips of each class by the class they are taken for
+
+Shapes: N clips, C classes.
+"""
+
+import csv
+import json
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from asda.errors import UserError
+from asda.evaluation.metrics import ByClass, by_class, confusion
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CELL_INCHES, MARGIN_INCHES, LARGEST_INCHES = 0.26, 2.2, 40.0
+SMALLEST_INCHES = 4.5
+DPI = 150
+NAME_POINTS, COUNT_POINTS, TITLE_POINTS = 8, 6.5, 9
+LONGEST_NAME = 24  # characters
+MOST_COUNTED = 150  # classes; beyond, numbers are too small to read
+LIGHT_FROM = 0.55  # share of a row from which a count is written in white
+
+
+def check_place(out: Path) -> None:
+    """Raise UserError where write_evaluation could not write; ask it before long work. Nothing is made."""
+    if out.is_dir():
+        raise UserError(
+            f"{out} is a folder, and --out names the JSON file to write; add a file name: {out / 'evaluation.json'}"
+        )
+    files = [out, *_beside(out)]
+    if folder := next((path for path in files if path.is_dir()), None):
+        raise UserError(f"{folder} is a folder, where a file of the evaluation would go; name another file in --out")
+    if locked := next((path for path in files if path.exists() and not os.access(path, os.W_OK)), None):
+        raise UserError(f"{locked} is there and cannot be written to; make it writable, or name another file in --out")
+    place = next(path for path in out.absolute().parents if path.exists())
+    are_new = not all(path.exists() for path in files)
+    if are_new and not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise UserError(
+            f"{place} is not a folder that can be written to, so {out} cannot be made there; name a file elsewhere "
+            "in --out"
+        )
+
+
+def _beside(out: Path) -> list[Path]:
+    """The table and the picture."""
+    return [out.with_name(f"{out.stem}_{name}") for name in ("classes.csv", "confusion.png")]
+
+
+def write_evaluation(
+    out: Path,
+    about: dict[str, Any],
+    figures: dict[str, float | int],
+    scores_NC: np.ndarray,
+    targets_NC: np.ndarray,
+    vocabulary: tuple[str, ...],
+) -> list[str]:
+    """Write the files; the JSON first and the picture last, so that what is most likely to fail costs least.
+
+    Args:
+        out: the JSON file; the names of the others begin with its stem.
+        about: what was evaluated, for the JSON.
+        figures: of asda.metrics.summary; where it has an accuracy, a clip has one label.
+        scores_NC: [clips, classes] finite.
+        targets_NC: [clips, classes] 1 where the clip has the label.
+        vocabulary: names of the classes.
+
+    Returns:
+        A line for each file, and one where the picture needs a package that is not there.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    table, picture = _beside(out)
+    counts_CC = confusion(scores_NC, targets_NC) if "accuracy" in figures else None
+    found = about | {key: _json(value) for key, value in figures.items()}
+    if counts_CC is not None:
+        found |= {"labels": vocabulary, "confusion": counts_CC.tolist()}  # rows: labels; columns: taken for
+    lines_of_json = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in found.items()]
+    out.write_text("{\n" + ",\n".join(lines_of_json) + "\n}\n")
+    _write_table(table, vocabulary, by_class(scores_NC, targets_NC), counts_CC)
+    lines = [f"written to {out}", f"classes in {table}"]
+    if counts_CC is not None:
+        lines.append(_try_to_draw(picture, counts_CC, vocabulary))
+    return lines
+
+
+def _json(value: float) -> float | None:
+    """JSON has no nan and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _write_table(path: Path, vocabulary: tuple[str, ...], classes: ByClass, counts_CC: np.ndarray | None) -> None:
+    """One line a class, in the order of the vocabulary; a cell is empty where the figure is not defined."""
+    columns: dict[str, Any] = {"class": vocabulary, "clips": classes.clips_C}
+    columns |= {"average_precision": classes.average_precision_C, "auc": classes.auc_C}
+    if counts_CC is not None:
+        with np.errstate(invalid="ignore"):
+            hits_C = counts_CC.diagonal()
+            columns |= {"recall": hits_C / counts_CC.sum(axis=1), "precision": hits_C / counts_CC.sum(axis=0)}
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([_cell(value) for value in row] for row in zip(*columns.values(), strict=True))
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6f}"
+    return str(value)
+
+
+def _try_to_draw(path: Path, counts_CC: np.ndarray, vocabulary: tuple[str, ...]) -> str:
+    """A line that says where the picture is, or why there is none."""
+    try:
+        from matplotlib.figure import Figure  # an optional extra
+    except ImportError:
+        return "no picture of the confusions: that needs matplotlib, pip install 'asda[report]'"
+    inches = min(LARGEST_INCHES, max(SMALLEST_INCHES, MARGIN_INCHES + CELL_INCHES * len(vocabulary)))
+    figure = Figure(figsize=(inches, inches), dpi=DPI, layout="constrained")
+    _draw(figure, counts_CC, vocabulary, cell_inches=min(CELL_INCHES, LARGEST_INCHES / len(vocabulary)))
+    figure.savefig(path)
+    return f"confusions in {path}"
+
+
+def _draw(figure: "Figure", counts_CC: np.ndarray, vocabulary: tuple[str, ...], cell_inches: float) -> None:
+    """A row for each class, coloured by the share of its clips, with their numbers where they can be read."""
+    axes = figure.subplots()
+    shares_CC = counts_CC / np.maximum(counts_CC.sum(axis=1, keepdims=True), 1)
+    axes.imshow(shares_CC, cmap="Blues", vmin=0, vmax=1)
+    shrink = cell_inches / CELL_INCHES
+    names = [name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 3] + "..." for name in vocabulary]
+    as_they_are = {"fontsize": NAME_POINTS * shrink, "parse_math": False}  # a name may hold a $
+    axes.set_xticks(range(len(names)), names, rotation=90, **as_they_are)
+    axes.set_yticks(range(len(names)), names, **as_they_are)
+    axes.set_xlabel("taken for", fontsize=TITLE_POINTS)
+    axes.set_ylabel("label (colour: share of its clips)", fontsize=TITLE_POINTS)
+    share = counts_CC.trace() / counts_CC.sum()
+    axes.set_title(f"{counts_CC.sum()} clips, {100 * share:.1f} % on the diagonal", fontsize=TITLE_POINTS)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(np.arange(len(names) + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="#e3e8ee", linewidth=0.4)  # rows and columns to follow
+    axes.tick_params(which="both", length=0)
+    if len(names) <= MOST_COUNTED:
+        _write_counts(axes, counts_CC, shares_CC, COUNT_POINTS * shrink)
+
+
+def _write_counts(axes: "Axes", counts_CC: np.ndarray, shares_CC: np.ndarray, points: float) -> None:
+    for row, column in zip(*np.nonzero(counts_CC), strict=True):
+        colour = "white" if shares_CC[row, column] >= LIGHT_FROM else "#222222"
+        count = str(counts_CC[row, column])
+        size = points * min(1, 3 / len(count))
+        axes.text(column, row, count, ha="center", va="center", color=colour, fontsize=size)

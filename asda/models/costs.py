@@ -1,0 +1,169 @@
+"""What a network costs: parameters and arithmetic per clip, counted on shapes alone, and the memory of its training.
+
+And what a machine gives: its rate for a product of large matrices, the measure of how well a step uses it.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from asda.config.model import AstConfig, ClassifyConfig, ModelConfig, PretrainConfig, of_asda
+from asda.config.run import EngineConfig
+from asda.models.attention import set_attention_path
+from asda.models.classifier import Classifier
+from asda.models.pretrain import MaskedStudents, Teacher
+
+META = torch.device("meta")  # tensors with a shape and no content
+PREFIXES = ["", "k", "M", "G", "T", "P", "E", "Z"]
+GEMM_SIZE = {"cpu": 2048, "cuda": 8192}  # rows and columns: hundreds of operations for every byte of memory
+GEMM_TIME_S = 0.25  # least that is spent on timed products
+MIN_PRODUCTS = 3  # fp32 on one slow core takes 0.1 to 0.2 s for one
+Costs = dict[str, int]  # by part of the network
+
+
+class Network(NamedTuple):
+    """Trainable parameters by part, and floating-point operations (a product and its sum are two) of one clip."""
+
+    parameters: Costs
+    flops: Costs
+
+
+def network_costs(
+    model: ModelConfig | AstConfig, objective: PretrainConfig | ClassifyConfig, frames: int, classes: int
+) -> Network:
+    """Count a training step of one clip: forward and backward of what is trained, forward of the teacher.
+
+    Only products of matrices and convolutions count, as is usual; attention is counted as its definition, whichever
+    path computes it. A step of a rank costs as many times more as it has clips.
+
+    Args:
+        model: the encoder.
+        objective: students and decoder, or the classifier.
+        frames: log-mel frames of a clip.
+        classes: of a classifier; not used in pre-training.
+    """
+    num_patches = (frames // model.patch) * (model.mel_bins // model.patch)
+    with META:
+        patches_BNP = torch.empty(1, num_patches, model.patch**2)
+        if isinstance(objective, PretrainConfig):
+            return _pretraining(of_asda(model), objective, patches_BNP)
+        classifier = Classifier(model, objective, classes)
+        flops = {"forward and backward": _flops(lambda: classifier(patches_BNP).sum().backward(), classifier)}
+        parts = {"encoder": [classifier.encoder], "ham": [classifier.ham], "head": [classifier.norm, classifier.head]}
+        sizes = {name: _size(*modules) for name, modules in parts.items()}
+        return Network({name: size for name, size in sizes.items() if size or name != "ham"}, flops)
+
+
+def _pretraining(model: ModelConfig, objective: PretrainConfig, patches_BNP: torch.Tensor) -> Network:
+    students, num_patches = MaskedStudents(model, objective), patches_BNP.shape[1]
+    teacher = Teacher(students.encoder, objective.target_layers)
+    visible_BMK = torch.zeros(1, objective.students, objective.mask.visible(num_patches), dtype=torch.int64)
+    targets_BND = torch.empty(1, num_patches, model.width)
+    grid = (-1, model.mel_bins // model.patch)
+    tokens_STFD = torch.empty(objective.students, num_patches, model.width).unflatten(1, grid).requires_grad_()
+    whole = _flops(
+        lambda: students(patches_BNP, visible_BMK, targets_BND, targets_BND[:, 0]).total.backward(), students
+    )
+    decoder = _flops(lambda: students.decoder(tokens_STFD).sum().backward(), students)
+    flops = {
+        "students": whole - decoder,
+        "decoder": decoder,
+        "teacher": _flops(lambda: teacher.targets(patches_BNP), teacher),
+    }
+    return Network({"encoder": _size(students.encoder), "decoder": _size(students.decoder)}, flops)
+
+
+def in_flop(count: float) -> str:
+    """1.175 TFLOP: four digits and the prefix that suits them."""
+    power = min(int(math.log10(max(count, 1))) // 3, len(PREFIXES) - 1)
+    return f"{count / 1000**power:.4g} {PREFIXES[power]}FLOP"
+
+
+def rank_memory(trained: int, followed: int, engine: EngineConfig, world_size: int) -> Costs:
+    """Bytes on the device of each rank, by what lies in them; without activations and DeepSpeed's buffers.
+
+    With P trained parameters, E of them followed by a teacher, W ranks, and b = 4 bytes in fp32 or 2 in bf16 and fp16:
+
+                  weights   gradients   master weights and moments   averages        teacher
+        stage 0   b P       b P         12 P (8 P in fp32)           4 E / W         b E
+        stage 1   b P       4 P         12 P / W                     4 E / W         b E
+        stage 2   b P       4 P / W     12 P / W                     4 E / W         b E
+        stage 3   b P / W   4 P / W     12 P / W                     4 E / W         b E
+
+    This is the count of the ZeRO paper (Rajbhandari et al., 2020, figure 1) but for gradients that add up in fp32, and
+    for the teacher. One rank in fp32 needs no averages beside the teacher. What is offloaded is not on the device.
+
+    Args:
+        trained: parameters of the module that is trained.
+        followed: parameters of the teacher; 0 without one.
+        engine: precision, stage, offload.
+        world_size: ranks.
+    """
+    stage, size = engine.zero_stage, 4 if engine.precision == "fp32" else 2
+    no_master, no_averages = stage == 0 and size == 4, world_size == 1 and size == 4
+    parts = {
+        "weights": (size * trained, stage == 3),
+        "gradients": ((4 if stage else size) * trained, stage >= 2),
+        "master and moments": (0 if engine.offload_optimizer else (8 if no_master else 12) * trained, stage >= 1),
+        "averages": (0 if no_averages else 4 * followed, True),
+        "teacher": (size * followed, False),
+    }
+    return {name: -(-total // world_size) if partitioned else total for name, (total, partitioned) in parts.items()}
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """How many floating-point operations a second the device does in a product of two large matrices, now.
+
+    After a product to warm up, products of two square matrices of normal numbers (zeros would draw less power, and run
+    faster) are timed one by one for a quarter of a second, at least three; the median counts. On a CPU the threads of
+    this process work: ranks that share a machine should measure together.
+
+    Args:
+        device: a CPU or a CUDA device.
+        dtype: of both matrices; fp32 is what torch.backends makes of it (TF32 or not).
+    """
+    size = GEMM_SIZE[device.type]
+    own = torch.Generator(device).manual_seed(0)  # the run's generator stays as it is
+    a, b = (torch.randn(size, size, device=device, generator=own).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    _timed_product_s(a, b, out)
+    times_s = [_timed_product_s(a, b, out) for _ in range(MIN_PRODUCTS)]
+    while sum(times_s) < GEMM_TIME_S:
+        times_s.append(_timed_product_s(a, b, out))
+    return 2 * size**3 / median(times_s)
+
+
+def _timed_product_s(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> float:
+    started = time.perf_counter()
+    torch.mm(a, b, out=out)
+    if a.is_cuda:
+        torch.cuda.synchronize(a.device)
+    return time.perf_counter() - started
+
+
+def _size(*modules: nn.Module) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def _flops(work: Callable[[], Any], module: nn.Module) -> int:
+    set_attention_path(module, "explicit")
+    with FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.convolution_backward: _conv_backward}
+    ) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def _conv_backward(grad_shape: Any, x_shape: Any, w_shape: Any, *args: Any, **kwargs: Any) -> int:
+    """Each of the two gradients costs what the forward does: torch's own formula forgets the groups in one of them."""
+    (wants_input, wants_weight, _), forward = (
+        args[-1],
+        2 * grad_shape[0] * math.prod(grad_shape[2:]) * math.prod(w_shape),
+    )
+    return forward * (wants_input + wants_weight)

@@ -1,0 +1,1 @@
+"""Only speed: delete this folder and every number stays what it is."""

@@ -1,0 +1,336 @@
+"""The settings of the official EAT, ASDA and SSLAM code, read from a cfg and written to one.
+
+A cfg is the tree that fairseq keeps beside the weights, here as plain data. What it leaves out is not in the trees
+made from it; presets.py fills that in. A fine-tuned checkpoint carries the cfg of its pre-training inside its own.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from asda.config.model import ClassifyConfig, PretrainConfig, of_asda
+from asda.config.presets import filled
+from asda.config.run import Description
+from asda.data.labels import NUM_AUDIOSET_CLASSES
+from asda.errors import UserError
+
+Tree = dict[str, Any]
+
+IMAGE = "modalities.image."
+DECODER = IMAGE + "decoder."
+# What the model section must say, where it says anything, for the encoder to be ours.
+ENCODER_CFG = {
+    "layer_norm_first": False,
+    "norm_eps": 1e-6,
+    "norm_affine": True,
+    IMAGE + "in_chans": 1,
+    IMAGE + "prenet_depth": 0,
+    IMAGE + "num_extra_tokens": 1,
+    IMAGE + "fixed_positions": True,
+    IMAGE + "use_alibi_encoder": False,
+}
+# The same for pre-training; features and fine-tuning do not depend on it.
+PRETRAINING_CFG = {
+    "instance_norm_target_layer": True,
+    "layer_norm_target_layer": False,
+    "batch_norm_target_layer": False,
+    "layer_norm_targets": True,
+    "instance_norm_targets": False,
+    "end_of_block_targets": False,
+    "loss_beta": 0.0,
+    "d2v_loss": 1.0,
+    "recon_loss": 0.0,
+    "utterance_level": False,
+    "ema_encoder_only": False,
+    IMAGE + "inverse_mask": True,
+    IMAGE + "ema_local_encoder": True,
+    DECODER + "decoder_residual": True,
+    DECODER + "add_positions_masked": False,
+    DECODER + "add_positions_all": False,
+}
+# What else fairseq must find to build the model: its own defaults are those of another model.
+LOADING_CFG = {
+    "_name": "data2vec_multi",
+    "supported_modality": "IMAGE",
+    **dict.fromkeys(("encoder_dropout", "post_mlp_drop", "attention_dropout", "activation_dropout"), 0.0),
+    **dict.fromkeys(("dropout_input", "layerdrop", "start_drop_path_rate", "end_drop_path_rate"), 0.0),
+    **dict.fromkeys(("min_target_var", "min_pred_var"), 0.0),
+    "skip_ema": False,
+    "seed": 1,
+    "modalities._name": None,
+    IMAGE + "type": "IMAGE",
+    IMAGE + "input_size": 224,
+    **dict.fromkeys((IMAGE + "start_drop_path_rate", IMAGE + "end_drop_path_rate"), 0.0),
+    **dict.fromkeys((IMAGE + "prenet_layerdrop", IMAGE + "prenet_dropout", DECODER + "input_dropout"), 0.0),
+    IMAGE + "init_extra_token_zero": False,
+    DECODER + "projection_layers": 1,
+}
+TASK_CFG = {"data": "", "key": "source", "rebuild_batches": True, "audio_mae": True, "downsr_16hz": True, "seed": 1}
+POOLINGS = {"MEAN_POOLING": "mean", "CLS_TOKEN": "cls", "LIN_SOFTMAX": "linear_softmax"}  # numbered from 1 in pickles
+PUBLISHED_BATCH = 12  # clips per GPU; the official utterance term is a sum over them, ours a mean
+OFFICIAL_ASDA_MLP_RATIO = 4.0  # what ASDA's configuration says; its code makes 3.5 of it
+
+
+@dataclass(frozen=True)
+class InputRecipe:
+    """What the official data code does for a dataset; it stands in that code, not in checkpoints."""
+
+    name: str
+    flag: str  # in the cfg
+    classes: int
+    frames: int
+    mean: float
+    std: float
+    pads_with_mean: bool = False
+
+
+# Constants of the EAT and ASDA repositories (data/raw_audio_dataset.py). ASDA pads FSD50K after the normalisation,
+# which is padding with the mean before it.
+AUDIOSET = InputRecipe("AudioSet", "", NUM_AUDIOSET_CLASSES, 1024, -4.268, 4.569)
+OTHER_INPUTS = [
+    InputRecipe("ESC-50", "esc50_eval", 50, 512, -6.627, 5.359),
+    InputRecipe("Speech Commands 2", "spcv2_eval", 35, 128, -6.846, 5.565),
+    InputRecipe("FSD50K", "fsd50k_eval", 200, 1024, -7.966, 4.753, pads_with_mean=True),
+]
+
+
+# ---- from their settings to ours
+
+
+def check_cfg(cfg: Tree, source: str) -> list[str]:
+    """Sentences about how the pre-training differed from ours; UserError where the encoder would not be ours."""
+    model = model_section(cfg)
+    for key, ours in ENCODER_CFG.items():
+        if _differs(_at(model, key), ours):
+            raise UserError(f"{source} was made with model.{key} {_at(model, key)}; asda's encoder has {ours}")
+    return [
+        f"pre-trained with model.{key} {_at(model, key)}, where asda has {ours}; the encoder does not depend on it"
+        for key, ours in PRETRAINING_CFG.items()
+        if _differs(_at(model, key), ours)
+    ]
+
+
+def model_section(cfg: Tree) -> Tree:
+    """The section of the encoder and its pre-training; {} when there is none."""
+    return _section(_pretraining(cfg), "model")
+
+
+def number(tree: Tree, dotted: str, default: Any) -> Any:
+    """A number; the default where there is none, or a reference that only fairseq can follow."""
+    value = _at(tree, dotted)
+    return value if _is_number(value) else default
+
+
+def pretrain_tree(cfg: Tree) -> Tree:
+    """Our objective section, without the decoder's sizes, which are in the weights."""
+    model = model_section(cfg)
+    factors = [_at(model, "cls_loss"), _at(_pretraining(cfg), "dataset.batch_size"), _at(model, "clone_batch")]
+    found = {
+        "students": _at(model, "clone_batch"),
+        "utterance_weight": math.prod(map(float, factors)) if all(map(_is_number, factors)) else None,
+        "target_layers": _at(model, "average_top_k_layers"),
+        "mask.ratio": _at(model, IMAGE + "mask_prob"),
+        "mask.adjust": _at(model, IMAGE + "mask_prob_adjust"),
+        "mask.block": _at(model, IMAGE + "mask_length"),
+        "ema.decay": _at(model, "ema_decay"),
+        "ema.end_decay": _at(model, "ema_end_decay"),
+        "ema.anneal_steps": _at(model, "ema_anneal_end_step"),
+        "decoder.noise_std": _at(model, IMAGE + "mask_noise_std"),
+    }
+    return {"kind": "pretrain", **_nested({key: value for key, value in found.items() if _is_number(value)})}
+
+
+def classify_tree(cfg: Tree) -> Tree:
+    """Our objective section of a fine-tuned checkpoint."""
+    settings = _section(cfg, "model")
+    # The official classifier takes the cross-entropy for single labels, except with mixup on Speech Commands.
+    mixed = number(settings, "mixup", 0.0) > 0
+    single = settings.get("esc50_eval") is True or (settings.get("spcv2_eval") is True and not mixed)
+    return {
+        "kind": "classify",
+        "init_from": "",
+        "loss": "ce" if single else "bce",
+        "pooling": _pooling(settings.get("prediction_mode")),
+        "label_smoothing": number(settings, "label_smoothing", 0.0) if single else 0.0,
+        "drop_path": number(settings, "drop_path_rate", 0.0),
+        "layer_decay": number(settings, "layer_decay", 0.0) or 1.0,  # 0 means none
+    }
+
+
+def input_tree(cfg: Tree, num_classes: int, mean: float | None, std: float | None) -> tuple[Tree, InputRecipe]:
+    """Our data section, by the dataset that the cfg names or, without a cfg, that the number of classes suggests.
+
+    Args:
+        cfg: {} when there is none.
+        num_classes: 0 of a pre-trained checkpoint.
+        mean: of the log-mel, if the user knows it.
+        std: the same.
+
+    Returns:
+        The section, and the recipe that it follows where the user did not say otherwise.
+    """
+    sections = [_section(cfg, "model"), _section(cfg, "task"), _section(_pretraining(cfg), "task")]
+    flagged = [recipe for recipe in OTHER_INPUTS if any(part.get(recipe.flag) is True for part in sections[:2])]
+    by_classes = [] if cfg else [recipe for recipe in OTHER_INPUTS if recipe.classes == num_classes]
+    recipe = [*flagged, *by_classes, AUDIOSET][0]
+    mean = recipe.mean if mean is None else mean
+    tree = {
+        "frames": next(filter(_is_number, (part.get("target_length") for part in sections)), recipe.frames),
+        "log_mel": {"mean": mean, "std": recipe.std if std is None else std},
+        "pad_log_mel": mean if recipe.pads_with_mean else 0.0,
+    }
+    return tree, recipe
+
+
+def _pooling(mode: Any) -> str:
+    """By name (with or without that of its class), or by number; the class token where nothing is said."""
+    name = "CLS_TOKEN" if mode is None else str(mode).rpartition(".")[2]
+    if name.isdecimal() and 1 <= int(name) <= len(POOLINGS):
+        name = list(POOLINGS)[int(name) - 1]
+    if name not in POOLINGS:
+        raise UserError(f"the cfg has model.prediction_mode {mode}; asda knows {', '.join(POOLINGS)}")
+    return POOLINGS[name]
+
+
+# ---- from our settings to theirs
+
+
+def official_cfg(description: Description) -> Tree:
+    """The cfg that fairseq rebuilds a model from, with everything that changes what it computes."""
+    objective = description.objective
+    if isinstance(objective, PretrainConfig):
+        return _pretraining_cfg(description, objective)
+    tree = {"preset": description.preset, "size": description.size, "objective": {"kind": "pretrain"}}
+    assumed = filled(tree)["objective"] | {"target_layers": description.model.depth}
+    pretraining = _pretraining_cfg(description, PretrainConfig.model_validate(assumed))
+    return _classification_cfg(description, objective, pretraining)
+
+
+def _pretraining_cfg(description: Description, objective: PretrainConfig) -> Tree:
+    model, decoder, frames = of_asda(description.model), objective.decoder, description.data.frames
+    steps = objective.ema.anneal_steps
+    network = {
+        "depth": model.depth,
+        "num_heads": model.heads,
+        "embed_dim": model.width,
+        "mlp_ratio": model.mlp_ratio if model.attention_lambda == "absent" else OFFICIAL_ASDA_MLP_RATIO,
+        "average_top_k_layers": objective.target_layers,
+        "clone_batch": objective.students,
+        "cls_loss": objective.utterance_weight / (PUBLISHED_BATCH * objective.students),
+        "ema_decay": objective.ema.decay,
+        "ema_end_decay": objective.ema.end_decay,
+        "ema_anneal_end_step": steps,
+        "max_update": steps,
+        IMAGE + "patch_size": model.patch,
+        IMAGE + "embed_dim": model.width,
+        IMAGE + "target_length": frames,
+        IMAGE + "max_length": model.max_time_patches,
+        IMAGE + "num_alibi_heads": model.heads,
+        IMAGE + "model_depth": model.depth,
+        IMAGE + "mask_prob": objective.mask.ratio,
+        IMAGE + "mask_prob_adjust": objective.mask.adjust,
+        IMAGE + "mask_length": objective.mask.block,
+        IMAGE + "mask_noise_std": decoder.noise_std,
+        DECODER + "decoder_dim": decoder.width,
+        DECODER + "decoder_groups": decoder.groups,
+        DECODER + "decoder_kernel": decoder.kernel,
+        DECODER + "decoder_layers": decoder.layers,
+    }
+    return {
+        "common": {"seed": 1},
+        "task": {"_name": "mae_image_pretraining", "target_length": frames, **TASK_CFG},
+        "dataset": {"batch_size": PUBLISHED_BATCH},
+        "criterion": {"_name": "model"},
+        "optimization": {"max_update": steps},
+        "lr_scheduler": "pass_through",
+        "model": _nested(LOADING_CFG | ENCODER_CFG | PRETRAINING_CFG | network),
+    }
+
+
+def input_notes(description: Description) -> list[str]:
+    """Sentences about what the official data code will do otherwise: its figures stand in it, not in checkpoints."""
+    data, objective = description.data, description.objective
+    flags = _flags(description, objective) if isinstance(objective, ClassifyConfig) else {}
+    recipe = next((recipe for recipe in OTHER_INPUTS if flags.get(recipe.flag)), AUDIOSET)
+    theirs, ours = (recipe.mean, recipe.std), (data.log_mel.mean, data.log_mel.std)
+    notes = []
+    if theirs != ours:
+        notes.append(
+            f"the official code will normalise by {recipe.name}'s mean {recipe.mean} and std {recipe.std}, this model "
+            f"wants {ours[0]:g} and {ours[1]:g}: put them into its data/raw_audio_dataset.py"
+        )
+    if data.padding == "masked" or data.pad_log_mel:
+        how = "hides padding from the network" if data.padding == "masked" else f"pads with {data.pad_log_mel:g}"
+        notes.append(f"the official code pads with a log-mel of 0, which its network sees; this model {how}")
+    return notes
+
+
+def _flags(description: Description, objective: ClassifyConfig) -> dict[str, bool]:
+    """What tells the official code the dataset."""
+    log_mel = description.data.log_mel
+    flags = {recipe.flag: (log_mel.mean, log_mel.std) == (recipe.mean, recipe.std) for recipe in OTHER_INPUTS[:2]}
+    flags["esc50_eval"] |= objective.loss == "ce" and not flags["spcv2_eval"]  # it also chooses the cross-entropy
+    return flags
+
+
+def _classification_cfg(description: Description, objective: ClassifyConfig, pretraining: Tree) -> Tree:
+    frames, flags = description.data.frames, _flags(description, objective)
+    model = {
+        "_name": "mae_image_classification",
+        "model_path": "",
+        "pretrained_model_args": pretraining | {"criterion": None, "lr_scheduler": None},
+        "data": "",
+        "num_classes": len(description.labels),
+        "prediction_mode": next(theirs for theirs, ours in POOLINGS.items() if ours == objective.pooling),
+        "use_fc_norm": True,
+        "norm_eps": None,
+        "audio_mae": True,
+        "target_length": frames,
+        "mixup": 0.0,
+        "label_smoothing": objective.label_smoothing,
+        "drop_path_rate": objective.drop_path,
+        "layer_decay": objective.layer_decay,
+        **flags,
+    }
+    task = {"_name": "mae_image_classification", "target_length": frames, **TASK_CFG, **flags}
+    return {**pretraining, "task": task, "model": model}
+
+
+# ---- trees
+
+
+def _pretraining(cfg: Tree) -> Tree:
+    """The cfg of the pre-training."""
+    places = (_at(cfg, "model.pretrained_model_args"), _at(cfg, "pretrained_model_args"))
+    return next((inner for inner in places if isinstance(inner, dict)), cfg)
+
+
+def _section(tree: Tree, key: str) -> Tree:
+    section = tree.get(key)
+    return section if isinstance(section, dict) else {}
+
+
+def _at(tree: Any, dotted: str) -> Any:
+    for key in dotted.split("."):
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
+def _nested(leaves: Tree) -> Tree:
+    """{"a.b": 1} -> {"a": {"b": 1}}."""
+    tree: Tree = {}
+    for dotted, value in leaves.items():
+        *sections, key = dotted.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = value
+    return tree
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _differs(theirs: Any, ours: Any) -> bool:
+    return isinstance(theirs, bool | int | float) and theirs != ours

@@ -1,0 +1,109 @@
+"""Several machines: who is who under SLURM's srun, and a run folder that all of them see and no other run writes to.
+
+deepspeed and torchrun give every process RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. srun gives numbers
+of its own, from which the same follow: docs/slurm.sh is a job.
+"""
+
+import fcntl
+import os
+import secrets
+import socket
+import time
+from contextlib import suppress
+from errno import EACCES, EAGAIN
+from pathlib import Path
+from typing import IO
+
+import torch.distributed as dist
+
+from asda.errors import UserError
+
+LOCK_FILE = ".lock"
+LOCK_PATIENCE_S = 20.0  # for a run that is about to end: a job that is queued again may begin before its last end
+
+
+def check_folder_is_shared(folder: Path, rank: int, world_size: int) -> None:
+    """Refuse a run folder that is not the same one for all ranks. All ranks call this together.
+
+    Raises:
+        UserError: on all ranks alike, naming the hosts that do not see what the first rank writes.
+    """
+    if world_size == 1:
+        return
+    lineage = [folder.absolute(), *folder.absolute().parents]
+    # The first rank writes where there is a folder already, for a refused run is to leave none; the others look in the
+    # same generation of their own.
+    note = [(next(n for n, path in enumerate(lineage) if path.is_dir()), f".asda-{secrets.token_hex(8)}")]
+    dist.broadcast_object_list(note)
+    generation, name = note[0]
+    parent = lineage[generation]
+    path, failure = parent / name, None
+    if rank == 0:
+        try:
+            path.touch()
+        except OSError as error:
+            failure = f"cannot write to {parent}: {error.strerror}; give another run.folder"
+    dist.barrier()
+    with suppress(OSError):
+        os.listdir(path.parent)  # a network file system may remember that the file was not there
+    verdicts = [(failure, socket.gethostname(), path.is_file())] * world_size
+    dist.all_gather_object(verdicts, verdicts[0])
+    if rank == 0:
+        path.unlink(missing_ok=True)
+    if verdicts[0][0]:
+        raise UserError(verdicts[0][0])
+    blind = sorted({host for _, host, sees in verdicts if not sees})
+    if blind:
+        raise UserError(
+            f"run.folder {folder} is not one folder for all ranks: what rank 0 on {verdicts[0][1]} writes there is not "
+            f"seen on {', '.join(blind)}; give a folder on a disk that all hosts share"
+        )
+
+
+def claim_folder(folder: Path, rank: int, *, make: bool) -> IO[str] | None:
+    """Keep other runs out of a run folder. All ranks call this together.
+
+    Args:
+        folder: which.
+        rank: of this process.
+        make: whether a folder that is not there is made; otherwise there is nothing to be kept out of.
+
+    Returns:
+        What the first rank must keep open: the lock ends with it, and with the process however that ends.
+
+    Raises:
+        UserError: on all ranks alike, when another run writes there, or nobody may.
+    """
+    lock, failure = None, [""]
+    if rank == 0 and (make or folder.is_dir()):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / LOCK_FILE).open("a+")
+            failure = [_lock(lock, folder)]
+        except OSError as error:
+            failure = [f"cannot write to {folder}: {error.strerror}; give another run.folder"]
+    dist.broadcast_object_list(failure)
+    if failure[0]:
+        raise UserError(failure[0])
+    return lock
+
+
+def _lock(file: IO[str], folder: Path) -> str:
+    """Lock the file and write who did; returns what stands against it, or nothing."""
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (EAGAIN, EACCES):
+                return ""  # a file system without locks
+            if time.monotonic() > deadline:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                return f"{folder} is being written to by {holder}; wait for it or stop it, or give another run.folder"
+            time.sleep(0.2)
+            continue
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        return ""

@@ -1,0 +1,367 @@
+"""What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard, Weights & Biases.
+
+Only the first rank tells anything. metrics.jsonl is the ground truth that reports are made from; the boards are told
+the same figures, and a board that fails is left out with a warning, since no run should end for a picture of itself.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import secrets
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from asda.config.run import RunConfig
+from asda.errors import UserError
+
+Figures = dict[str, float | int]
+NOT_FINITE = "not_finite"  # names in a line of metrics.jsonl whose values are null there: JSON has no nan or infinity
+BAD_STEPS = "bad_steps.jsonl"  # in the run folder: the clips of steps that changed nothing
+WANDB_FILE = "wandb_run.txt"  # in the run folder: the id that a continued run goes on with
+UNKNOWN_ROWS, UNKNOWN_COLUMNS = 24, 100  # of a terminal that does not tell
+UNSAID = {"step_s", "tflop_per_s", "data_wait_s"}  # figures that follow from others of the line; the file has them
+ALARM_EVERY = 10  # log lines from one alarm to the next at least
+
+
+class Board(Protocol):
+    """A place that shows curves. To add one, write such a class and name it in RunLog."""
+
+    name: str
+
+    def record(self, kind: str, step: int, figures: Figures) -> None:
+        """Take figures; an OSError leaves the board out from then on."""
+        ...
+
+    def close(self) -> None:
+        """Flush and end; may raise OSError."""
+        ...
+
+
+class RunLog:
+    """The record of one run in its folder.
+
+    metrics.jsonl holds one object a line with at least "step" and "kind" ("train", "valid", "test", "test_best",
+    "probe", "warning"), bad_steps.jsonl the clips of steps that changed nothing. A resumed run drops the lines of steps
+    that it will do again.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        first_step: int,
+        num_steps: int,
+        *,
+        enabled: bool,
+        wandb: str = "",
+        config: dict[str, Any] | None = None,
+    ):
+        """Open the record.
+
+        Args:
+            folder: of the run; made if need be.
+            first_step: steps that are done.
+            num_steps: of the whole run.
+            enabled: whether this rank tells anything.
+            wandb: project of Weights & Biases; "" is without.
+            config: the resolved configuration, for boards that show one.
+
+        Raises:
+            UserError: the folder cannot be made, or Weights & Biases refuses.
+        """
+        self._enabled = enabled
+        if not enabled:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the run folder {folder}: {error.strerror}; give another run.folder") from None
+        self._step = first_step
+        self._num_alarms, self._lines_since_alarm = 0, ALARM_EVERY
+        self._bar = _bar(first_step, num_steps)
+        self._metrics, self._bad_steps = JsonLines(folder / "metrics.jsonl"), JsonLines(folder / BAD_STEPS)
+        for lines in (self._metrics, self._bad_steps):
+            if num_damaged := lines.drop_after(first_step):
+                self._warn_aloud(f"{lines.path} had {num_damaged} damaged lines; they are dropped")
+        self._boards: list[Board] = [TensorBoard(folder, first_step)]
+        if wandb:
+            self._boards.append(curves := WeightsAndBiases(folder, wandb, config or {}))
+            self.say(f"curves are at {curves.where}")
+
+    def say(self, line: str) -> None:
+        """Print one line, above the bar if there is one."""
+        if self._enabled:
+            self._bar.write(line)
+            sys.stdout.flush()
+
+    def warn(self, sentence: str) -> None:
+        """Print a warning on stderr and keep it in metrics.jsonl."""
+        if self._enabled:
+            self._warn_aloud(sentence)
+            self._write(self._metrics, {"kind": "warning", "step": self._step, "text": sentence})
+
+    def alarm(self, sentence: str | None) -> None:
+        """Warn of what may hold for a long time: at once, then every ten lines of training, with a count.
+
+        Args:
+            sentence: what is wrong; None where nothing is.
+        """
+        if not self._enabled or sentence is None:
+            return
+        self._num_alarms += 1
+        if self._lines_since_alarm >= ALARM_EVERY:
+            times = f" ({self._num_alarms} times by now)" if self._num_alarms > 1 else ""
+            self.warn(sentence + times)
+            self._lines_since_alarm = 0
+
+    def bad_step(self, step: int, clips: list[str]) -> None:
+        """Keep the names of the clips in a step that changed nothing."""
+        if self._enabled:
+            self._write(self._bad_steps, {"kind": "bad_step", "step": step, "clips": clips})
+
+    def advance(self) -> None:
+        """One step is done."""
+        if self._enabled:
+            self._step += 1
+            self._bar.update()
+
+    def record(self, kind: str, step: int, figures: Figures, notes: dict[str, str] | None = None) -> None:
+        """Write figures to the file, the boards and the terminal, notes to the file alone.
+
+        A bar shows the most telling figures of training.
+        """
+        if not self._enabled:
+            return
+        self._write(self._metrics, {"kind": kind, "step": step} | _valid(figures) | (notes or {}))
+        for board in list(self._boards):
+            try:
+                board.record(kind, step, figures)
+            except OSError as error:
+                self._leave_out(board, error)
+        self._lines_since_alarm += kind == "train"
+        if kind == "train" and not self._bar.disable:
+            self._bar.set_postfix(
+                {name: _short(figures[name]) for name in ("loss", "clips_per_s", "lr") if name in figures}
+            )
+            return
+        told = "  ".join(f"{name} {_short(value)}" for name, value in figures.items() if _is_worth_saying(name, value))
+        self.say(f"{kind} step {step}: {told}")
+
+    def close(self) -> None:
+        """Flush and end."""
+        if not self._enabled:
+            return
+        self._bar.close()
+        for board in list(self._boards):
+            try:
+                board.close()
+            except OSError as error:
+                self._leave_out(board, error)
+
+    def _write(self, lines: "JsonLines", entry: dict[str, Any]) -> None:
+        try:
+            lines.write(entry)
+        except OSError as error:
+            self._warn_aloud(f"cannot write {lines.path}: {error.strerror}; its lines are kept for the next try")
+
+    def _leave_out(self, board: Board, error: OSError) -> None:
+        self._boards.remove(board)
+        self.warn(f"{board.name} is told nothing more, because it failed: {error}; metrics.jsonl has everything")
+
+    def _warn_aloud(self, sentence: str) -> None:
+        self._bar.write(f"warning: {sentence}", file=sys.stderr)
+        sys.stderr.flush()
+
+
+class JsonLines:
+    """A file of JSON objects, one a line, that is whole at every moment but for its last line."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._unwritten = b""
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Append a line, after those that could not be written before. Raises OSError and keeps them for next time."""
+        self._unwritten += json.dumps(entry, allow_nan=False).encode() + b"\n"
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("ab") as file:
+                file.write(self._unwritten)
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.path, size)  # a full disk may have taken a part
+            raise
+        self._unwritten = b""
+
+    def drop_after(self, step: int) -> int:
+        """Keep what is about steps up to this one; returns how many whole lines were no JSON.
+
+        A killed process leaves half a line, a machine without power perhaps lines of zeros.
+        """
+        if not self.path.is_file():
+            return 0
+        *lines, _ = self.path.read_bytes().split(b"\n")  # behind the last newline is nothing, or half a line
+        entries = [_parsed(line) for line in lines]
+        kept = [line for line, entry in zip(lines, entries, strict=True) if entry is not None and entry["step"] <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_bytes(b"".join(line + b"\n" for line in kept))
+        temporary.replace(self.path)
+        return entries.count(None)
+
+
+def read_metrics(folder: Path, kind: str) -> list[dict]:
+    """The lines of one kind of a run's metrics.jsonl, of a run that goes on too; what was not finite is nan."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path} is missing; is {folder} the folder of a run?")
+    *lines, _ = path.read_bytes().split(b"\n")
+    entries = [entry for entry in map(_parsed, lines) if entry is not None and entry["kind"] == kind]
+    return [entry | dict.fromkeys(entry.pop(NOT_FINITE, ()), math.nan) for entry in entries]
+
+
+class TensorBoard:
+    """Event files in the folder tensorboard of the run."""
+
+    name = "TensorBoard"
+
+    def __init__(self, folder: Path, first_step: int):
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+
+    def record(self, kind: str, step: int, figures: Figures) -> None:
+        """Add a point to the curve of every figure."""
+        for name, value in figures.items():
+            self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush and end."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases, which a continued run goes on with; WANDB_MODE=offline keeps it in the run folder.
+
+    Curves are over our own step, not over the counter of W&B, which would refuse the steps that a run does again after
+    it was killed: they show twice, with equal values.
+    """
+
+    name = "Weights & Biases"
+
+    def __init__(self, folder: Path, project: str, config: dict[str, Any]):
+        import wandb  # an optional extra, of seconds to import
+
+        self._error = wandb.Error
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=folder.name,
+                id=_kept_id(folder / WANDB_FILE),
+                resume="allow",
+                dir=str(folder),
+                config=config,
+                settings=wandb.Settings(console="off", silent=True),  # stdout stays ours
+            )
+        except wandb.Error as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise UserError(
+                f"run.wandb {project!r}: Weights & Biases refuses: {reason}; set WANDB_MODE=offline to keep its "
+                "files in the run folder, or leave run.wandb empty"
+            ) from None
+        self.where = folder / "wandb" if self._run.offline else self._run.url
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def record(self, kind: str, step: int, figures: Figures) -> None:
+        """Add a point to the curve of every figure; it is sent in the background."""
+        try:
+            self._run.log({"step": step} | {f"{kind}/{name}": value for name, value in figures.items()})
+        except self._error as error:
+            raise OSError(str(error)) from error
+
+    def close(self) -> None:
+        """Send the rest."""
+        try:
+            self._run.finish()
+        except self._error as error:
+            raise OSError(str(error)) from error
+
+
+def check_wandb(project: str) -> None:
+    """Refuse a project of Weights & Biases where its package is missing; call it before anything starts."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            f"run.wandb {project!r} needs the package wandb: pip install 'asda[wandb]', or leave run.wandb empty"
+        )
+
+
+def collapse_alarm(figures: Figures, config: RunConfig) -> str | None:
+    """A sentence when targets or predictions hardly differ from token to token any more, else None.
+
+    Students can satisfy a teacher that says the same of everything; then the loss is low and nothing is learned.
+
+    Args:
+        figures: of a log line: "target_variance" and "prediction_variance", which data2vec calls so though they are
+            standard deviations; nothing is said of what is missing or not finite.
+        config: the thresholds.
+    """
+    watched = [
+        ("target_variance", "run.min_target_spread", config.min_target_spread, "the teacher says nearly the same of"),
+        (
+            "prediction_variance",
+            "run.min_prediction_spread",
+            config.min_prediction_spread,
+            "the students predict nearly the same for",
+        ),
+    ]
+    for name, key, least, meaning in watched:
+        if figures.get(name, math.inf) < least:
+            return (
+                f"{name} is {_short(figures[name])}, less than {key} {least:g}: {meaning} every patch, which is "
+                "collapse if it lasts; in another run.folder a lower optimizer.lr, more optimizer.warmup_steps or a "
+                "higher objective.ema.decay may help"
+            )
+    return None
+
+
+def _bar(first_step: int, num_steps: int) -> tqdm:
+    """A bar on a terminal, else one that shows nothing."""
+    if not sys.stderr.isatty():
+        return tqdm(disable=True)
+    sized = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # a container's terminal may be 0 by 0
+    rows, columns = (None, None) if sized else (UNKNOWN_ROWS, UNKNOWN_COLUMNS)
+    return tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=sized, ncols=columns, nrows=rows)
+
+
+def _valid(figures: Figures) -> dict[str, Any]:
+    """Figures as JSON can hold them."""
+    bad = [name for name, value in figures.items() if not math.isfinite(value)]
+    return {**figures, **dict.fromkeys(bad), **({NOT_FINITE: bad} if bad else {})}
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and {"kind", "step"} <= entry.keys() else None
+
+
+def _kept_id(path: Path) -> str:
+    if path.is_file() and (kept := path.read_text().strip()):
+        return kept
+    fresh = secrets.token_hex(4)
+    path.write_text(fresh + "\n")
+    return fresh
+
+
+def _is_worth_saying(name: str, value: float | int) -> bool:
+    """Not a count of 0, and nothing that follows from the others."""
+    return name not in UNSAID and not (isinstance(value, int) and value == 0)
+
+
+def _short(value: float | int) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.5g}"

@@ -1,0 +1,152 @@
+"""How a run ends before its last step: because it is asked to, or because another rank has gone.
+
+    with StopSignals() as stop, Heartbeat(processes):
+        for step ...:
+            ...
+            if agree(processes, stop=bool(stop.asked))["stop"]:  # on all ranks in the same step
+                save a checkpoint, and wait until all ranks have
+                raise Stopped("...")
+
+A signal to one rank stops all of them, each after the same step, so that none enters the checkpoint alone.
+"""
+
+import os
+import signal
+import socket
+import threading
+from contextlib import suppress
+from functools import cache
+from typing import Any, Self
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from asda.engine.processes import Processes
+from asda.errors import say
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+REPEAT_S = 3.0  # launchers send on what the whole group has got: within this time it is the same wish
+WATCH_S = 1.0  # between looks at the launchers
+LAUNCHERS = {  # programs and modules that start ranks and wait for them
+    "deepspeed", "ds", "deepspeed.launcher.runner", "deepspeed.launcher.launch",
+    "torchrun", "torch.distributed.run", "torch.distributed.launch",
+}  # fmt: skip
+
+
+class StopSignals:
+    """Turns SIGTERM, SIGINT, SIGUSR1 and the death of a launcher into a wish that the loop reads: `asked`.
+
+    A second signal ends the process at once, with 128 + its number. A thread hears them, not Python's handlers: those
+    wait for the main thread, which may be waiting in turn for a rank that has gone.
+    """
+
+    def __init__(self) -> None:
+        self.asked = ""  # what asked for the stop: "SIGTERM", or "the end of its launcher"; empty while nothing has
+        self._over = threading.Event()
+        self._repeats_count = False
+
+    def __enter__(self) -> Self:
+        self._handlers = {number: signal.signal(number, _do_nothing) for number in STOP_SIGNALS}
+        self._ears, self._mouth = socket.socketpair()
+        self._mouth.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="asda-signals", daemon=True).start()
+        if launchers := launchers_above(psutil.Process()):
+            threading.Thread(target=self._watch, args=(launchers,), name="asda-launchers", daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Hear nothing more. After a stop signals are ignored to the end, which a launcher may want to hasten."""
+        self._over.set()
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._handlers.items():
+            signal.signal(number, signal.SIG_IGN if self.asked else handler)
+        self._mouth.close()
+
+    def _listen(self) -> None:
+        """Take the numbers of signals as they come, until __exit__ closes the other end."""
+        with self._ears:
+            while numbers := self._ears.recv(1):
+                if numbers[0] in STOP_SIGNALS:
+                    self._hear(signal.Signals(numbers[0]))
+
+    def _hear(self, number: signal.Signals) -> None:
+        if not self.asked:
+            self._ask(number.name)
+        elif self._repeats_count:
+            say(f"{number.name} again: leaving at once; the last checkpoint stays as it is")
+            os._exit(128 + number)
+
+    def _ask(self, what: str) -> None:
+        self.asked = what
+        waking = threading.Timer(REPEAT_S, lambda: setattr(self, "_repeats_count", True))
+        waking.daemon = True
+        waking.start()
+        say(
+            f"{what}: this step will be finished and saved, then the run stops; "
+            f"a signal after {REPEAT_S:g} s from now ends it at once"
+        )
+
+    def _watch(self, launchers: list[psutil.Process]) -> None:
+        while not self._over.wait(WATCH_S):
+            if not all(map(_lives, launchers)):
+                if not self.asked:
+                    self._ask("the end of its launcher")
+                return
+
+
+def launchers_above(process: psutil.Process) -> list[psutil.Process]:
+    """The launchers that a process descends from without others in between: deepspeed and its launch.py, torchrun.
+
+    Not the shell above them: under nohup and setsid it ends, and the run goes on.
+    """
+    launchers = []
+    for ancestor in process.parents():
+        with suppress(psutil.Error):
+            if program_of(ancestor.cmdline()) in LAUNCHERS:
+                launchers.append(ancestor)
+                continue
+        break
+    return launchers
+
+
+def program_of(command_line: list[str]) -> str:
+    """What Python was told to run: a module's dotted name, or the last part of a script's path; "" of others."""
+    python, *others = command_line or [""]
+    words = iter(others if "python" in os.path.basename(python) else [])
+    for word in words:
+        if word == "-m":
+            return next(words, "")
+        if not word.startswith("-"):
+            return os.path.basename(word)
+    return ""
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _do_nothing(*signal_and_frame: object) -> None:
+    """A handler, so that a signal is neither deadly nor ignored: what is ignored wakes no thread."""
+
+
+def agree(processes: Processes, **flags: bool) -> dict[str, bool]:
+    """Whether any rank has raised each flag, the same answer on all ranks. All ranks call this together.
+
+    One exchange of as many bytes as there are flags, between the hosts' memories: no GPU waits for it.
+    """
+    if processes.world_size == 1:
+        return flags
+    votes = torch.tensor(list(flags.values()), dtype=torch.uint8)
+    dist.all_reduce(votes, dist.ReduceOp.MAX, group=_host_group())
+    return dict(zip(flags, map(bool, votes.tolist()), strict=True))
+
+
+@cache
+def _host_group() -> Any:
+    """A gloo group of all ranks; made by all in their first call of `agree`."""
+    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
