@@ -32,13 +32,13 @@ format: setup  ## let ruff rewrite
 	@$(BIN)/ruff format .
 
 bench: setup  ## speed of the parts, side by side with baselines
-	@$(BIN)/python tools/bench.py
+	@$(BIN)/python tools/bench/bench.py
 
 bench-data: setup  ## from shards to patches and masks, beside three usual ways (three minutes)
-	@$(BIN)/python tools/bench.py data $(ARGS)
+	@$(BIN)/python tools/bench/bench.py data $(ARGS)
 
 bench-step: setup  ## one training step of the base model beside plain fp32 PyTorch (some minutes)
-	@$(BIN)/python tools/bench.py step $(ARGS)
+	@$(BIN)/python tools/bench/bench.py step $(ARGS)
 
 clean:  ## remove what make demo has written, and the caches of tests and ruff; runs and shards stay
 	rm -rf demo .pytest_cache .ruff_cache .hypothesis

@@ -173,9 +173,9 @@ def _check_way(number: int, args: argparse.Namespace) -> None:
         )
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Evaluate what the command line asks for."""
-    args = parse_args()
+    args = parse_args(argv)
     several = members(args.checkpoint, last=args.last, best=args.best)
     _check_way(len(several), args)
     if args.ensemble:

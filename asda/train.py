@@ -26,7 +26,7 @@ ranks; the newest intact checkpoint of run.folder is used (resume=never refuses 
 finish the step, save, and end with exit code 75; a second one ends at once."""
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(
         prog="asda/train.py",
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="the run, a JSON file; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     config = load_config(args.config, args.overrides)
 
     from asda.trainer import train  # takes seconds

@@ -2,7 +2,7 @@
 
 BOXES = [  # (column, row, title, what it does, where it is)
     (0, 0, "audio files", "WAV, FLAC, OGG, MP3 ...", "AudioSet, ESC-50, yours"),
-    (1, 0, "tar shards", "one checked zstd frame a clip", "tools/make_shards.py"),
+    (1, 0, "tar shards", "one checked zstd frame a clip", "asda shards"),
     (2, 0, "verified stream", "exact order, every byte checked", "asda/data/stream.py"),
     (3, 0, "log-mel patches", "Kaldi-exact, in one DALI pipeline", "asda/data/features/dali.py"),
     (3, 1, "16 masked students", "each sees a fifth of the clip", "asda/models/pretrain.py"),

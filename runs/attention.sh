@@ -6,7 +6,7 @@
 
 # measure NAME DATA CLIPS RUN...
 measure() {
-    [ -f "runs/exp/$1.json" ] || python tools/attention.py "${@:4}" --data "$2" --clips "$3" --seed "$seed" \
+    [ -f "runs/exp/$1.json" ] || asda attention "${@:4}" --data "$2" --clips "$3" --seed "$seed" \
         --out "runs/exp/$1.json" | tee "runs/exp/$1.txt"
 }
 

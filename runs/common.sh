@@ -13,7 +13,7 @@ UNLABELLED='{"data":"shards/pile:train","share":0.8},{"data":"shards/esc50x:fold
 
 # shards NAME TABLE [options]: a dataset of shards from a table, once
 shards() {
-    [ -f "shards/$1/dataset.json" ] || python tools/make_shards.py --source csv --input "$AUDIO/$2" --out "shards/$1" "${@:3}"
+    [ -f "shards/$1/dataset.json" ] || asda shards --source csv --input "$AUDIO/$2" --out "shards/$1" "${@:3}"
 }
 
 all_shards() {
@@ -42,11 +42,11 @@ train_now() {
 
 # crossval NAME CONFIG DATA SPLITS SEEDS [arguments]: held-out splits and seeds, in runs/NAME
 crossval() {
-    python tools/crossval.py --config "configs/$2.json" --data "shards/$3" --hold-out "$4" --seeds "$5" --jobs "$JOBS" \
+    asda crossval --config "configs/$2.json" --data "shards/$3" --hold-out "$4" --seeds "$5" --jobs "$JOBS" \
         --out "runs/$1" run.keep=1 run.eval_every=100000 run.save_every=100000 "${@:6}" | tee "runs/$1.txt"
 }
 
-# probe NAME [arguments]: features judged by tools/probe.py, once, in runs/exp/probe-NAME.json
+# probe NAME [arguments]: features judged by asda probe, once, in runs/exp/probe-NAME.json
 probe() {
-    [ -f "runs/exp/probe-$1.json" ] || python tools/probe.py --out "runs/exp/probe-$1.json" "${@:2}" | tee "runs/exp/probe-$1.txt"
+    [ -f "runs/exp/probe-$1.json" ] || asda probe --out "runs/exp/probe-$1.json" "${@:2}" | tee "runs/exp/probe-$1.txt"
 }

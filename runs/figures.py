@@ -4,18 +4,14 @@ python runs/figures.py        writes docs/results.svg; what has not been run is 
 """
 
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 import tables
 
-sys.path[:0] = [str(tables.ROOT), str(tables.ROOT / "tools")]
-
-import crossval  # noqa: E402  in tools/
-from pictures import pyplot  # noqa: E402  in tools/
-
-from asda.errors import exit_with_sentence  # noqa: E402
+from asda.commands import crossval
+from asda.commands.pictures import pyplot
+from asda.errors import exit_with_sentence
 
 OUT = Path("docs/results.svg")
 CHANCE = {"esc10": 10, "us8k": 10, "speech_commands": 100 / 13, "arabic_sc": 2.5}  # %

@@ -5,17 +5,12 @@ python runs/tables.py
 
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-
-import crossval  # noqa: E402  in tools/
-
-from asda.errors import exit_with_sentence  # noqa: E402
-from asda.run.log import read_metrics  # noqa: E402
+from asda.commands import crossval
+from asda.errors import exit_with_sentence
+from asda.run.log import read_metrics
 
 RUNS = Path("runs/exp")
 SEEDS = (1, 2, 3)
@@ -35,7 +30,7 @@ Row = list[str]
 
 
 def accuracies(name: str) -> dict[crossval.Cell, float] | None:
-    """Of a finished call of tools/crossval.py."""
+    """Of a finished call of asda crossval."""
     path = RUNS / name
     if not (path / crossval.RECORD).is_file():
         return None

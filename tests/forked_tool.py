@@ -4,7 +4,6 @@ The code is that of a run from the shell, but for its worker processes, which ar
 milliseconds, and a test can afford to kill twenty.
 """
 
-import importlib.util
 import multiprocessing
 import os
 import sys
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from asda.commands import shards
+from asda.errors import exit_with_sentence
 from asda.sharding.workers import ONE_THREAD
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "make_shards.py"
@@ -47,12 +48,4 @@ def _run(folder: Path, log: Path, args: tuple[str, ...]) -> None:
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), stream)
     fork = multiprocessing.get_context("fork")
     multiprocessing.get_context = lambda method=None: fork
-    sys.argv = [str(TOOL), *args]
-    sys.path.insert(0, str(TOOL.parent))  # as Python does for a script
-    spec = importlib.util.spec_from_file_location("make_shards", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    sys.modules["make_shards"] = tool
-    spec.loader.exec_module(tool)
-    sys.exit(tool.exit_with_sentence(tool.main))
+    sys.exit(exit_with_sentence(lambda: shards.main(list(args))))

@@ -34,9 +34,7 @@ def finetuning(shards: Path, run: Path, *more: str) -> list[str]:
 
 def command(ranks: int, script: str, *arguments: str) -> list[str]:
     """Ranks 0: plain python."""
-    from asda.engine.processes import (
-        free_port,  # here, because conftest.py comes this way and DeepSpeed takes seconds to import
-    )
+    from asda.engine.processes import free_port
 
     deepspeed = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
     launcher = deepspeed if ranks else [sys.executable]

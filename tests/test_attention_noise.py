@@ -4,22 +4,9 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import attention_maps
-import attention_noise
 import numpy as np
 import pytest
 import torch
-from attention_maps import ABSOLUTE, FIRST, ONLY, SECOND, SIGNED, Network, load_network, named_maps
-from attention_noise import (
-    RESAMPLES,
-    Mixture,
-    clip_shares,
-    make_mixtures,
-    mean_estimate,
-    net_relative_share,
-    ratio_estimate,
-    relative_share,
-)
 from matplotlib.image import imread
 from scipy import stats
 from tiny_tools import INPUT, TINY, noise, one_core, run, write_pretrained, write_tagger
@@ -31,6 +18,18 @@ from asda.data.clips import Clip
 from asda.data.features.fbank import log_mel
 from asda.data.order import Draw
 from asda.errors import UserError
+from asda.evaluation import attention_maps, attention_noise
+from asda.evaluation.attention_maps import ABSOLUTE, FIRST, ONLY, SECOND, SIGNED, Network, load_network, named_maps
+from asda.evaluation.attention_noise import (
+    RESAMPLES,
+    Mixture,
+    clip_shares,
+    make_mixtures,
+    mean_estimate,
+    net_relative_share,
+    ratio_estimate,
+    relative_share,
+)
 from asda.models.attention import Attention, differential_attention
 from asda.models.encoder import Encoder
 

@@ -138,7 +138,7 @@ def test_reading_many_channels_takes_the_memory_of_one(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     # The result, and a few blocks: the values read, their sum over the channels, its quotient.
-    assert peak < 4 * num_frames + 4 * 4 * audio.READ_AT_ONCE
+    assert peak < 4 * num_frames + 4 * 4 * sndfile.READ_AT_ONCE
 
 
 def test_samples_beyond_full_scale_saturate(tmp_path):

@@ -6,9 +6,9 @@ import pytest
 import torch.distributed as dist
 from launching import ROOT
 
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(ROOT / "tools" / "bench"))
 
-import bench_memory  # tools/ is not a package
+import bench_memory
 
 from asda.config.run import EngineConfig
 from asda.models.costs import rank_memory

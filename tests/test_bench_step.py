@@ -11,7 +11,7 @@ import torch
 from asda.models.masks import visible_patches
 from asda.models.pretrain import MaskedStudents, Teacher
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools" / "bench"))
 import plain_asda
 
 GRID = (8, 8)

@@ -1,6 +1,5 @@
 """Official checkpoints in and out: nothing is lost, nothing is guessed in silence, nothing broken comes through."""
 
-import importlib.util
 import io
 import json
 import subprocess
@@ -9,7 +8,6 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import golden
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from asda.checkpoint.read import read_description
 from asda.checkpoint.weights import read_weights
+from asda.commands import convert as command
 from asda.config.data import LogMelStats
 from asda.config.model import ClassifyConfig, ModelConfig, PretrainConfig
 from asda.config.run import Config, load_config
@@ -57,20 +56,10 @@ def convert(*arguments: object) -> Done:
     out, err, code = io.StringIO(), io.StringIO(), 0
     with redirect_stdout(out), redirect_stderr(err):
         try:
-            exit_with_sentence(lambda: TOOL.convert(TOOL.parse_args(list(map(str, arguments)))))
+            exit_with_sentence(lambda: command.main(list(map(str, arguments))))
         except SystemExit as left:
             code = int(left.code or 0)
     return Done(code, out.getvalue(), err.getvalue())
-
-
-def load_tool() -> ModuleType:
-    """tools/ is no package: its programs are loaded by their path."""
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", ROOT / "tools" / "convert_checkpoint.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool
 
 
 def converted(*arguments: object) -> str:
@@ -111,9 +100,6 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
             torch.testing.assert_close(ours[key], tensor, rtol=0, atol=2 * 2**-23)
         else:
             assert torch.equal(ours[key], tensor), key
-
-
-TOOL = load_tool()
 
 
 @pytest.fixture(scope="module")
@@ -522,7 +508,9 @@ def test_the_program_itself_leaves_with_code_2_and_one_line(tmp_path: Path):
     (tmp_path / "text.pt").write_text("not weights")
     command = [
         sys.executable,
-        ROOT / "tools" / "convert_checkpoint.py",
+        "-m",
+        "asda",
+        "convert",
         tmp_path / "text.pt",
         "--out",
         tmp_path / "out",

@@ -10,7 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sounds_dataset  # noqa: F401  # puts tools/ on the path
-from crossval import (
+from faulty_server import serving
+from launching import ROOT, TINY, environment
+from scipy import stats
+
+from asda.commands.crossval import (
     RECORD,
     STUDENT,
     Cell,
@@ -24,21 +28,16 @@ from crossval import (
     split_hashes,
     table,
 )
-from faulty_server import serving
-from launching import ROOT, TINY, environment
-from scipy import stats
-
 from asda.config.run import dump_config
 from asda.data.clips import ClipDataset
 from asda.data.shards.read import load_dataset
 from asda.errors import UserError
 
-TOOL = ROOT / "tools" / "crossval.py"
 CONFIG = ROOT / "configs" / "demo_finetune.json"
 
 
 def crossval(*arguments: object) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, TOOL, "--config", CONFIG, *arguments]
+    argv = [sys.executable, "-m", "asda", "crossval", "--config", CONFIG, *arguments]
     return subprocess.run(list(map(str, argv)), capture_output=True, text=True, env=environment(), check=False)
 
 

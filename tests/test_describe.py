@@ -1,4 +1,4 @@
-"""tools/describe.py: what a configuration or a folder of weights is."""
+"""asda describe: what a configuration or a folder of weights is."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def describe(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "tools" / "describe.py", *map(str, arguments)]
+    command = [sys.executable, "-m", "asda", "describe", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 

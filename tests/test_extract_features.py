@@ -1,7 +1,6 @@
-"""tools/extract_features.py from the outside: what it writes, keeps, refuses, and goes on with."""
+"""asda features from the outside: what it writes, keeps, refuses, and goes on with."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import ROOT
 from safetensors import safe_open
 from tiny_tools import TINY, Done, noise, one_core, run, wav, write_broken, write_pretrained, write_tagger
 
@@ -46,7 +44,7 @@ def recordings(tmp_path: Path) -> Path:
 
 
 def extract(*arguments: object) -> Done:
-    return run("extract_features", *arguments)
+    return run("features", *arguments)
 
 
 def succeed(*arguments: object) -> Done:
@@ -145,16 +143,16 @@ def test_shards_have_the_features_and_labels_of_their_audio_files(
 
 DIES_WHILE_WRITING_ITS_THIRD_FILE = """
 import os, signal, sys
-import extract_features
-commit, calls = extract_features.commit, []
+from asda.commands import features
+commit, calls = features.commit, []
 def dying_commit(file, path):
     calls.append(path)
     if len(calls) == 3:
         file.truncate(file.tell() // 2)
         os.kill(os.getpid(), signal.SIGKILL)
     commit(file, path)
-extract_features.commit = dying_commit
-extract_features.main()
+features.commit = dying_commit
+features.main()
 """
 
 
@@ -166,8 +164,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(
     succeed(*arguments, "--out", tmp_path / "whole")
     out = tmp_path / "killed"
     command = [sys.executable, "-c", DIES_WHILE_WRITING_ITS_THIRD_FILE, *map(str, arguments), "--out", str(out)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tools")}
-    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    done = subprocess.run(command, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     whole, found = files_of(tmp_path / "whole"), files_of(out)
     (half,) = found.keys() - whole.keys()
@@ -276,7 +273,7 @@ def test_features_whose_source_cannot_be_looked_at_any_more_are_named(
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("asda.disk.hash_file", refusing)
-    from extract_features import hash_file  # tools/ is not a package
+    from asda.commands.features import hash_file  # tools/ is not a package
 
     with pytest.raises(AudioError, match="cannot be read: Permission denied"):
         hash_file(recordings / "rain.wav")
@@ -300,7 +297,7 @@ def test_the_settings_are_written_before_any_folder_of_the_features(
         assert not list(path.parent.iterdir())
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("extract_features.write_file", full)
+    monkeypatch.setattr("asda.commands.features.write_file", full)
     assert extract("--model", weights, "--out", tmp_path / "out", recordings).code == 2
     assert not list((tmp_path / "out").iterdir())
 
@@ -353,7 +350,7 @@ def test_what_cannot_be_done_is_one_sentence(shards: Path, recordings: Path, wei
 
 
 def test_no_key_of_a_clip_is_special_in_an_npz(tmp_path: Path):
-    from extract_features import write_npz  # tools/ is not a package
+    from asda.commands.features import write_npz  # tools/ is not a package
 
     arrays = {key: np.full(3, number, np.float32) for number, key in enumerate(("file", "metadata", "allow_pickle"))}
     with (tmp_path / "a.npz").open("wb") as file:

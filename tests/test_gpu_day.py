@@ -10,9 +10,9 @@ import pytest
 import torch
 from launching import ROOT, environment
 
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(ROOT / "tools" / "bench"))
 
-import gpu_day  # tools/ is not a package
+import gpu_day
 
 
 def day(tmp_path: Path, seconds: float = 60) -> gpu_day.Day:

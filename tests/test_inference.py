@@ -115,11 +115,10 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def converted(family: str, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The official fine-tuned checkpoint of a family, as tools/convert_checkpoint.py makes it ours."""
+    """The official fine-tuned checkpoint of a family, as asda convert makes it ours."""
     folder = tmp_path_factory.mktemp("converted") / family
-    tool = ROOT / "tools" / "convert_checkpoint.py"
     source = shared / "golden" / f"{family}_finetune_official.pt"
-    subprocess.run([sys.executable, tool, source, "--out", folder], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "asda", "convert", source, "--out", folder], check=True, capture_output=True)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""tools/inspect_shards.py from the outside: what it says of shards, against the files they were made from."""
+"""asda inspect from the outside: what it says of shards, against the files they were made from."""
 
 import csv
 import io
@@ -34,7 +34,7 @@ ODD = "a $\\frac{ of, rain"  # a class name that matplotlib would take for a for
 
 
 def look(*arguments: object) -> Done:
-    return run("inspect_shards", *arguments)
+    return run("inspect", *arguments)
 
 
 def shown(*arguments: object) -> str:
@@ -129,7 +129,7 @@ def test_the_tables_say_what_the_figures_say(shards):
 
 
 def test_the_tables_say_how_the_dataset_was_made_and_what_is_wrong_with_it(mixed):
-    from shard_tables import tables  # tools/ is not a package
+    from asda.commands.shard_tables import tables  # tools/ is not a package
 
     assert "made by: python tools/make_shards.py --source csv " in shown(mixed)
     found = figures(mixed)
@@ -169,7 +169,7 @@ def test_lengths_are_counted_in_bins_of_equal_width(mixed):
 
 @given(st.lists(st.integers(400, 10**8), min_size=1, max_size=50))
 def test_every_length_lies_in_one_of_at_most_twelve_bins(lengths):
-    from shard_tables import length_figures  # tools/ is not a package
+    from asda.commands.shard_tables import length_figures  # tools/ is not a package
 
     bins = length_figures(np.array(lengths))["bins"]
     assert 1 <= len(bins) <= 12
@@ -301,7 +301,7 @@ def test_a_folder_that_is_no_utf_8_is_drawn(mixed, tmp_path):
 
 
 def test_a_sample_is_sorted_by_labels_and_key(mixed):
-    from inspect_shards import sample
+    from asda.commands.inspect import sample
 
     dataset = load_dataset(mixed)
     for label, num in ((None, 9), ("dog", 6)):
@@ -313,7 +313,7 @@ def test_a_sample_is_sorted_by_labels_and_key(mixed):
 
 
 def test_a_sample_has_every_clip_at_most_once_and_every_clip_sometime(mixed):
-    from inspect_shards import sample
+    from asda.commands.inspect import sample
 
     dataset = load_dataset(mixed)
     everything = {clip.key for clip in sample(dataset, ("train", "test"), None, 100, 0)}
@@ -326,7 +326,7 @@ def test_a_sample_has_every_clip_at_most_once_and_every_clip_sometime(mixed):
 
 
 def test_the_columns_of_a_long_clip_are_means_of_its_frames():
-    from pictures import PANEL_FRAMES, make_panel
+    from asda.commands.pictures import PANEL_FRAMES, make_panel
 
     level_TM = np.random.default_rng(0).normal(size=(2 * PANEL_FRAMES + 9, 128))
     panel = make_panel(level_TM, "")
@@ -401,7 +401,7 @@ def test_a_sheet_without_matplotlib_is_one_sentence(shards, tmp_path, monkeypatc
 
 
 def test_the_command_line_works_and_ends_quietly_when_its_reader_has_gone(shards):
-    command = [sys.executable, ROOT / "tools" / "inspect_shards.py", shards]
+    command = [sys.executable, "-m", "asda", "inspect", shards]
     done = subprocess.run([*command, "--verify"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "64 clips in 4 shards" in done.stdout

@@ -1,7 +1,6 @@
 """tools/make_shards.py from the outside: what it writes, what it refuses, and what it leaves behind."""
 
 import csv
-import importlib.util
 import os
 import random
 import re
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from asda.commands import shards as command
 from asda.data.audio.waves import encode_wav
 from asda.data.shards.index import DatasetIndex
 from asda.data.shards.read import ShardFile, load_dataset
@@ -306,18 +306,12 @@ def test_help_teaches_the_splits_by_example():
 @pytest.fixture
 def refusal(tmp_path, monkeypatch, capsys):
     """Run the tool in this process in a folder with one clip and one CSV; return its one sentence."""
-    spec = importlib.util.spec_from_file_location("make_shards", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest's own handlers stay
 
     def run(*args: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["make_shards.py", "--out", "out", *args])
         with pytest.raises(SystemExit) as stopped:
-            exit_with_sentence(tool.main)
+            exit_with_sentence(lambda: command.main(["--out", "out", *args]))
         assert stopped.value.code == 2
         assert not (tmp_path / "out/dataset.json").exists()
         return capsys.readouterr().err

@@ -198,7 +198,7 @@ def test_overwrite_removes_what_the_old_dataset_or_work_names_and_nothing_of_the
 def test_an_overwrite_that_was_killed_while_it_removed_old_files_still_knows_them(copy, moment):
     succeed(copy, "out")
     (copy / "out/mine-000001.json").write_text("mine")
-    removing = KILLED_WHILE_REMOVING.format(moment=moment, source=SOURCE, tools=forked_tool.TOOL.parent)
+    removing = KILLED_WHILE_REMOVING.format(moment=moment, source=SOURCE)
     done = subprocess.run([sys.executable, "-c", removing], cwd=copy, capture_output=True, timeout=60)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (copy / "out/dataset.json").exists()
@@ -223,16 +223,15 @@ def test_work_whose_plan_names_no_files_is_kept_until_overwrite_discards_it(copy
 KILLED_WHILE_REMOVING = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, "{tools}")
-sys.argv = ["make_shards.py", *{source}, "--out", "out", "--max-seconds", "9", "--overwrite"]
+argv = [*{source}, "--out", "out", "--max-seconds", "9", "--overwrite"]
 unlink = Path.unlink
 def dying(path, missing_ok=False):
     unlink(path, missing_ok)
     if path.name == "{moment}":
         os.kill(os.getpid(), signal.SIGKILL)
 Path.unlink = dying
-import make_shards
-make_shards.main()
+from asda.commands import shards
+shards.main(argv)
 """
 
 

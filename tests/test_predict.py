@@ -1,4 +1,4 @@
-"""tools/predict.py from the outside: what it says of audio, and of what is no audio."""
+"""asda predict from the outside: what it says of audio, and of what is no audio."""
 
 import json
 import os
@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torchaudio
-from launching import ROOT
 from matplotlib.image import imread
 from safetensors.torch import load_file
 from tiny_tools import LABELS, Done, noise, one_core, run, wav, write_broken, write_pretrained, write_tagger
@@ -256,7 +255,7 @@ def test_the_picture_is_drawn_and_its_frequency_axis_is_that_of_the_log_mel(tagg
     picture = imread(out)
     assert picture.shape[1] > 1000
     assert picture.std() > 0.1  # not blank
-    from pictures import mel_bin  # tools/ is not a package
+    from asda.commands.pictures import mel_bin  # tools/ is not a package
 
     for hz in (300.0, 1000.0, 3000.0):
         tone_S = 0.5 * np.sin(2 * np.pi * hz * np.arange(16_000) / 16_000)
@@ -290,7 +289,7 @@ def test_a_picture_without_matplotlib_is_one_sentence(tagger: Path, tmp_path: Pa
 
 def test_the_command_line_works_and_ends_quietly_when_its_reader_has_gone(tagger: Path, tmp_path: Path):
     wav(tmp_path / "a.wav", noise(1)).rename(tmp_path / "\udcff.wav")  # a name that is no UTF-8
-    command = [sys.executable, ROOT / "tools" / "predict.py", "--model", tagger, tmp_path]
+    command = [sys.executable, "-m", "asda", "predict", "--model", tagger, tmp_path]
     done = subprocess.run(command, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert b"\\udcff.wav" in done.stdout

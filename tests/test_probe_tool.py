@@ -1,4 +1,4 @@
-"""tools/probe.py: the probe of pre-training on encoders that are there already, against scikit-learn."""
+"""asda probe: the probe of pre-training on encoders that are there already, against scikit-learn."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from faulty_server import serving
-from launching import ROOT, environment
+from launching import environment
 from sklearn.linear_model import RidgeCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
@@ -42,7 +42,7 @@ def run_probe(*arguments: str, ranks: int = 0) -> str:
     if ranks:
         launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
         launcher += ["--master_port", str(free_port())]
-    argv = [*launcher, str(ROOT / "tools" / "probe.py"), *arguments]
+    argv = [*launcher, "--module" if ranks else "-m", "asda.commands.probe", *arguments]
     done = subprocess.run(argv, capture_output=True, text=True, env=environment(), check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -104,7 +104,7 @@ def test_the_encoder_of_a_classifier_is_judged_too(shards: Path, tmp_path: Path)
 
 
 def test_data_may_lie_elsewhere(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import probe  # in tools/
+    from asda.commands import probe
 
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with serving(shards) as server:
@@ -113,7 +113,7 @@ def test_data_may_lie_elsewhere(shards: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_splits_of_one_label_a_clip_and_of_several_have_no_mean() -> None:
-    import probe  # in tools/
+    from asda.commands import probe
 
     sets = [probe.Sets("x:a", "x:b", ("x:a",)), probe.Sets("x:b", "x:a", ("x:b",))]
     accuracy, others = {"knn_accuracy": 0.5, "linear_accuracy": 0.75}, {"knn_mAP": 0.25, "linear_mAP": 0.5}
@@ -138,7 +138,7 @@ def test_splits_of_one_label_a_clip_and_of_several_have_no_mean() -> None:
     ],
 )
 def test_wrong_probes_are_one_sentence(arguments: list[str], sentence: str, shards: Path, tmp_path: Path) -> None:
-    import probe  # in tools/
+    from asda.commands import probe
 
     tagger = write_tagger(tmp_path / "tagger")
     with pytest.raises(UserError, match=sentence):

@@ -10,11 +10,18 @@ import numpy as np
 import pytest
 import torch
 from launching import ROOT, TINY, TINY_PRETRAIN
-from report_figures import MOST_POINTS, Curve, look, points
-from report_runs import confusions, differences, distinct_names, read_runs, training_hours, without_repeats
 from tiny_checkpoints import save
 from tiny_tools import Done, one_core, room_for, run
 
+from asda.commands.report_figures import MOST_POINTS, Curve, look, points
+from asda.commands.report_runs import (
+    confusions,
+    differences,
+    distinct_names,
+    read_runs,
+    training_hours,
+    without_repeats,
+)
 from asda.config.model import PretrainConfig
 from asda.config.run import Config, dump_config, load_config
 from asda.models.encoder import Encoder

@@ -13,15 +13,16 @@ from pathlib import Path
 import pytest
 from launching import ROOT, environment
 
+from asda.commands import COMMANDS
 from asda.config.model import ClassifyConfig
 from asda.config.run import load_config
 
-RECORDER = 'python() { printf "%s\\0" "$@" >> "$CALLS"; printf "\\n" >> "$CALLS"; }; export -f python; exec bash "$0"'
-PARSERS = {
-    "asda/evaluate.py": "asda.evaluate",
-    "tools/make_shards.py": "make_shards",
-    "tools/probe.py": "probe",
-    "tools/attention.py": "attention",
+RECORDER = (
+    'record() { printf "%s\\0" "$@" >> "$CALLS"; printf "\\n" >> "$CALLS"; }; python() { record "$@"; }; '
+    'asda() { record asda "$@"; }; export -f record python asda; exec bash "$0"'
+)
+PARSERS = {"evaluate": "asda.evaluate", "shards": "asda.commands.shards"} | {
+    name: f"asda.commands.{name}" for name in ("probe", "attention")
 }
 SCRIPTS = sorted(path.name for path in (ROOT / "runs").glob("*.sh") if path.name not in ("common.sh", "ham_grid.sh"))
 
@@ -47,21 +48,22 @@ def overrides_of(arguments: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_command_of_a_script_is_one_that_its_program_takes(
-    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_command_of_a_script_is_one_that_its_program_takes(script: str, tmp_path: Path) -> None:
     commands = commands_of(script, tmp_path)
     assert commands
-    made = {value_of("--out", words) for words in commands if words[0] == "tools/make_shards.py"}
+    made = {value_of("--out", words) for words in commands if words[:2] == ["asda", "shards"]}
     for program, *arguments in commands:
-        assert (ROOT / program).is_file()
-        if program in PARSERS:
-            monkeypatch.setattr(sys, "argv", [program, *arguments])
-            importlib.import_module(PARSERS[program]).parse_args()
+        if program == "asda":
+            assert arguments[0] in COMMANDS
+        else:
+            assert (ROOT / program).is_file()
+        name = arguments.pop(0) if program == "asda" else Path(program).stem
+        if name in PARSERS:
+            importlib.import_module(PARSERS[name]).parse_args(arguments)
         if program == "asda/train.py":
             config = load_config(ROOT / value_of("--config", arguments), overrides_of(arguments))
             assert config.run.folder.startswith("runs/exp/")
-        if program == "tools/crossval.py":
+        if name == "crossval":
             filled = [text.replace("{seed}", "1") for text in overrides_of(arguments)]
             config = load_config(ROOT / value_of("--config", arguments), filled)
             assert isinstance(config.objective, ClassifyConfig)
@@ -70,7 +72,7 @@ def test_every_command_of_a_script_is_one_that_its_program_takes(
 
 
 def record(folder: Path, shares: list[float]) -> None:
-    """As tools/crossval.py leaves it: two folds, two seeds."""
+    """As asda crossval leaves it: two folds, two seeds."""
     cells = [{"fold": fold, "seed": seed} for seed in (1, 2) for fold in ("fold1", "fold2")]
     runs = [cell | {"accuracy": share, "mAP": 0.5} for cell, share in zip(cells, shares, strict=True)]
     folder.mkdir(parents=True)

@@ -62,8 +62,10 @@ class Done(NamedTuple):
 
 def run(tool: str, *arguments: object) -> Done:
     """Run a tool as its command line would, in this process (a fresh one takes seconds to import torch)."""
-    module: ModuleType = importlib.import_module(tool)
-    work = {"extract_features": "extract", "attention": "compare", "report": "write_report"}.get(tool, tool)
+    module: ModuleType = importlib.import_module(f"asda.commands.{tool}")
+    work = {"features": "extract", "attention": "compare", "report": "write_report", "inspect": "inspect_shards"}.get(
+        tool, tool
+    )
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

@@ -37,7 +37,7 @@ def demo(audio: Path | None, out: Path) -> None:
     else:
         splits, unlabelled, labelled = ("train=70%", "test=30%"), "train", "train"
     chosen = [argument for split in splits for argument in ("--split", split)]
-    _run(_tool("make_shards.py"), "--source", "folder", "--input", audio, "--out", shards, "--overwrite", *chosen)
+    _asda("shards", "--source", "folder", "--input", audio, "--out", shards, "--overwrite", *chosen)
 
     _train("demo_pretrain.json", pretrained, f"data.train={shards}:{unlabelled}")
     data = (f"data.train={shards}:{labelled}", f"data.valid={shards}:test")
@@ -47,7 +47,7 @@ def demo(audio: Path | None, out: Path) -> None:
         _run(*_launch("evaluate.py"), "--checkpoint", run)
 
     report = out / "report.html"
-    _run(_tool("report.py"), pretrained, finetuned, scratch, "--out", report)
+    _asda("report", pretrained, finetuned, scratch, "--out", report)
     _print_table(finetuned, scratch)
     print(f"\n{report}  (curves, masks and attention; open it in a browser)\n{time.monotonic() - started:.0f} s in all")
 
@@ -73,8 +73,8 @@ def _synthesise(audio: Path) -> None:
     write_dataset(audio, CLIPS_PER_CLASS, seed=1)
 
 
-def _tool(name: str) -> Path:
-    return ROOT / "tools" / name
+def _asda(command: str, *arguments: object) -> None:
+    _run(sys.executable, "-m", "asda", command, *arguments)
 
 
 def _train(config: str, run: Path, *overrides: str) -> None:

@@ -5,4 +5,4 @@ here="$(cd "$(dirname "$0")/.." && pwd)"
 python="${PYTHON:-$here/.venv/bin/python}"
 [ -x "$python" ] || python=python3
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
-exec "$python" "$here/tools/gpu_day.py" "$@"
+exec "$python" "$here/tools/bench/gpu_day.py" "$@"

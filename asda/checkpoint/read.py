@@ -25,13 +25,7 @@ from typing import Any
 import torch.distributed as dist
 from pydantic import TypeAdapter, ValidationError
 
-from asda.checkpoint.manifest import (
-    FORMAT,
-    MANIFEST,
-    READABLE_FORMATS,
-    STRICT,
-    damage,
-)
+from asda.checkpoint.manifest import FORMAT, MANIFEST, READABLE_FORMATS, STRICT, damage
 from asda.config.data import InputConfig
 from asda.config.run import Config, Description, load_config, load_description
 from asda.data.order import ORDER_VERSION

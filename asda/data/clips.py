@@ -205,7 +205,7 @@ def _read_clip(dataset: ClipDataset, draw: Draw, clip: int, note: Note) -> Clip:
     except ValueError as error:
         raise UserError(
             f"shard {shard.path}, key {key}: the frame is intact, but its wav member is not what shards/README.md says "
-            f"({error}); make the shard again with tools/make_shards.py"
+            f"({error}); make the shard again with asda shards"
         ) from None
     return Clip(draw, clip, key, samples_S, index.labels[number])
 

@@ -283,7 +283,7 @@ def _checked_weights(dataset: OrderedDataset) -> np.ndarray:
     if len(weights_N) != num_clips or not np.isfinite(weights_N).all() or weights_N.min() < 0:
         raise UserError(
             f"the {len(weights_N)} sample weights of {dataset.name} must be numbers from 0 up, one for each of its "
-            f"{num_clips} clips; make the shards again with tools/make_shards.py"
+            f"{num_clips} clips; make the shards again with asda shards"
         )
     num_choosable, draws = int(np.count_nonzero(weights_N)), dataset.order.draws_per_epoch or num_clips
     if num_choosable == 0 or (not dataset.order.replacement and draws > num_choosable):

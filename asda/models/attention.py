@@ -75,8 +75,8 @@ def choose_path(
     """The path that is taken where the configuration says `path`, for sequences of so many tokens.
 
     On a CPU explicit matrices are taken for training and fused attention for the forward alone. Medians of one run in
-    ms, bf16 / fp32, 12 heads x 64 features, on two shared cores with AMX; `python tools/bench.py attention` measures
-    yours:
+    ms, bf16 / fp32, 12 heads x 64 features, on two shared cores with AMX; `python tools/bench/bench.py attention`
+    measures yours:
 
                                     explicit         sdpa    definition   products alone
         16 x 103 tokens, training    17 / 31      94 / 51      25 / 53         5 / 12

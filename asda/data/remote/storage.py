@@ -103,7 +103,7 @@ class LocalFolder(Storage):
         """All of it, after a look at its size."""
         path = self.folder / DATASET_FILE
         if not path.is_file():
-            raise UserError(f"{self} holds no {DATASET_FILE}; make the dataset with tools/make_shards.py --out {self}")
+            raise UserError(f"{self} holds no {DATASET_FILE}; make the dataset with asda shards --out {self}")
         if (num_bytes := path.stat().st_size) > limit_bytes:
             raise UserError(f"{path} has {num_bytes} bytes, more than {limit_bytes}: it is no index")
         try:

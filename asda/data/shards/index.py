@@ -20,7 +20,7 @@ SHARD_SUFFIX = ".tar.zst"
 TAR_END = bytes(1024)  # two zero blocks
 MAX_SAMPLE_BYTES = 256 << 20  # of one clip's tar members; more is refused before it is decompressed
 MAX_DATASET_FILE_BYTES = 256 << 20  # AudioSet's 2 million clips need 20 MiB
-REPAIR = "restore the shard or make it again with tools/make_shards.py"
+REPAIR = "restore the shard or make it again with asda shards"
 
 Count = Annotated[int, Field(ge=0)]
 Hash64 = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]

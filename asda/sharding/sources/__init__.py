@@ -1,7 +1,7 @@
 """Where clips come from: one short module per source, all in the table SOURCES.
 
 A source lists clips and what is known about them; it opens no audio. To add one, write a function
-(input paths, options) -> Listing and name it in SOURCES: tools/make_shards.py offers it as --source.
+(input paths, options) -> Listing and name it in SOURCES: asda shards offers it as --source.
 """
 
 from asda.sharding.sources.arguments import SOURCE_HELP, SOURCES, add_source_arguments, list_clips, options_from

@@ -1,6 +1,6 @@
 """One HTML page about a run, or about several beside each other.
 
-    python tools/report.py RUN [RUN ...] --out report.html
+    asda report RUN [RUN ...] --out report.html
 
 Pre-trainings and fine-tunings, mixed at will: what each is, held-out figures, curves, pace and memory, how the
 configurations differ, confusions, what students see, where the teacher looks. Everything is inside the page, so it can
@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attention_maps import SIGNED, Network, clip_log_mel, load_network
-from attention_noise import choose_clips, make_mixtures, measure, ratio_estimate
-from report_figures import (
+
+from asda.commands.report_figures import (
     CLASSIFYING,
     MOST_POINTS,
     NUMBERED_CLASSES,
@@ -32,8 +31,17 @@ from report_figures import (
     mask_panels,
     swatch,
 )
-from report_runs import Judged, Run, confusions, differences, held_out, in_words, median, read_runs, training_hours
-
+from asda.commands.report_runs import (
+    Judged,
+    Run,
+    confusions,
+    differences,
+    held_out,
+    in_words,
+    median,
+    read_runs,
+    training_hours,
+)
 from asda.config.model import PretrainConfig
 from asda.config.presets import departures
 from asda.data.clips import Clip, ClipDataset, read_clips
@@ -41,11 +49,13 @@ from asda.data.order import Draw
 from asda.data.remote.cache import CacheConfig
 from asda.data.remote.fetch import shareable
 from asda.errors import UserError, exit_with_sentence
+from asda.evaluation.attention_maps import SIGNED, Network, clip_log_mel, load_network
+from asda.evaluation.attention_noise import choose_clips, make_mixtures, measure, ratio_estimate
 from asda.sharding.writer import write_file
 
 EPILOG = """examples:
-  python tools/report.py runs/mine
-  python tools/report.py runs/pretrain runs/finetune runs/scratch --out comparison.html
+  asda report runs/mine
+  asda report runs/pretrain runs/finetune runs/scratch --out comparison.html
 
 A run whose data or checkpoints are not there has no pictures, and the page says why. Held-out figures are those of
 asda/evaluate.py where it has been run and of data.test, of the best step and the last; else the newest of data.valid.
@@ -345,7 +355,7 @@ def _attention_caption(network: Network) -> str:
         f"attention were spread evenly. The points by block are from {MIXTURES} training clips of which one half was "
         "replaced by half of another clip: how much weight the patches that stayed put on the replaced half, over what "
         "they put on it before; below 1 they turn away from it. Bars cover 95 % (bootstrap over clips). "
-        "docs/attention_measure.md defines it, tools/attention.py measures it on other clips."
+        "docs/attention_measure.md defines it, asda attention measures it on other clips."
     )
 
 
@@ -410,10 +420,10 @@ def _percent(share: float | None) -> str | None:
     return None if share is None else f"{100 * share:.1f} %"
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="tools/report.py",
+        prog="asda report",
         description="One HTML page about a run, or about several beside each other.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -423,5 +433,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and write the page."""
+    write_report(parse_args(argv))
+
+
 if __name__ == "__main__":
-    exit_with_sentence(lambda: write_report(parse_args()))
+    exit_with_sentence(main)

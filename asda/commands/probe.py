@@ -13,10 +13,10 @@ from statistics import fmean
 from typing import NamedTuple
 
 import torch
-from crossval import interval, names, other_splits
 from torch import nn
 
 from asda.checkpoint.read import read_description, resolve_checkpoint
+from asda.commands.crossval import interval, names, other_splits
 from asda.config.base import MOST
 from asda.config.data import DataConfig
 from asda.config.run import Config, Description, EngineConfig, OptimizerConfig, ProbeConfig, RunConfig
@@ -29,9 +29,9 @@ from asda.inference import load
 from asda.models.classifier import make_encoder
 
 EXAMPLES = """examples:
-  python tools/probe.py --checkpoint runs/mine --train shards/esc10:fold1+fold2 --test shards/esc10:fold3 --random
-  python tools/probe.py --checkpoint runs/mine --data shards/esc10 --random       every fold is held out once
-  deepspeed --num_accelerators 2 tools/probe.py --checkpoint weights/eat --train shards/x:train --test shards/x:valid
+  asda probe --checkpoint runs/mine --train shards/esc10:fold1+fold2 --test shards/esc10:fold3 --random
+  asda probe --checkpoint runs/mine --data shards/esc10 --random       every fold is held out once
+  deepspeed --num_accelerators 2 --module asda.commands.probe --checkpoint weights/eat --data shards/x
 """
 
 
@@ -149,7 +149,7 @@ def _fresh(description: Description, seed: int) -> nn.Module:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; sys.argv by default."""
     parser = argparse.ArgumentParser(
-        prog="tools/probe.py",
+        prog="asda probe",
         description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -180,5 +180,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and probe."""
+    probe(parse_args(argv))
+
+
 if __name__ == "__main__":
-    exit_with_sentence(lambda: probe(parse_args()))
+    exit_with_sentence(main)

@@ -1,11 +1,11 @@
 """Speed of the parts beside a baseline, measured in turn in one run: medians, their ratio, and the floor.
 
-    python tools/bench.py                 every benchmark
-    python tools/bench.py data --json     one, as a JSON object on one line
-    python tools/bench.py memory          bytes a rank holds and sends, by ZeRO stage (minutes)
-    python tools/bench.py attention       the ways to compute attention, by shape and dtype (minutes)
-    python tools/bench.py step            a training step of ASDA-base, beside a plain one (minutes)
-    python tools/bench.py metrics         mAP of 20,000 x 527 scores, beside torchmetrics and scikit-learn
+    python tools/bench/bench.py                 every benchmark
+    python tools/bench/bench.py data --json     one, as a JSON object on one line
+    python tools/bench/bench.py memory          bytes a rank holds and sends, by ZeRO stage (minutes)
+    python tools/bench/bench.py attention       the ways to compute attention, by shape and dtype (minutes)
+    python tools/bench/bench.py step            a training step of ASDA-base, beside a plain one (minutes)
+    python tools/bench/bench.py metrics         mAP of 20,000 x 527 scores, beside torchmetrics and scikit-learn
 
 Machines are shared and noisy: quote the ratios, not the rates.
 """
@@ -154,7 +154,7 @@ def print_figures(figures: Figures) -> None:
 def main() -> None:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(
-        prog="tools/bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="tools/bench/bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], help="which (default: all)")
     parser.add_argument("--json", action="store_true", help="one JSON object a benchmark, on one line")

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pictures import DB_PER_NEPER, printable, pyplot, show_levels
 from tqdm import tqdm
 
 import asda
+from asda.commands.pictures import DB_PER_NEPER, printable, pyplot, show_levels
 from asda.data.audio.find import audio_files
 from asda.data.audio.read import read_wave
 from asda.data.audio.waves import SAMPLE_RATE_HZ, AudioError
@@ -34,24 +34,25 @@ MOST_ROWS = 20  # of the picture's tags
 
 EXAMPLES = """
 examples
-  python tools/predict.py --model runs/mine_tags dog.wav
+  asda predict --model runs/mine_tags dog.wav
       the five strongest tags; --model takes a fine-tuned run, one of its checkpoints, or converted weights
-  python tools/predict.py --model weights/eat --json --top 527 recordings > tags.jsonl
+  asda predict --model weights/eat --json --top 527 recordings > tags.jsonl
       all audio below a folder, one object per file: file, duration_s, tags [{label, probability}]
-  python tools/predict.py --model weights/eat --timeline --hop 0.5 street.flac
+  asda predict --model weights/eat --timeline --hop 0.5 street.flac
       the strongest tag around every 0.5 s; with --json all classes of all windows: timeline {starts_s, ends_s,
       labels [class], probabilities [window][class]}. Windows shorter than the clips that the model was trained on
       (--window) tell times apart better and classes worse
-  python tools/predict.py --model weights/eat --picture street.png --hop 0.5 street.flac
+  asda predict --model weights/eat --picture street.png --hop 0.5 street.flac
       a spectrogram, and the strongest tags over time below it
 
 A file that cannot be used is named on stderr with the reason. The others are done all the same; the exit code is 2.
 """
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read these arguments, or the command line."""
     parser = argparse.ArgumentParser(
+        prog="asda predict",
         description="Say what is heard in audio files: the strongest tags of each, and over time.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -67,7 +68,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--hop", type=float, metavar="S", help="seconds from one window to the next (default: a window)")
     add("--picture", type=Path, metavar="PNG", help="draw spectrogram and tags over time of one file")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network computes")
-    return parser.parse_args(arguments)
+    return parser.parse_args(argv)
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -211,12 +212,12 @@ def draw_tags(axes: "Axes", timeline: Timeline, labels: tuple[str, ...], top: in
     axes.figure.colorbar(image, ax=axes, label="probability", pad=0.06)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run; end quietly when the reader of stdout has gone."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
-    predict(parse_args())
+    predict(parse_args(argv))
 
 
 if __name__ == "__main__":

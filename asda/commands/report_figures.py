@@ -11,7 +11,13 @@ from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
-from attention_maps import (
+
+from asda.commands.pictures import DB_PER_NEPER, mel_bin, pyplot, show_levels, show_patches
+from asda.commands.report_runs import Run
+from asda.config.model import PretrainConfig
+from asda.data.clips import Clip
+from asda.data.order import clip_rng
+from asda.evaluation.attention_maps import (
     FIRST,
     ONLY,
     SECOND,
@@ -23,12 +29,6 @@ from attention_maps import (
     named_maps,
     on_patches,
 )
-from pictures import DB_PER_NEPER, mel_bin, pyplot, show_levels, show_patches
-from report_runs import Run
-
-from asda.config.model import PretrainConfig
-from asda.data.clips import Clip
-from asda.data.order import clip_rng
 from asda.models.masks import inverse_block_masks
 
 COLOURS = ("#3d85c6", "#e07a1f", "#3f9b57", "#b4559e", "#c39b16", "#d1495b", "#7b8794", "#1aa6b7")  # on any paper
@@ -96,7 +96,7 @@ def look(number: int) -> tuple[str, str]:
 
 def to_svg(draw: Callable[[Any, Any], None], alt: str, size: tuple[float, float] = PANEL_INCHES) -> str:
     """A picture for a page of HTML: `draw` is given a figure of `size` inches and its axes; `alt` describes it."""
-    plt = pyplot("tools/report.py")
+    plt = pyplot("asda report")
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=size, layout="constrained")
         draw(figure, axes)

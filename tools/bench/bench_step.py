@@ -1,6 +1,6 @@
 """One training step of ASDA-base beside a plain implementation of the same: time, arithmetic, memory, saving.
 
-The plain one (tools/plain_asda.py) steps as one writes it: torch.optim.AdamW, clip_grad_norm_, a loop over the
+The plain one (tools/bench/plain_asda.py) steps as one writes it: torch.optim.AdamW, clip_grad_norm_, a loop over the
 parameters for the teacher. Each side lives in a process of its own, and the processes step in turn.
 
 Shapes: M students of a clip, N patches of it, K visible ones, P pixels of a patch.
@@ -35,7 +35,7 @@ from asda.models.costs import gemm_rate, network_costs
 from asda.models.masks import visible_patches
 from asda.objectives import Pretraining, make_objective
 
-CONFIG = Path(__file__).parents[1] / "configs" / "as2m.json"
+CONFIG = Path(__file__).parents[2] / "configs" / "as2m.json"
 OVERRIDES = ["optimizer.batch=1", "engine.micro_batch=1"]
 WARM_UP, ROUNDS = 2, 7  # steps of each side; the median of the rounds counts
 DECAY, LEARNING_RATE = 0.9998, 1e-5
@@ -335,7 +335,7 @@ def saving_figures(ours: Side) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="One side of the benchmark; tools/bench.py step runs them all.")
+    parser = argparse.ArgumentParser(description="One side of the benchmark; tools/bench/bench.py step runs them all.")
     parser.add_argument("side", choices=SIDES)
     parser.add_argument("precision", choices=DTYPES)
     chosen = parser.parse_args()

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from shard_tables import MIB, dataset_figures, shortened, tables
 from tqdm import tqdm
 
+from asda.commands.shard_tables import MIB, dataset_figures, shortened, tables
 from asda.data.audio.waves import SAMPLE_RATE_HZ, AudioError, decode_wav
 from asda.data.remote.cache import CacheConfig
 from asda.data.shards.index import REPAIR, TAR_END, DatasetIndex
@@ -29,27 +29,27 @@ from asda.sharding.workers import Progress
 from asda.sharding.writer import write_file
 
 if TYPE_CHECKING:
-    from pictures import Panel
+    from asda.commands.pictures import Panel
 
 COLUMNS = ("key", "split", "shard", "seconds", "labels", "source")
-MAKER = "tools/make_shards.py"
+MAKER = "asda shards"
 MOST_PANELS = 400  # of a contact sheet; Agg draws up to 65,536 pixels
 
 EXAMPLES = """
 examples
-  python tools/inspect_shards.py shards/esc50
+  asda inspect shards/esc50
       splits, hours, bytes, classes and lengths; --json for programs, --classes all for every class
-  python tools/inspect_shards.py shards/esc50 --verify
-      read everything, and name every clip and file that is damaged (tools/make_shards.py --verify does so on all cores)
-  python tools/inspect_shards.py shards/esc50 --find dog
+  asda inspect shards/esc50 --verify
+      read everything, and name every clip and file that is damaged (asda shards --verify does so on all cores)
+  asda inspect shards/esc50 --find dog
       the clips with a label, as CSV: key, split, shard, seconds, labels, source
-  python tools/inspect_shards.py shards/esc50 --list --columns key,seconds > clips.csv
+  asda inspect shards/esc50 --list --columns key,seconds > clips.csv
       all clips; without the column source, which stands in the shards, only their indexes are read
-  python tools/inspect_shards.py shards/esc50 --sheet dogs.png --find dog --num 24
+  asda inspect shards/esc50 --sheet dogs.png --find dog --num 24
       a contact sheet of spectrograms of a random sample
-  python tools/inspect_shards.py shards/esc50 --key 1-100032-A-0 --split fold1
+  asda inspect shards/esc50 --key 1-100032-A-0 --split fold1
       one clip: labels, length, the bytes of the shard that hold it, what its JSON says
-  python tools/inspect_shards.py shards/esc50 --export 1-100032-A-0 dog.wav
+  asda inspect shards/esc50 --export 1-100032-A-0 dog.wav
       that clip as a WAV, to the bit as it lies in the shard
 """
 
@@ -77,9 +77,10 @@ class Clip(NamedTuple):
         return self.shard.index.labels[self.number]
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read these arguments, or the command line."""
     parser = argparse.ArgumentParser(
+        prog="asda inspect",
         description="Say what is in a dataset of shards, and whether all of it is intact.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -106,7 +107,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         " --list do so by themselves, the others fetch single clips, which some servers refuse",
     )
     add("--json", action="store_true", help="the tables, or the clip of --key, as one JSON object")
-    return parser.parse_args(arguments)
+    return parser.parse_args(argv)
 
 
 def inspect_shards(args: argparse.Namespace) -> None:
@@ -152,7 +153,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.sheet and args.sheet.suffix.lower() != ".png":
         raise UserError(f"--sheet {args.sheet} must end in .png")
     if args.sheet:
-        from pictures import pyplot  # here and below, because it brings the log-mel, which takes seconds
+        from asda.commands.pictures import pyplot  # here and below, because it brings the log-mel, which takes seconds
 
         pyplot("--sheet")
 
@@ -252,7 +253,7 @@ def read_members(clip: Clip) -> tuple[bytes, dict[str, Any]]:
 
 
 def list_clips(dataset: DatasetIndex, clips: Iterable[Clip], columns: list[str]) -> None:
-    """Print a CSV. Labels are separated by ";", as tools/make_shards.py reads them."""
+    """Print a CSV. Labels are separated by ";", as asda shards reads them."""
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(columns)
     for clip in tqdm(clips, unit="clip", disable=sys.stdout.isatty() or not sys.stderr.isatty()):
@@ -350,7 +351,7 @@ def verify(dataset: DatasetIndex, names: Iterable[str]) -> None:
 
 def draw_sheet(out: Path, clips: list[Clip], dataset: DatasetIndex) -> None:
     """Write a picture with the log-mel of every clip."""
-    from pictures import draw_panels
+    from asda.commands.pictures import draw_panels
 
     bar = tqdm(clips, unit="clip", disable=not sys.stderr.isatty(), leave=False)
     panels = [clip_panel(dataset, clip) for clip in bar]
@@ -361,8 +362,7 @@ def draw_sheet(out: Path, clips: list[Clip], dataset: DatasetIndex) -> None:
 
 def clip_panel(dataset: DatasetIndex, clip: Clip) -> "Panel":
     """The picture of one clip: key, labels and length stand under it."""
-    from pictures import CAPTION_CHARACTERS, DB_PER_NEPER, make_panel
-
+    from asda.commands.pictures import CAPTION_CHARACTERS, DB_PER_NEPER, make_panel
     from asda.data.features.fbank import log_mel
 
     length = f"{clip.num_samples / SAMPLE_RATE_HZ:.2f} s"
@@ -371,12 +371,12 @@ def clip_panel(dataset: DatasetIndex, clip: Clip) -> "Panel":
     return make_panel(log_mel(decode_wav(read_members(clip)[0])) * DB_PER_NEPER, caption)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run; end quietly when the reader of stdout has gone."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # sources need not be UTF-8
-    inspect_shards(parse_args())
+    inspect_shards(parse_args(argv))
 
 
 if __name__ == "__main__":

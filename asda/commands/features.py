@@ -50,11 +50,11 @@ REPORT_EVERY_S = 10.0  # between lines of progress where stderr is not a termina
 
 EXAMPLES = """
 examples
-  python tools/extract_features.py --model runs/mine --out features/mine recordings
+  asda features --model runs/mine --out features/mine recordings
       an embedding [width] of every audio file below recordings/: features/mine/dog/1.npz of dog/1.wav
-  python tools/extract_features.py --model runs/mine --out features/esc --granularity frame shards/esc:train+valid
+  asda features --model runs/mine --out features/esc --granularity frame shards/esc:train+valid
       embeddings [time, width] of every clip of two splits: a file per shard, in it an array per clip, named by its key
-  python tools/extract_features.py --model weights/eat --out features/l9 --layer 9 --format safetensors a.wav b.flac
+  asda features --model weights/eat --out features/l9 --layer 9 --format safetensors a.wav b.flac
       the output of the ninth block
 
 granularity
@@ -108,9 +108,10 @@ class Task:
     read: Callable[[], Iterator[list[Sound]]]  # its sounds in batches; raises AudioError or UserError
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read these arguments, or the command line."""
     parser = argparse.ArgumentParser(
+        prog="asda features",
         description="Write the embeddings of audio files, folders or shards: a file for each of them, resumable.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -125,7 +126,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--weights", choices=("student", "teacher"), default="student", help="of a pre-training run")
     add("--format", choices=WRITERS, default="npz", help="of the files (default %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network computes")
-    return parser.parse_args(arguments)
+    return parser.parse_args(argv)
 
 
 def extract(args: argparse.Namespace) -> None:
@@ -374,10 +375,10 @@ WRITERS: dict[str, Callable[[BinaryIO, dict[str, np.ndarray], str], None]] = {
 }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run, and clean up after SIGTERM as after Ctrl-C."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    extract(parse_args())
+    extract(parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How much attention falls on irrelevant context: a table, a JSON file and a picture.
 
-    python tools/attention.py RUN [RUN ...] --data FOLDER:SPLIT [--clips 64] [--out attention.json]
+    asda attention RUN [RUN ...] --data FOLDER:SPLIT [--clips 64] [--out attention.json]
 
 Half of each clip is replaced by half of an unrelated one; docs/attention_measure.md defines the figures.
 """
@@ -14,18 +14,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attention_maps import SIGNED, Network, attention_of, block_inputs, load_network, named_maps, on_patches
-from attention_noise import Estimate, Mixture, choose_clips, make_mixtures, mean_estimate, measure, ratio_estimate
-from pictures import DB_PER_NEPER, pyplot, show_levels, show_patches
-from report_runs import distinct_names
 
+from asda.commands.pictures import DB_PER_NEPER, pyplot, show_levels, show_patches
+from asda.commands.report_runs import distinct_names
 from asda.config.base import MOST
 from asda.data.clips import ClipDataset
 from asda.errors import UserError, exit_with_sentence
+from asda.evaluation.attention_maps import (
+    SIGNED,
+    Network,
+    attention_of,
+    block_inputs,
+    load_network,
+    named_maps,
+    on_patches,
+)
+from asda.evaluation.attention_noise import (
+    Estimate,
+    Mixture,
+    choose_clips,
+    make_mixtures,
+    mean_estimate,
+    measure,
+    ratio_estimate,
+)
 
 EPILOG = """examples:
-  python tools/attention.py runs/mine --data shards/mine:valid
-  python tools/attention.py runs/two_maps runs/one_map --data shards/esc10:fold4 --context noise --query cls
+  asda attention runs/mine --data shards/mine:valid
+  asda attention runs/two_maps runs/one_map --data shards/esc10:fold4 --context noise --query cls
 
 Per block and map: unrelated is the weight on the unrelated half over that under uniform attention, own the same before
 the half was replaced, and unrelated / own what the content does: less than 1 turns away from what does not belong.
@@ -98,7 +114,7 @@ def _in_words(estimate: Estimate) -> str:
 
 def draw(networks: dict[str, Network], mixtures: Sequence[Mixture]) -> bytes:
     """PNG: a row a network and mixture, with what the patches that stayed take from all patches in the last block."""
-    plt = pyplot("tools/attention.py")
+    plt = pyplot("asda attention")
     rows = [(name, mixture) for name in networks for mixture in mixtures]
     figure, grid = plt.subplots(len(rows), 4, figsize=(14, 2.4 * len(rows) + 0.5), squeeze=False, layout="constrained")
     for axes, (name, mixture) in zip(grid, rows, strict=True):
@@ -131,10 +147,10 @@ def _draw_row(figure: Any, axes: Any, name: str, network: Network, mixture: Mixt
         one.set_axis_off()
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="tools/attention.py",
+        prog="asda attention",
         description="How much attention falls on context that has nothing to do with the sound.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -163,5 +179,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and compare."""
+    compare(parse_args(argv))
+
+
 if __name__ == "__main__":
-    exit_with_sentence(lambda: compare(parse_args()))
+    exit_with_sentence(main)

@@ -1,6 +1,6 @@
-"""What tools/gpu_day.py computes itself, each part in a process of its own, so that no part inherits another's memory.
+"""What gpu_day.py computes itself, each part in a process of its own, so that no part inherits another's memory.
 
-    python tools/gpu_parts.py parity [--cpu]
+    python tools/bench/gpu_parts.py parity [--cpu]
 
 prints its findings as one JSON object on the last line. Shapes: as in asda/models/pretrain.py.
 """
@@ -31,7 +31,7 @@ from asda.models.costs import gemm_rate, network_costs
 from asda.models.masks import visible_patches
 from asda.models.pretrain import MaskedStudents
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STATS = 'data.log_mel={"mean": -4, "std": 4}'
 PACKAGES = ("torch", "deepspeed", "triton", "nvidia-dali-cuda130", "numpy")
 # Another order of the same sums has another rounding, of about the same size: an error more than so many times that of
@@ -174,7 +174,7 @@ def _ram_gib() -> float:
 
 def main() -> None:
     """Parse the command line, compute one part, print it."""
-    parser = argparse.ArgumentParser(prog="tools/gpu_parts.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="tools/bench/gpu_parts.py", description=__doc__)
     parser.add_argument("part", choices=("machine", "parity", "gemm", "step"))
     parser.add_argument("--cpu", action="store_true", help="the same on the CPU, and tiny")
     parser.add_argument("--micro-batch", type=int, default=1, help="clips of a step")

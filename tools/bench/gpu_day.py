@@ -25,7 +25,7 @@ from typing import Any
 
 from asda.errors import UserError, exit_with_sentence
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CUDA_TESTS = ("tests/test_triton_attention.py", "tests/test_pipeline.py")
 STEPS, SAVED_AT = 12, 6  # of the short runs, and where the continued one begins
 # Losses of the same run computed in another order: roundings of 2^-24 (fp32) and 2^-9 (bf16, fp16 master weights aside)
@@ -80,7 +80,7 @@ class Day:
     def part(self, name: str, *argv: object) -> Found:
         """A part of gpu_parts.py."""
         return json.loads(
-            self.python("tools/gpu_parts.py", name, *(["--cpu"] if self.cpu else []), *argv).splitlines()[-1]
+            self.python("tools/bench/gpu_parts.py", name, *(["--cpu"] if self.cpu else []), *argv).splitlines()[-1]
         )
 
     def train(self, run: Path, ranks: int, *overrides: str, config: str = "demo_pretrain") -> dict[int, float]:
@@ -203,19 +203,19 @@ def training(day: Day) -> Found:
 
 
 def data(day: Day) -> Found:
-    """Host time per clip: tools/bench.py data."""
+    """Host time per clip: tools/bench/bench.py data."""
     return _benchmark(day, "data")
 
 
 def attention(day: Day) -> Found:
-    """The ways to compute attention: tools/bench.py attention."""
+    """The ways to compute attention: tools/bench/bench.py attention."""
     return _benchmark(day, "attention")
 
 
 def _benchmark(day: Day, name: str) -> Found:
     if day.cpu:
         return {"status": "skipped", "reason": "minutes on a CPU, and tested by itself"}
-    return json.loads(day.python("tools/bench.py", name, "--json").splitlines()[-1])
+    return json.loads(day.python("tools/bench/bench.py", name, "--json").splitlines()[-1])
 
 
 def largest_difference(losses: dict[int, float], others: dict[int, float]) -> float:

@@ -17,9 +17,9 @@ from asda.errors import UserError, exit_with_sentence
 from asda.models.costs import Network, in_flop, network_costs
 
 EXAMPLES = """examples
-  python tools/describe.py configs/as2m.json
-  python tools/describe.py configs/as2m.json preset=eat size=large
-  python tools/describe.py runs/real_pretrain
+  asda describe configs/as2m.json
+  asda describe configs/as2m.json preset=eat size=large
+  asda describe runs/real_pretrain
       the newest checkpoint of a run; or one checkpoint, or a folder of converted weights
 """
 COLUMN = 12  # characters of the first column
@@ -100,16 +100,16 @@ def _read(path: Path, overrides: list[str]) -> tuple[Config | Description, int]:
     return load_config(path, overrides), 0
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Parse the command line and describe."""
     parser = argparse.ArgumentParser(
-        prog="tools/describe.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawTextHelpFormatter
+        prog="asda describe", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("path", type=Path, help="a configuration (JSON), a run, a checkpoint, or converted weights")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
     parser.add_argument("--classes", type=int, default=0, help="of a classifier's head, where the data decides them")
     parser.add_argument("--json", action="store_true", help="one JSON object on one line")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not 0 <= args.classes <= MOST:
         raise UserError(f"--classes {args.classes} must be a whole number from 0 to {MOST}")
     what, classes = _read(args.path, args.overrides)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-from attention_maps import SIGNED, Network, attention_of, block_inputs, named_maps
 from torch import Tensor
 
 from asda.data.audio.waves import INT16_SCALE
@@ -21,6 +20,7 @@ from asda.data.clips import Clip, ClipDataset, read_clips
 from asda.data.features.fbank import log_mel, num_frames, num_samples
 from asda.data.order import Draw
 from asda.errors import UserError
+from asda.evaluation.attention_maps import SIGNED, Network, attention_of, block_inputs, named_maps
 
 Context = Literal["clip", "noise"]
 Query = Literal["patches", "cls"]

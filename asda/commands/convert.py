@@ -25,15 +25,15 @@ from asda.official.safe_load import plain, safe_load
 
 EXAMPLES = """
 examples
-  python tools/convert_checkpoint.py EAT-base_epoch30_pt.pt --out weights/eat
+  asda convert EAT-base_epoch30_pt.pt --out weights/eat
       a pre-trained checkpoint; then: deepspeed asda/train.py ... objective.init_from=weights/eat preset=eat
-  python tools/convert_checkpoint.py EAT-base_epoch30_ft.pt --out weights/eat_as2m
+  asda convert EAT-base_epoch30_ft.pt --out weights/eat_as2m
       a fine-tuned one; with 527 classes it gets AudioSet's labels, others take --labels FILE
-  python tools/convert_checkpoint.py EAT-base_epoch30_pretrain/ --out weights/eat
+  asda convert EAT-base_epoch30_pretrain/ --out weights/eat
       a folder from Hugging Face (config.json, model.safetensors), or its model.safetensors alone
-  python tools/convert_checkpoint.py ast-finetuned-audioset-10-10-0.4593/ --out weights/ast
+  asda convert ast-finetuned-audioset-10-10-0.4593/ --out weights/ast
       an AST from Hugging Face; then: deepspeed asda/train.py --config configs/esc50_ast.json
-  python tools/convert_checkpoint.py runs/as2m --to official --out asda.pt
+  asda convert runs/as2m --to official --out asda.pt
       a run, a checkpoint of it or converted weights, as a file that fairseq with the official code loads
 
 what is read
@@ -47,10 +47,14 @@ COLUMN = 12  # characters of the first column
 MIB = 1 << 20
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read these arguments, or the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="asda convert",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("input", type=Path, help="the checkpoint: a file, or a folder")
@@ -72,7 +76,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--preset", choices=("released", "paper"), help="lambda of an ASDA only: 0.1 as released (default), or 0.3")
     add("--force", action="store_true", help="replace --out")
-    return parser.parse_args(arguments)
+    return parser.parse_args(argv)
 
 
 def to_ours(args: argparse.Namespace) -> list[str]:
@@ -233,9 +237,9 @@ def convert(args: argparse.Namespace) -> None:
     print("\n".join(to_theirs(args) if args.to == "official" else to_ours(args)))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Parse the command line and convert."""
-    convert(parse_args())
+    convert(parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""ASDA's pre-training as one writes it from the paper with torch.nn: the baseline of tools/bench_step.py.
+"""ASDA's pre-training as one writes it from the paper with torch.nn: the baseline of tools/bench/bench_step.py.
 
 Explicit maps of attention, nn.LayerNorm, F.gelu, nn.Conv2d, losses over the masked patches. tests/test_bench_step.py
 shows that its losses, gradients and targets are those of asda.models.

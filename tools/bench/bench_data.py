@@ -1,4 +1,4 @@
-"""`tools/bench.py data`: the way of a clip from the disk to patches and masks, beside three usual ways.
+"""`tools/bench/bench.py data`: the way of a clip from the disk to patches and masks, beside three usual ways.
 
 All read the same sounds, make the same log-mel and mask it 16 times. One process (or thread) a core each:
 
@@ -60,7 +60,7 @@ from asda.data.stream import patch_maker, training_batches, with_patches
 from asda.models.masks import visible_patches
 from asda.sharding.writer import write_dataset
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CLIP_SECONDS = 10
 OFFICIAL_RATE_HZ = 32_000
 FRAMES, PATCH, MEL_BINS = 1024, 16, 128

@@ -1,6 +1,6 @@
 """A configuration over held-out splits and seeds: mean, deviation and interval, and the difference to another such run.
 
-    python tools/crossval.py --config configs/esc50_asda.json --data shards/esc50 --out runs/esc50
+    asda crossval --config configs/esc50_asda.json --data shards/esc50 --out runs/esc50
 
 Each split of the dataset is held out in turn, and the others train. Every training is a run of asda/train.py in a
 folder of its own; what is judged is its last step. Stopped, the same command goes on; finished, it only prints.
@@ -46,14 +46,14 @@ STUDENT = (
 NORMAL = 1.960
 
 EXAMPLES = """examples:
-  python tools/crossval.py --config configs/esc50_asda.json --data shards/esc50 --out runs/esc50
+  asda crossval --config configs/esc50_asda.json --data shards/esc50 --out runs/esc50
       the five folds of ESC-50; prints each, then their mean and deviation
-  python tools/crossval.py --config configs/real_finetune.json --data shards/words --hold-out valid --seeds 1,2,3 \\
+  asda crossval --config configs/real_finetune.json --data shards/words --hold-out valid --seeds 1,2,3 \\
       --out runs/words objective.init_from=runs/a
       trains on all splits but valid, with three seeds
-  python tools/crossval.py ... --out runs/scratch objective.init_from= --against runs/words
+  asda crossval ... --out runs/scratch objective.init_from= --against runs/words
       as well, and then the difference of the two, run by run
-  python tools/crossval.py ... --seeds 1,2,3 'objective.init_from=runs/pretrained-{seed}'
+  asda crossval ... --seeds 1,2,3 'objective.init_from=runs/pretrained-{seed}'
       {seed} and {fold} in an override stand for those of the run
 
 The interval is Student's, 95 %, over all runs, or over all differences of runs with equal fold and seed. Runs share
@@ -363,7 +363,7 @@ def planned(args: argparse.Namespace) -> Plan:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; sys.argv by default."""
     parser = argparse.ArgumentParser(
-        prog="tools/crossval.py",
+        prog="asda crossval",
         description="Train a configuration once for every held-out split and seed, and sum up.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -381,9 +381,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Parse the command line, train, and print."""
-    args = parse_args()
+    args = parse_args(argv)
     plan = planned(args)
     claim(plan)
     if args.against:  # after the claim, because a call may be compared with itself

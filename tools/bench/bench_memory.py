@@ -31,7 +31,7 @@ from asda.engine.zero import make_engine
 from asda.models.costs import rank_memory
 from asda.objectives import Pretraining, make_objective
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "as2m.json"
 LOW_BYTES, FULL_BYTES = 2, 4  # a value in bf16 or fp16, and in fp32
 MB = 1e6
@@ -222,7 +222,7 @@ def resident_bytes() -> int:
 
 def main() -> None:
     """Be one rank: measure, and print what was found as the last line."""
-    parser = argparse.ArgumentParser(prog="tools/bench_memory.py", description="one rank of `bench.py memory`")
+    parser = argparse.ArgumentParser(prog="tools/bench/bench_memory.py", description="one rank of `bench.py memory`")
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()

@@ -1,0 +1,332 @@
+"""Turn audio files into a dataset of verified shards (shards/README.md is the format's specification)."""
+
+import argparse
+import csv
+import io
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from asda.commands.shard_tables import absent_table, split_figures, split_table
+from asda.data.audio.waves import MAX_SECONDS, SAMPLE_RATE_HZ
+from asda.data.labels import read_labels
+from asda.data.shards.index import DATASET_FILE, FORMAT_VERSION, MAX_SAMPLE_BYTES, DatasetIndex, Duplicates
+from asda.data.shards.read import load_dataset
+from asda.errors import UserError, exit_with_sentence
+from asda.sharding.duplicates import Pair, find_pairs
+from asda.sharding.journal import (
+    DUPLICATES_FILE,
+    MERGE_BYTE,
+    REJECTED_FILE,
+    Journal,
+    Lock,
+    bytes_to_replace,
+    claimed,
+    one_byte,
+    refuse_finished,
+    sweep,
+)
+from asda.sharding.plan import Plan, assign_splits, choose_vocabulary, keyed, parse_split, plan_split
+from asda.sharding.sources import SOURCE_HELP, Listing, add_source_arguments, list_clips, options_from
+from asda.sharding.sources.listing import examples
+from asda.sharding.space import check_space
+from asda.sharding.verify import verify_folder
+from asda.sharding.workers import Workers, worker_pool
+from asda.sharding.writer import WrittenShard, summarize_split, write_dataset, write_file, writing
+
+LONGEST_CLIP_S = MAX_SAMPLE_BYTES // (2 * SAMPLE_RATE_HZ) - 1  # what a reader accepts as one sample
+NOT_IN_COMMAND = {"--out", "--workers", "--part", "--merge", "--overwrite"}  # say how or where, not what is made
+
+EXAMPLES = """
+examples
+  asda shards --source csv --input esc50.csv --out shards/esc50
+      a table with the columns path and label; its column fold becomes the splits fold1, fold2, ...
+  asda shards --source csv --input esc50.csv --out shards/esc50 --split train=1,2,3,4 --split valid=5
+      the same clips, folds 1 to 4 for training and fold 5 held out
+  asda shards --source csv --input all.csv --out shards/words --where language=ar --split train
+      rows of one language, and only those whose column split says train
+  asda shards --source folder --input recordings --out shards/mine --split train=90% --split valid=10%
+      one class per subfolder of recordings/; a tenth of every class held out
+  asda shards --verify --out shards/mine
+      read every file of a dataset and say all that is wrong
+
+a run that was stopped, however it was: the same command goes on behind the last finished shard
+
+several machines with one disk (array jobs)
+  asda shards --source csv --input all.csv --out shards/all --part 1/8
+      writes an eighth of the shards; run 1/8 to 8/8 at any time, in any order. The one that finishes last also writes
+      dataset.json; or run the command with --merge instead of --part
+
+--split, which may be repeated
+  NAME          where the input has splits or folds of that name, only those clips; otherwise all clips go to NAME
+  NAME=V1,V2    the clips whose split or fold is V1 or V2 go to NAME; what no --split names is left out
+  NAME=25%      that share of every class goes to NAME; the percentages must add up to 100
+  Without --split the column split names the splits, else the column fold does (fold1, fold2, ...), else all is train.
+"""
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; --verify needs less of it."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="asda shards",
+        description=__doc__,
+        epilog=EXAMPLES + SOURCE_HELP,
+        formatter_class=formatter,
+        allow_abbrev=False,
+    )
+    add_source_arguments(parser)
+    add = parser.add_argument_group("what becomes of them").add_argument
+    add("--split", action="append", default=[], metavar="NAME[=...]", help="see below")
+    add("--labels", type=Path, metavar="FILE", help="class names, one per line: fixes the ids, others are refused")
+    add("--clips-per-shard", type=int, default=256, metavar="N", help="most clips in a shard (default %(default)s)")
+    add("--max-seconds", type=float, default=MAX_SECONDS, metavar="S", help="reject longer clips (default %(default)g)")
+    verifying = argparse.ArgumentParser(prog="asda shards", description=__doc__, allow_abbrev=False)
+    for each in (parser, verifying):
+        add = each.add_argument_group("where and how").add_argument
+        add("--out", required=True, type=Path, help="the folder to write, made if need be")
+        cores = len(os.sched_getaffinity(0))
+        add("--workers", type=int, default=cores, metavar="N", help="processes (default: all cores)")
+        add("--verify", action="store_true", help="check the dataset in --out; exit code 2 where anything is wrong")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--part", type=parse_part, default=(1, 1), metavar="I/N", help="write the I-th of N parts")
+    either.add_argument("--merge", action="store_true", help="write dataset.json when all parts are finished")
+    parser.add_argument("--overwrite", action="store_true", help="replace the dataset, or other unfinished work")
+    verify = "--verify" in argv and not {"-h", "--help"} & set(argv)
+    return (verifying if verify else parser).parse_args(argv)
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """Read I/N."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text} is no part; write I/N with 1 <= I <= N, as in 3/8")
+    return int(match[1]), int(match[2])
+
+
+def make_shards(args: argparse.Namespace) -> None:
+    """List, plan, write, and report."""
+    check_numbers(args)
+    if args.labels and args.no_labels:
+        raise UserError("--labels and --no-labels contradict each other; give one of them")
+    labels = read_labels(args.labels) if args.labels else None
+    listing = list_clips(args.source, args.input, options_from(args))
+    plan = plan_shards(args, listing, labels or listing.vocabulary)
+    shards = range(0) if args.merge else plan.part(*args.part)
+    if not shards and not args.merge:
+        raise UserError(
+            f"--part {args.part[0]}/{args.part[1]}: there are only {len(plan.tasks)} shards; use fewer parts"
+        )
+    refuse_finished(plan, args.overwrite)
+    started = time.monotonic()
+    journal = Journal(args.out, plan.digest)
+    with worker_pool(args.workers, len(shards)) as workers:
+        unwritten = [task for task in plan.tasks if not journal.has_record(task)]
+        check_space(workers, args.out, unwritten, bytes_to_replace(args.out, plan.digest) if args.overwrite else 0)
+        with (
+            claimed(plan, shards, args.command, args.overwrite) as (journal, lock),
+            workers.ended_by_failure(),  # before claimed() sweeps away what they leave behind
+        ):
+            if (args.out / DATASET_FILE).exists():  # the last run was stopped after its very last step but one
+                journal.remove()
+                dataset = load_dataset(args.out)
+            else:
+                written = write_shards(plan, shards, journal, workers)
+                dataset = finish(plan, listing, written, journal, lock, args)
+    if dataset:
+        report(dataset, time.monotonic() - started, args.workers, left_out(listing, plan))
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Refuse numbers that make no shards."""
+    for name in ("clips_per_shard", "workers"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    if not 0 < args.max_seconds <= LONGEST_CLIP_S:
+        raise UserError(f"--max-seconds {args.max_seconds:g} must be above 0 and at most {LONGEST_CLIP_S}")
+
+
+def plan_shards(args: argparse.Namespace, listing: Listing, labels: tuple[str, ...] | None) -> Plan:
+    """Give every clip its key, its split, its label ids (sorted where no `labels` fix them) and its shard."""
+    splits = assign_splits(keyed(listing.rows), [parse_split(text) for text in args.split])
+    vocabulary = choose_vocabulary(splits, labels)
+    tasks = {
+        name: plan_split(args.out, name, keys, vocabulary, args.clips_per_shard, args.max_seconds)
+        for name, keys in splits.items()
+    }
+    return Plan(args.out, vocabulary, tasks)
+
+
+def command_of(argv: Sequence[str]) -> str:
+    """Return the command that makes the same dataset in one go, in the folder that it lies in.
+
+    Without what changes no byte of the shards, so that parts, workers and a restart change none of dataset.json either.
+    """
+    kept: list[str] = []
+    dropping = False
+    for word in argv:
+        if word.startswith("--"):
+            dropping = word.partition("=")[0] in NOT_IN_COMMAND
+        if not dropping:
+            kept.append(word)
+    command = shlex.join(["python", "tools/make_shards.py", *kept, "--out", "."])
+    return os.fsencode(command).decode(errors="backslashreplace")
+
+
+def write_shards(plan: Plan, shards: range, journal: Journal, workers: Workers) -> dict[int, WrittenShard]:
+    """Write our shards, but for those that are finished; rejected clips and progress go to stderr. By number."""
+    tasks = plan.tasks[shards.start : shards.stop]
+    if num_finished := sum(map(journal.has_record, tasks)):
+        print(f"going on: {num_finished} of {len(tasks)} shards are finished", file=sys.stderr)
+    written = workers.run(journal.produce, tasks, [len(task.clips) for task in tasks], "clip", rejections)
+    return dict(zip(shards, written, strict=True))
+
+
+def rejections(shard: WrittenShard) -> list[str]:
+    """A line for every clip of a shard that could not be read."""
+    return [f"rejected {source}: {reason}" for source, reason in shard.rejected]
+
+
+def finish(
+    plan: Plan,
+    listing: Listing,
+    written: dict[int, WrittenShard],
+    journal: Journal,
+    lock: Lock,
+    args: argparse.Namespace,
+) -> DatasetIndex | None:
+    """Write dataset.json and the tables beside it if all shards are finished, ours and those of other parts."""
+    if (plan.out / DATASET_FILE).exists() or not lock.take(one_byte(MERGE_BYTE)):
+        print(f"this part is done; another one writes {plan.out / DATASET_FILE}")
+        return None
+    others = [number for number in range(len(plan.tasks)) if number not in written]
+    missing = [number for number in others if not journal.has_record(plan.tasks[number])]
+    if missing:
+        unfinished = f"{len(missing)} of {len(plan.tasks)} shards are not finished"
+        if args.merge:
+            raise UserError(f"{unfinished}, the first is {plan.tasks[missing[0]].path.name}; run the other parts first")
+        print(f"this part is done; {unfinished}, the part that finishes last, or --merge, writes {DATASET_FILE}")
+        return None
+    for number in others:
+        shard = journal.read(plan.tasks[number])
+        if shard is None:
+            raise UserError(f"{plan.tasks[number].path} is not what its part wrote; run that part again")
+        written[number] = shard
+    dataset = write_tables(plan, listing, written, args.command)
+    sweep(plan.out)
+    journal.remove()
+    return dataset
+
+
+def write_tables(plan: Plan, listing: Listing, written: Mapping[int, WrittenShard], command: str) -> DatasetIndex:
+    """Write what was rejected, what is there twice, and dataset.json last."""
+    numbers = iter(range(len(plan.tasks)))
+    splits = {name: [written[next(numbers)] for _ in tasks] for name, tasks in plan.splits.items()}
+    rejected = [clip for shards in splits.values() for shard in shards for clip in shard.rejected]
+    for name, shards in splits.items():
+        if not any(shard.entry for shard in shards):
+            reason = shards[0].rejected[0]
+            raise UserError(f"split {name}: none of its clips could be read; the first is {': '.join(reason)}")
+    rejected += sorted(listing.missing)
+    clips = [(key, name) for name, shards in splits.items() for shard in shards for key in shard.keys]
+    pairs = find_pairs([prints for shards in splits.values() for shard in shards for prints in shard.prints])
+    write_table(plan.out / REJECTED_FILE, ("path", "reason"), rejected)
+    header = ("kind", "key", "split", "other_key", "other_split", "differing_bits")
+    rows = [(pair.kind, *clips[pair.first], *clips[pair.second], pair.differing_bits) for pair in pairs]
+    write_table(plan.out / DUPLICATES_FILE, header, rows)
+    dataset = DatasetIndex(
+        format_version=FORMAT_VERSION,
+        sample_rate_hz=SAMPLE_RATE_HZ,
+        vocabulary=plan.vocabulary,
+        splits={name: summarize_split(shards, len(plan.vocabulary)) for name, shards in splits.items()},
+        rejected=len(rejected),
+        folder=plan.out,
+        duplicates=count_pairs(pairs, [split for _, split in clips]),
+        command=command,
+    )
+    with writing(plan.out / DATASET_FILE):
+        return write_dataset(dataset)
+
+
+def count_pairs(pairs: Sequence[Pair], splits: Sequence[str]) -> Duplicates:
+    """Count the pairs of duplicates by kind, and those whose clips lie in two splits."""
+    exact, near = ([p for p in pairs if p.kind == kind] for kind in ("exact", "near"))
+    across = [sum(splits[p.first] != splits[p.second] for p in of_kind) for of_kind in (exact, near)]
+    return Duplicates(len(exact), across[0], len(near), across[1])
+
+
+def write_table(path: Path, header: tuple[str, ...], rows: Sequence[tuple]) -> None:
+    """Write a CSV if it has rows; paths keep bytes that are no UTF-8."""
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    with writing(path):
+        write_file(path, text.getvalue().encode(errors="surrogateescape"))
+
+
+def left_out(listing: Listing, plan: Plan) -> dict[str, int]:
+    """Why rows of the input are not in the dataset, with their numbers."""
+    num_unnamed = len(listing.rows) - sum(len(task.clips) for task in plan.tasks)
+    return listing.left_out | {"clips of splits or folds that no --split names": num_unnamed}
+
+
+def report(dataset: DatasetIndex, seconds: float, num_workers: int, not_in: Mapping[str, int]) -> None:
+    """Print what was written, with units."""
+    figures = {name: split_figures(dataset, split) for name, split in dataset.splits.items()}
+    print("\n".join(split_table(figures)))
+    if any(row["absent_classes"] for row in figures.values()):
+        print("\n".join(absent_table(figures, len(dataset.vocabulary))))
+    num_clips = sum(split.clips for split in dataset.splits.values())
+    print(f"{num_clips} clips in {seconds:.1f} s: {num_clips / seconds:.0f} clips/s with {num_workers} workers")
+    table = f", listed in {dataset.folder / REJECTED_FILE}" if dataset.rejected else ""
+    print(f"rejected: {dataset.rejected} clips{table}")
+    report_alike(dataset.vocabulary)
+    report_duplicates(dataset.duplicates, Path(f"{dataset.folder}") / DUPLICATES_FILE)
+    for reason, count in not_in.items():
+        if count:
+            print(f"left out: {count} {reason}")
+
+
+def report_alike(vocabulary: Sequence[str]) -> None:
+    """Warn of names that people would take for one class."""
+    first: dict[str, str] = {}
+    folded = [(name, " ".join(name.casefold().split())) for name in vocabulary]
+    pairs = [f"{first[plain]!r} and {name!r}" for name, plain in folded if first.setdefault(plain, name) != name]
+    if pairs:
+        shown = examples(pairs, len(pairs))
+        print(
+            f"WARNING: {len(pairs)} pairs of classes differ only in case or white space: {shown}; are they one class?"
+        )
+
+
+def report_duplicates(duplicates: Duplicates, table: Path) -> None:
+    """Say what is there twice, and loudly what training would see of a held-out split."""
+    if duplicates.exact + duplicates.near == 0:
+        return
+    print(f"duplicates: {duplicates.exact} exact and {duplicates.near} near pairs, listed in {table}")
+    across = duplicates.exact_across_splits + duplicates.near_across_splits
+    if across:
+        print(
+            f"WARNING: {across} pairs of duplicates lie in two splits ({duplicates.exact_across_splits} exact, "
+            f"{duplicates.near_across_splits} near): what is held out is also trained on, see {table}"
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run, and clean up after SIGTERM as after Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    args.command = command_of(argv)
+    verify_folder(args.out, args.workers) if args.verify else make_shards(args)
+
+
+if __name__ == "__main__":
+    exit_with_sentence(main)
