@@ -4,7 +4,7 @@
 #   sbatch docs/slurm.sh --config configs/as2m.json data.train=shards/as2m:train run.folder=/shared/runs/as2m
 #
 # run.folder must lie on a disk that all machines share; asda refuses the run otherwise. Written after SLURM's manual and
-# tried with its variables alone (tests/test_hosts.py): nobody has run it on a cluster yet.
+# tried with its variables alone (tests/run/test_folder.py): nobody has run it on a cluster yet.
 
 #SBATCH --job-name=asda
 #SBATCH --nodes=2

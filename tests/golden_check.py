@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+
 import golden
 import golden_data
 import golden_networks

@@ -26,7 +26,7 @@ from typing import Any
 from asda.errors import UserError, exit_with_sentence
 
 ROOT = Path(__file__).resolve().parents[2]
-CUDA_TESTS = ("tests/test_triton_attention.py", "tests/test_pipeline.py")
+CUDA_TESTS = ("tests/models/test_triton_attention.py", "tests/data/features/test_dali.py")
 STEPS, SAVED_AT = 12, 6  # of the short runs, and where the continued one begins
 # Losses of the same run computed in another order: roundings of 2^-24 (fp32) and 2^-9 (bf16, fp16 master weights aside)
 # a value, of which a mean over many terms shows less; Adam's first steps enlarge them.

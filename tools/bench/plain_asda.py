@@ -1,6 +1,6 @@
 """ASDA's pre-training as one writes it from the paper with torch.nn: the baseline of tools/bench/bench_step.py.
 
-Explicit maps of attention, nn.LayerNorm, F.gelu, nn.Conv2d, losses over the masked patches. tests/test_bench_step.py
+Explicit maps of attention, nn.LayerNorm, F.gelu, nn.Conv2d, losses over the masked patches. test_bench_step.py
 shows that its losses, gradients and targets are those of asda.models.
 
 Shapes: B clips, M students of each, S = B * M sequences, N patches of a clip, K visible ones, X masked ones of all, P

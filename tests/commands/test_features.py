@@ -1,0 +1,361 @@
+"""asda features from the outside: what it writes, keeps, refuses, and goes on with."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from tiny_tools import TINY, Done, noise, one_core, run, wav, write_broken, write_pretrained, write_tagger
+
+import asda
+from asda.data.audio.waves import AudioError
+from asda.inference import Model
+
+pytestmark = pytest.mark.usefixtures(one_core.__name__)
+# Of the same clip in batches of other sizes: matrix products of other shapes round in another order. A sum of n
+# products errs by sqrt(n) eps / 2 on average, n = 112 in the widest layer here and eps = 1.2e-7: 6e-7 of the rms, and
+# again in each of four products of three blocks: 2e-6. Five times that for the spread.
+BATCH_ROUNDING = 1e-5
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pretrained(tmp_path_factory.mktemp("weights") / "pretrained")
+
+
+@pytest.fixture(scope="module")
+def model(weights: Path) -> Model:
+    return asda.load(weights)
+
+
+@pytest.fixture
+def recordings(tmp_path: Path) -> Path:
+    """dog/a.wav (2 s, more than a chunk), dog/b.flac (48 kHz), rain.wav."""
+    wav(tmp_path / "recordings" / "dog" / "a.wav", noise(2, seed=1))
+    wav(tmp_path / "recordings" / "dog" / "b.flac", noise(1, rate_hz=48_000, seed=2), rate_hz=48_000)
+    wav(tmp_path / "recordings" / "rain.wav", noise(0.7, seed=3))
+    return tmp_path / "recordings"
+
+
+def extract(*arguments: object) -> Done:
+    return run("features", *arguments)
+
+
+def succeed(*arguments: object) -> Done:
+    done = extract(*arguments)
+    assert done.code == 0, done.err
+    return done
+
+
+def read(path: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """Arrays and metadata, as --help says that they are read."""
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        return arrays, json.loads(str(arrays.pop("metadata.json")))
+    with safe_open(path, "np") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["metadata"])  # noqa: SIM118
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("extension", ["npz", "safetensors"])
+def test_a_folder_becomes_a_file_of_features_per_recording(
+    recordings: Path, weights: Path, model: Model, tmp_path: Path, extension: str
+):
+    out = tmp_path / "out"
+    done = succeed("--model", weights, "--out", out, "--format", extension, recordings)
+    assert set(files_of(out)) == {"features.json", *(f"{n}.{extension}" for n in ("dog/a", "dog/b", "rain"))}
+    assert done.out.startswith("3 clips in ")
+    arrays, metadata = read(out / f"dog/a.{extension}")
+    assert list(arrays) == ["features"]
+    assert np.array_equal(arrays["features"], model.features(noise(2, seed=1), 16_000).utterance.numpy())
+    assert metadata["clips"] == {"features": {"shape": [TINY.width], "duration_s": 2.0}}
+    assert metadata["source"]["path"] == str(recordings / "dog/a.wav")
+    assert (metadata["model"], metadata["weights"]) == (str(weights), "student")
+    arrays, metadata = read(out / f"dog/b.{extension}")
+    assert np.array_equal(
+        arrays["features"], model.features(noise(1, rate_hz=48_000, seed=2), 48_000).utterance.numpy()
+    )
+
+
+@pytest.mark.parametrize("layer", [0, 2, None])
+def test_granularities_have_their_shapes_and_layers_are_those_of_the_api(
+    recordings: Path, weights: Path, model: Model, tmp_path: Path, layer: int | None
+):
+    expected = model.features(noise(2, seed=1), 16_000, layer)
+    num_patches = -(-(1 + (32_000 - 400) // 160) // 16)  # of 16 frames, the last filled up
+    shapes = {
+        "utterance": (TINY.width,),
+        "frame": (num_patches, TINY.width),
+        "patch": (num_patches, 8, TINY.width),
+    }
+    of = {"utterance": expected.utterance, "frame": expected.frames, "patch": expected.patches}
+    for granularity, shape in shapes.items():
+        out = tmp_path / granularity
+        chosen = [] if layer is None else ["--layer", layer]
+        succeed("--model", weights, "--out", out, "--granularity", granularity, *chosen, recordings / "dog" / "a.wav")
+        arrays, metadata = read(out / "a.npz")
+        assert arrays["features"].dtype == np.float32
+        assert arrays["features"].shape == shape == tuple(metadata["clips"]["features"]["shape"])
+        assert np.array_equal(arrays["features"], of[granularity].numpy())
+        assert (metadata["granularity"], metadata["layer"]) == (granularity, 3 if layer is None else layer)
+        times_s = metadata["first_s"] + metadata["hop_s"] * np.arange(num_patches)
+        assert times_s == pytest.approx(expected.times_s.numpy(), abs=1e-6)  # of 2 s in fp32
+
+
+def test_the_teacher_is_another_network_than_the_student(recordings: Path, weights: Path, tmp_path: Path):
+    sound = recordings / "rain.wav"
+    succeed("--model", weights, "--out", tmp_path / "out", "--weights", "teacher", sound)
+    teacher = asda.load(weights, weights="teacher").features(noise(0.7, seed=3), 16_000).utterance.numpy()
+    assert np.array_equal(read(tmp_path / "out" / "rain.npz")[0]["features"], teacher)
+
+
+def test_shards_have_the_features_and_labels_of_their_audio_files(
+    shards: Path, weights: Path, model: Model, tmp_path: Path
+):
+    arguments = ("--model", weights, "--granularity", "frame")
+    succeed(*arguments, "--out", tmp_path / "shards", f"{shards}:train+test")
+    succeed(*arguments, "--out", tmp_path / "files", shards.parent / "audio")
+    shard_files = sorted((tmp_path / "shards").glob("*.npz"))
+    assert [path.stem for path in shard_files] == ["test-000000", "train-000000", "train-000001", "train-000002"]
+    num_clips = 0
+    for path in shard_files:
+        arrays, metadata = read(path)
+        for key, found in arrays.items():
+            name, _, number = key.rpartition("_")  # the class's folder and the file's name
+            (expected, *_), _ = read(tmp_path / "files" / name / f"{number}.npz")[0].values(), None
+            difference = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+            assert difference <= BATCH_ROUNDING, key
+            assert metadata["clips"][key]["shape"] == list(found.shape)
+            assert metadata["clips"][key]["labels"] == [name]
+            num_clips += 1
+    assert num_clips == 64
+
+
+DIES_WHILE_WRITING_ITS_THIRD_FILE = """
+import os, signal, sys
+from asda.commands import features
+commit, calls = features.commit, []
+def dying_commit(file, path):
+    calls.append(path)
+    if len(calls) == 3:
+        file.truncate(file.tell() // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    commit(file, path)
+features.commit = dying_commit
+features.main()
+"""
+
+
+@pytest.mark.parametrize("extension", ["npz", "safetensors"])
+def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(
+    shards: Path, weights: Path, tmp_path: Path, extension: str
+):
+    arguments = ["--model", weights, "--granularity", "patch", "--format", extension, f"{shards}:train+test"]
+    succeed(*arguments, "--out", tmp_path / "whole")
+    out = tmp_path / "killed"
+    command = [sys.executable, "-c", DIES_WHILE_WRITING_ITS_THIRD_FILE, *map(str, arguments), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    whole, found = files_of(tmp_path / "whole"), files_of(out)
+    (half,) = found.keys() - whole.keys()
+    assert half.startswith(f"train-000002.{extension}.")
+    assert half.endswith(".tmp")
+    del found[half]
+    assert set(found) == {"features.json", f"train-000000.{extension}", f"train-000001.{extension}"}
+    assert found.items() <= whole.items()
+    written_ns = {name: (out / name).stat().st_mtime_ns for name in found}
+
+    assert "32 clips had their features before" in succeed(*arguments, "--out", out).out
+    assert files_of(out) == whole
+    assert written_ns == {name: (out / name).stat().st_mtime_ns for name in found}, "finished files are not touched"
+    assert succeed(*arguments, "--out", out).out.startswith("0 clips in ")
+
+
+def test_bytes_do_not_depend_on_the_hour(recordings: Path, weights: Path, tmp_path: Path):
+    succeed("--model", weights, "--out", tmp_path / "out", recordings / "rain.wav")
+    with zipfile.ZipFile(tmp_path / "out" / "rain.npz") as archive:
+        assert {member.date_time for member in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+
+
+def test_features_of_other_settings_or_models_are_never_mixed(recordings: Path, weights: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    common = ("--out", out, recordings / "rain.wav")
+    succeed("--model", weights, *common)
+    before = files_of(out)
+    other = write_tagger(tmp_path / "other")
+    same = shutil.copytree(weights, tmp_path / "same")
+    cases = {
+        "layer 3, not 1": ("--model", weights, "--layer", 1),
+        "granularity utterance, not patch": ("--model", weights, "--granularity", "patch"),
+        "weights student, not teacher": ("--model", weights, "--weights", "teacher"),
+        "file_format npz, not safetensors": ("--model", weights, "--format", "safetensors"),
+        f"another model ({weights})": ("--model", other),
+    }
+    for words, arguments in cases.items():
+        done = extract(*arguments, *common)
+        assert (done.code, done.out) == (2, ""), words
+        (line,) = done.err.splitlines()
+        assert words in line
+        assert "--out" in line
+    assert succeed("--model", same, *common).out.startswith("0 clips"), "a copy of the model is the same model"
+    assert files_of(out) == before
+
+
+def test_features_of_other_audio_of_the_same_name_are_not_taken_for_finished(
+    recordings: Path, weights: Path, tmp_path: Path
+):
+    arguments = ("--model", weights, "--out", tmp_path / "out")
+    succeed(*arguments, recordings)
+    wav(recordings / "rain.wav", noise(0.7, seed=4))
+    (tmp_path / "out" / "dog" / "b.npz").write_bytes(b"damaged")
+    done = extract(*arguments, recordings)
+    assert done.code == 2
+    first, second, last = done.err.splitlines()
+    assert f"error: {recordings}/dog/b.flac: its features {tmp_path}/out/dog/b.npz cannot be read" in first
+    assert f"error: {recordings}/rain.wav: the features {tmp_path}/out/rain.npz are of other audio" in second
+    assert last == "error: 2 of 3 inputs cannot be used"
+
+
+def test_broken_files_and_damaged_shards_are_named_and_the_rest_is_done(
+    shards: Path, recordings: Path, weights: Path, tmp_path: Path
+):
+    copied = shutil.copytree(shards, tmp_path / "shards")
+    damaged = bytearray((copied / "train-000001.tar.zst").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (copied / "train-000001.tar.zst").write_bytes(damaged)
+    (recordings / "rain.wav").write_text("no sound")
+    done = extract(
+        "--model", weights, "--out", tmp_path / "out", recordings, f"{copied}:train", tmp_path / "missing.wav"
+    )
+    assert done.code == 2
+    made = {"dog/a.npz", "dog/b.npz", "train-000000.npz", "train-000002.npz"}
+    assert set(files_of(tmp_path / "out")) == {"features.json", *made}
+    lines = done.err.splitlines()
+    starts = [recordings / "rain.wav", copied / "train-000001.tar.zst", tmp_path / "missing.wav"]
+    assert len(lines) == 4
+    for line, path in zip(lines, starts, strict=False):
+        assert line.startswith("error: ")
+        assert line.count(str(path)) == 1
+    assert lines[-1] == "error: 3 of 7 inputs cannot be used"
+
+
+def test_a_path_that_cannot_be_looked_at_is_named_and_the_others_are_done(
+    recordings: Path, weights: Path, tmp_path: Path
+):
+    long = tmp_path / f"{'x' * 300}.wav"
+    for _ in range(2):  # the second run keeps what the first has made
+        done = extract("--model", weights, "--out", tmp_path / "out", long, recordings / "rain.wav")
+        assert done.code == 2
+        assert done.err.splitlines() == [
+            f"error: {long}: cannot be read: File name too long",
+            "error: 1 of 2 inputs cannot be used",
+        ]
+        assert set(files_of(tmp_path / "out")) == {"features.json", "rain.npz"}
+
+
+def test_features_whose_source_cannot_be_looked_at_any_more_are_named(
+    recordings: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    arguments = ("--model", weights, "--out", tmp_path / "out", recordings)
+    succeed(*arguments)
+
+    def refusing(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("asda.disk.hash_file", refusing)
+    from asda.commands.features import hash_file
+
+    with pytest.raises(AudioError, match="cannot be read: Permission denied"):
+        hash_file(recordings / "rain.wav")
+
+
+@pytest.mark.parametrize("left", ["features.json.123.tmp", "dog/"])
+def test_what_a_run_leaves_that_was_killed_before_its_first_file_is_no_obstacle(
+    recordings: Path, weights: Path, tmp_path: Path, left: str
+):
+    path = tmp_path / "out" / left
+    path.parent.mkdir(parents=True)
+    path.mkdir() if left.endswith("/") else path.write_text("half")
+    succeed("--model", weights, "--out", tmp_path / "out", recordings)
+    assert set(files_of(tmp_path / "out")) == {"features.json", "dog/a.npz", "dog/b.npz", "rain.npz"}
+
+
+def test_the_settings_are_written_before_any_folder_of_the_features(
+    recordings: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(path: Path, content: bytes) -> None:
+        assert not list(path.parent.iterdir())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("asda.commands.features.write_file", full)
+    assert extract("--model", weights, "--out", tmp_path / "out", recordings).code == 2
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_same_weights_with_another_front_end_are_another_model(recordings: Path, weights: Path, tmp_path: Path):
+    other = shutil.copytree(weights, tmp_path / "other")
+    about = json.loads((other / "config.json").read_text())
+    about["data"]["log_mel"]["std"] *= 2
+    (other / "config.json").write_text(json.dumps(about))
+    (other / "manifest.json").unlink(missing_ok=True)
+    succeed("--model", weights, "--out", tmp_path / "out", recordings / "rain.wav")
+    done = extract("--model", other, "--out", tmp_path / "out", recordings / "rain.wav")
+    assert done.code == 2
+    assert "features of another model" in done.err
+
+
+def test_every_kind_of_broken_audio_is_one_sentence_and_leaves_no_folder(weights: Path, tmp_path: Path):
+    for path, words in write_broken(tmp_path / "broken").values():
+        done = extract("--model", weights, "--out", tmp_path / "out", path)
+        assert done.code == 2
+        (line,) = done.err.splitlines()
+        assert line.startswith(f"error: {path}: "), line
+        assert words in line
+        assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_done_is_one_sentence(shards: Path, recordings: Path, weights: Path, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    shutil.copy(recordings / "dog" / "a.wav", recordings / "dog" / "a.ogg.wav")
+    shutil.copy(recordings / "dog" / "a.wav", recordings / "dog" / "a.flac")
+    sound = recordings / "rain.wav"
+    cases = {
+        "holds no audio file": ("--model", weights, tmp_path / "empty"),
+        "there is no checkpoint in": ("--model", tmp_path / "nowhere", sound),
+        "--layer 4 must be from 0 to 3": ("--model", weights, "--layer", 4, sound),
+        "would both become dog/a": ("--model", weights, recordings),
+        "name one of their splits (test, train)": ("--model", weights, shards),
+        "has no split 'nope'": ("--model", weights, f"{shards}:nope"),
+        "holds files but no features.json": ("--model", weights, "--out", recordings, sound),
+        "is not a folder": ("--model", weights, "--out", tmp_path / "file", sound),
+        "has no teacher": ("--model", write_tagger(tmp_path / "tagger"), "--weights", "teacher", sound),
+    }
+    for words, arguments in cases.items():
+        done = extract("--out", tmp_path / "out", *arguments)
+        assert (done.code, done.out) == (2, ""), words
+        (line,) = done.err.splitlines()
+        assert words in line
+        assert not (tmp_path / "out").exists()
+
+
+def test_no_key_of_a_clip_is_special_in_an_npz(tmp_path: Path):
+    from asda.commands.features import write_npz
+
+    arrays = {key: np.full(3, number, np.float32) for number, key in enumerate(("file", "metadata", "allow_pickle"))}
+    with (tmp_path / "a.npz").open("wb") as file:
+        write_npz(file, arrays, "{}")
+    found, metadata = read(tmp_path / "a.npz")
+    assert metadata == {}
+    assert all(np.array_equal(found[key], arrays[key]) for key in arrays)
+    assert len(found) == 3
