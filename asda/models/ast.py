@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from asda.config.model import AstConfig, ModelConfig
 from asda.models.attention import Attention
 from asda.models.encoder import INIT_STD, DropPath, Mlp, init_linear
-from asda.models.fast.ops import Norm
 
 NUM_SPECIAL = 2  # tokens before those of the patches: CLS and DIST
 
@@ -29,9 +28,9 @@ class AstBlock(nn.Module):
     def __init__(self, config: AstConfig, number: int, drop_path: float):
         super().__init__()
         hidden = int(config.width * config.mlp_ratio)
-        self.norm1 = Norm(config.width, eps=config.norm_eps)
+        self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.attn = Attention(_ordinary(config), number)
-        self.norm2 = Norm(config.width, eps=config.norm_eps)
+        self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.mlp = Mlp(config.width, hidden)
         self.drop_path = DropPath(drop_path)
 
@@ -66,7 +65,7 @@ class AstEncoder(nn.Module):
         )
         rates = np.linspace(0, drop_path, config.depth).tolist()
         self.blocks = nn.ModuleList([AstBlock(config, number, rate) for number, rate in enumerate(rates)])
-        self.norm = Norm(config.width, eps=config.norm_eps)
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self._init_weights()
 
     def _init_weights(self) -> None:

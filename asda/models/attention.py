@@ -1,7 +1,7 @@
 """Differential attention: one softmax map minus lambda times another (ASDA, Interspeech 2025).
 
-The definition stands first. Three ways to compute it follow, equal to it forward and backward: matrices block by block
-in the cache of a CPU, torch's fused attention, and a Triton kernel; then the module that the encoder is made of.
+The definition stands first. Two ways to compute it faster follow, equal to it forward and backward: torch's fused
+attention, and a Triton kernel; then the module that the encoder is made of.
 
 Shapes: B sequences, N tokens, D width, H heads, E = D / H features per head, G = H times the number of maps: the heads
 of the first map, then those of the second. A leading 2: queries, then keys.
@@ -17,8 +17,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from asda.config.model import ModelConfig
 from asda.errors import UserError
-from asda.models.fast.cpu_attention import BlockedAttention
-from asda.models.fast.ops import Norm
 
 NORM_EPS = 1e-5  # of the norm after the difference; the other norms of the encoder have 1e-6
 TRITON_TILE = 128  # tokens, and features of a head, of which the Triton kernel holds a matrix on the chip
@@ -64,8 +62,6 @@ def attend(
         from asda.models.fast.triton_attention import TritonAttention  # Triton is not there on every machine
 
         return TritonAttention.apply(qk_2BGNE, v_BHNE, lam, present_BN)  # pyright: ignore[reportReturnType]
-    if v_BHNE.device.type == "cpu":
-        return BlockedAttention.apply(qk_2BGNE, v_BHNE, lam, present_BN)  # pyright: ignore[reportReturnType]
     return by_definition(qk_2BGNE, v_BHNE, lam, present_BN)
 
 
@@ -158,7 +154,7 @@ class Attention(nn.Module):
         self.v = nn.Linear(width, width)
         self.lam = _make_lambda(config, block)
         self.norm = {
-            "joint": lambda: Norm(width, eps=NORM_EPS),
+            "joint": lambda: nn.LayerNorm(width, eps=NORM_EPS),
             "per_head": lambda: PerHeadNorm(features),
             "none": nn.Identity,
         }[config.attention_norm]()

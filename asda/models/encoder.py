@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 from torch.utils.checkpoint import checkpoint
 
 from asda.config.model import ModelConfig
 from asda.models.attention import Attention
-from asda.models.fast.ops import GeluLinear, Norm
 
 NORM_EPS = 1e-6  # EAT and ASDA; the norm inside the attention has 1e-5
 INIT_STD = 0.02  # of the weights of linear layers, as in BERT
@@ -47,11 +47,11 @@ class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = GeluLinear(hidden, width)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, tokens_BND: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
-        return self.fc2(self.fc1(tokens_BND))
+        return self.fc2(gelu(self.fc1(tokens_BND)))
 
 
 class DropPath(nn.Module):
@@ -76,16 +76,16 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, number: int, drop_path: float):
         super().__init__()
         self.attn = Attention(config, number)
-        self.norm1 = Norm(config.width, eps=NORM_EPS)
+        self.norm1 = nn.LayerNorm(config.width, eps=NORM_EPS)
         self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio))
-        self.norm2 = Norm(config.width, eps=NORM_EPS)
+        self.norm2 = nn.LayerNorm(config.width, eps=NORM_EPS)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, tokens_BND: Tensor, present_BN: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The block's output and, from before the last residual, the MLP's, of which the targets are made."""
-        tokens_BND = self.norm1(tokens_BND, self.drop_path(self.attn(tokens_BND, present_BN)))
+        tokens_BND = self.norm1(tokens_BND + self.drop_path(self.attn(tokens_BND, present_BN)))
         ffn_BND = self.mlp(tokens_BND)
-        return self.norm2(tokens_BND, self.drop_path(ffn_BND)), ffn_BND
+        return self.norm2(tokens_BND + self.drop_path(ffn_BND)), ffn_BND
 
 
 class Encoder(nn.Module):
@@ -105,7 +105,7 @@ class Encoder(nn.Module):
         self.num_mel_patches = config.mel_bins // config.patch
         self.patch_embed = nn.Linear(config.patch**2, config.width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
-        self.norm = Norm(config.width, eps=NORM_EPS)
+        self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
         rates = np.linspace(0, drop_path, config.depth).tolist()
         self.blocks = nn.ModuleList([Block(config, number, rate) for number, rate in enumerate(rates)])
         table_ND = sincos_positions(config.max_time_patches, self.num_mel_patches, config.width)

@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import instance_norm, layer_norm
+from torch.nn.functional import gelu, instance_norm, layer_norm
 
 from asda.config.model import DecoderConfig, ModelConfig, PretrainConfig
 from asda.models.encoder import Encoder
-from asda.models.fast.ops import feature_spread, masked_error, norm_gelu
+
+VARIANCE_FLOOR = 1e-6  # under the square root of feature_spread, as in data2vec 2.0
 
 
 class Losses(NamedTuple):
@@ -53,8 +54,8 @@ class Decoder(nn.Module):
         x_STFC = grid_STFD
         for conv in self.convs:
             y_STFC = conv(x_STFC.movedim(-1, 1)).movedim(1, -1)
-            residual_STFC = x_STFC if x_STFC.shape == y_STFC.shape else None  # the first layer may change the width
-            x_STFC = norm_gelu(y_STFC, residual_STFC)
+            y_STFC = gelu(layer_norm(y_STFC, y_STFC.shape[-1:]))
+            x_STFC = y_STFC + x_STFC if x_STFC.shape == y_STFC.shape else y_STFC  # the first may change the width
         return self.proj(x_STFC)
 
 
@@ -117,6 +118,33 @@ class MaskedStudents(nn.Module):
         cls_BMD = cls_SD.float().unflatten(0, visible_BMK.shape[:2])
         utterance = scaled_error(cls_BMD, target_cls_BD[:, None]).mean()
         return Losses(frame + self.utterance_weight * utterance, frame, utterance, pred_var)
+
+
+def masked_error(pred_SND: Tensor, targets_BND: Tensor, visible_SK: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean of |prediction - target|^2 over masked patches, and the spread of the predictions there; fp32.
+
+    Args:
+        pred_SND: predictions of M = S / B students of each clip, one clip after the other.
+        targets_BND: fp32.
+        visible_SK: places of the patches that are not masked, each once.
+    """
+    pred_SND = pred_SND.float()
+    masked_SN = torch.ones(pred_SND.shape[:2], device=pred_SND.device).scatter(1, visible_SK, 0.0)
+    pred_BMND = pred_SND.unflatten(0, (len(targets_BND), -1))
+    error_SN = (pred_BMND - targets_BND[:, None]).square().sum(-1).flatten(0, 1)
+    return (error_SN * masked_SN).sum() / masked_SN.sum(), feature_spread(pred_SND.detach(), masked_SN)
+
+
+def feature_spread(features_D: Tensor, weight: Tensor) -> Tensor:
+    """Each feature's standard deviation over the tokens of weight 1, averaged over features: 0 means collapse.
+
+    data2vec logs this as "variance"; features_D is [..., D] in fp32, weight [...] holds 0 and 1.
+    """
+    features_ND, weight_N1 = features_D.flatten(0, -2), weight.flatten()[:, None]
+    count = weight_N1.sum()
+    mean_D = (features_ND * weight_N1).sum(0) / count
+    variance_D = ((features_ND - mean_D).square() * weight_N1).sum(0) / (count - 1)
+    return (variance_D + VARIANCE_FLOOR).sqrt().mean()
 
 
 def scaled_error(pred_D: Tensor, target_D: Tensor) -> Tensor:

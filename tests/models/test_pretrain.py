@@ -15,7 +15,7 @@ from asda.config.presets import PRESETS
 from asda.engine.ema import ema_update
 from asda.models.attention import set_attention_path
 from asda.models.masks import inverse_block_masks, visible_indices
-from asda.models.pretrain import Decoder, MaskedStudents, Teacher, feature_spread
+from asda.models.pretrain import Decoder, MaskedStudents, Teacher, feature_spread, masked_error
 
 pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
 
@@ -155,6 +155,48 @@ def test_feature_spread_counts_weighted_tokens_alone():
     features_ND[30:] = 1e3
     expected = (features_ND[:30].var(dim=0) + 1e-6).sqrt().mean()
     torch.testing.assert_close(feature_spread(features_ND, weight_N), expected)
+
+
+def error_case() -> tuple[Tensor, Tensor, Tensor]:
+    """Predictions of 3 students of each of 2 clips, targets, and 7 visible places of each student."""
+    torch.manual_seed(0)
+    pred_SND, targets_BND = torch.randn(6, 40, 72).bfloat16(), torch.randn(2, 40, 72)
+    return pred_SND, targets_BND, torch.stack([torch.randperm(40)[:7] for _ in range(6)])
+
+
+def masked_rows(pred_SND: Tensor, visible_SK: Tensor) -> Tensor:
+    return pred_SND[torch.ones(pred_SND.shape[:2], dtype=torch.bool).scatter(1, visible_SK, False)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_masked_error_counts_masked_patches_alone(dtype: torch.dtype):
+    pred_SND, targets_BND, visible_SK = error_case()
+    pred_SND = pred_SND.to(dtype).requires_grad_()
+    error, spread = masked_error(pred_SND, targets_BND, visible_SK)
+    exact_SND = pred_SND.detach().double().requires_grad_()
+    difference_XD = masked_rows(exact_SND - targets_BND.double().repeat_interleave(3, 0), visible_SK)
+    expected = difference_XD.square().sum(-1).mean()
+    expected_spread = (masked_rows(exact_SND, visible_SK).var(dim=0) + 1e-6).sqrt().mean()
+    # Differences, squares and sums are in fp32 whatever the predictions are.
+    torch.testing.assert_close(error.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(spread.double(), expected_spread, rtol=1e-5, atol=0)
+    assert not spread.requires_grad
+    (gradient,) = torch.autograd.grad(1.7 * error, pred_SND)
+    (exact,) = torch.autograd.grad(1.7 * expected, exact_SND)
+    # A rounding has an rms of eps / sqrt(12). In bf16 the last one counts; in fp32 difference, factor, share and weight
+    # round alike, and fp64 is computed in fp32. Factor 2 for what is not uniform.
+    roundings, eps = (1, 2**-7) if dtype == torch.bfloat16 else (4, 2**-23)
+    assert golden.rel_rms(gradient, exact) < 2 * (roundings / 12) ** 0.5 * eps
+    assert not gradient.gather(1, visible_SK[..., None].expand(-1, -1, 72)).any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_prediction_that_is_not_finite_makes_the_error_not_finite(bad: float):
+    # An error that lost it would hide a bad batch from the check before the update.
+    pred_SND, targets_BND, visible_SK = error_case()
+    visible_SK[:] = torch.arange(7)
+    pred_SND[0, 20, 5] = bad
+    assert not masked_error(pred_SND, targets_BND, visible_SK)[0].isfinite()
 
 
 # A training step wastes nothing ---------------------------------------------------------------------------------------

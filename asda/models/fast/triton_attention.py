@@ -19,8 +19,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.knobs import runtime
 
-from asda.models.fast.cpu_attention import like_projection, like_tokens
-
 QUERIES_A_STEP = 32  # of one program: two 32 x 128 matrices of fp32 are 64 registers a thread of 4 warps
 SMALLEST_TILE = 16  # of a product in Triton
 NUM_WARPS = 4
@@ -172,7 +170,7 @@ class TritonAttention(torch.autograd.Function):
         qk_2BGNE, v_BHNE = _with_dense_features(qk_2BGNE), _with_dense_features(v_BHNE)
         lam_1 = torch.as_tensor(lam, dtype=torch.float32, device=v_BHNE.device).reshape(1)  # stays on the device
         present_BN = None if present_BN is None else present_BN.to(torch.int8).contiguous()
-        mixed_BHNE = like_tokens(v_BHNE)
+        mixed_BHNE = _like_tokens(v_BHNE)
         q_BGNE, k_BGNE = qk_2BGNE
         sizes = _sizes(qk_2BGNE, v_BHNE, present_BN)
         _forward[_programs(v_BHNE, sizes["L"])](
@@ -190,7 +188,7 @@ class TritonAttention(torch.autograd.Function):
         """Gradients of qk_2BGNE, v_BHNE and, where it is a tensor, lam."""
         qk_2BGNE, v_BHNE, lam_1, present_BN = ctx.saved_tensors
         d_mixed_BHNE = _with_dense_features(d_mixed_BHNE)
-        dqk_2BGNE, dv_BHNE = like_projection(qk_2BGNE), like_tokens(v_BHNE)
+        dqk_2BGNE, dv_BHNE = _like_projection(qk_2BGNE), _like_tokens(v_BHNE)
         d_lam_of_heads = v_BHNE.new_zeros(v_BHNE.shape[0] * v_BHNE.shape[1], dtype=torch.float32)
         (q_BGNE, k_BGNE), (dq_BGNE, dk_BGNE) = qk_2BGNE, dqk_2BGNE
         _backward[d_lam_of_heads.shape](
@@ -201,6 +199,18 @@ class TritonAttention(torch.autograd.Function):
         )
         d_lam = d_lam_of_heads.sum().to(ctx.lam_dtype) if ctx.needs_input_grad[2] else None
         return dqk_2BGNE, dv_BHNE, d_lam, None
+
+
+def _like_tokens(v_BHNE: Tensor) -> Tensor:
+    """Make an empty [B, H, N, E], laid out as the tokens are, [B, N, H * E], so that joining the heads copies nothing."""
+    num_sequences, heads, tokens, features = v_BHNE.shape
+    return v_BHNE.new_empty(num_sequences, tokens, heads, features).transpose(1, 2)
+
+
+def _like_projection(qk_2BGNE: Tensor) -> Tensor:
+    """Make an empty [2, B, G, N, E], laid out as the linear layer makes it, [B, N, 2 * G * E]."""
+    _, num_sequences, heads, tokens, features = qk_2BGNE.shape
+    return qk_2BGNE.new_empty(num_sequences, tokens, 2, heads, features).permute(2, 0, 3, 1, 4)
 
 
 def _sizes(qk_2BGNE: Tensor, v_BHNE: Tensor, present_BN: Tensor | None) -> dict[str, Any]:
