@@ -286,7 +286,7 @@ class Model:
     def _encode(self, mel_BTM: Tensor, depth: int, present_BN: Tensor | None = None) -> Tensor:
         """The output of block number `depth`, counted from 1, on the CPU."""
         present_BN = None if present_BN is None else present_BN.to(self._device)
-        return self._encoder.at_depth(self._patches(mel_BTM), depth, present_BN).float().cpu()
+        return self._encoder(self._patches(mel_BTM), present_BN=present_BN, depth=depth).float().cpu()
 
     @torch.inference_mode()
     def _classify(self, mel_BTM: Tensor) -> Tensor:

@@ -1,51 +1,55 @@
 """The Audio Spectrogram Transformer (AST: Gong, Chung and Glass, Interspeech 2021).
 
-Pre-norm blocks of ordinary attention over overlapping patches, with a class and a distillation token before them and
-learned positions. The tokens of the patches stand in AST's own order, mel band by mel band: number = mel * T + time.
+Overlapping patches with learned positions, behind a class and a distillation token, pass through pre-norm blocks of
+ordinary attention. The patches' tokens stand in AST's own order, mel band by mel band: number = mel * T + time.
 
 Shapes: B clips, N patches of the data, which do not overlap, P pixels of one; T time patches and F mel patches of the
-network, which do, S = 2 + F * T tokens, D width.
+network, which overlap, S = 2 + F * T tokens (no sequences here), D width.
 """
-
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from torch.utils.checkpoint import checkpoint
 
 from asda.config.model import AstConfig, ModelConfig
 from asda.models.attention import Attention
-from asda.models.encoder import INIT_STD, DropPath, Mlp, init_linear
+from asda.models.encoder import INIT_STD, DropPath, Mlp, init_linear, run_block
 
 NUM_SPECIAL = 2  # tokens before those of the patches: CLS and DIST
 
 
 class AstBlock(nn.Module):
-    """Attention and MLP, each behind a norm and beside a residual (pre-norm)."""
+    """Attention and MLP, each after a norm and beside a residual (pre-norm)."""
 
     def __init__(self, config: AstConfig, number: int, drop_path: float):
         super().__init__()
         hidden = int(config.width * config.mlp_ratio)
         self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.attn = Attention(_ordinary(config), number)
+        ordinary = ModelConfig(
+            width=config.width,
+            heads=config.heads,
+            attention_lambda="absent",
+            attention_norm="none",
+            attention_scale=1.0,
+        )
+        self.attn = Attention(ordinary, number)
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.mlp = Mlp(config.width, hidden)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, tokens_BSD: Tensor) -> Tensor:
-        """[B, S, D] -> [B, S, D]."""
+        """Transform the tokens, [B, S, D] -> [B, S, D]."""
         tokens_BSD = tokens_BSD + self.drop_path(self.attn(self.norm1(tokens_BSD)))
         return tokens_BSD + self.drop_path(self.mlp(self.norm2(tokens_BSD)))
 
 
 class AstEncoder(nn.Module):
-    """Patches of log-mel in, tokens out: CLS, DIST, then one token per overlapping patch.
+    """Patches of log-mel in, tokens out: CLS, DIST, then one token an overlapping patch.
 
     Args:
         config: the sizes.
-        drop_path: rate of the last block, linear from 0 at the first.
+        drop_path: rate of the last block; linear from 0 in the first.
     """
 
     num_special = NUM_SPECIAL
@@ -71,60 +75,49 @@ class AstEncoder(nn.Module):
     def _init_weights(self) -> None:
         self.apply(init_linear)
         for table in (self.patch_embed.weight, self.cls_token, self.dist_token, self.positions):
-            nn.init.trunc_normal_(table, std=INIT_STD)  # as DeiT, from which AST's own weights began
+            nn.init.trunc_normal_(table, std=INIT_STD)  # as in DeiT, from whose weights AST's own started
         assert self.patch_embed.bias is not None
         nn.init.zeros_(self.patch_embed.bias)
 
-    def forward(self, patches_BNP: Tensor, present_BN: Tensor | None = None) -> Tensor:
+    def forward(self, patches_BNP: Tensor, present_BN: Tensor | None = None, depth: int | None = None) -> Tensor:
         """Encode each clip by itself.
 
         Args:
-            patches_BNP: normalised log-mel of exactly config.frames frames, any float dtype; the pixels of a patch
-                frame by frame, patches by time and then by mel, as the data pipeline makes them.
-            present_BN: None; AST knows no padding (the configuration refuses data.padding masked).
+            patches_BNP: normalised log-mel of exactly config.frames frames in any float dtype, as the data pipeline
+                makes it: patches by time and then by mel, the pixels of a patch frame by frame.
+            present_BN: always None; AST has no padding mask (the configuration refuses data.padding masked).
+            depth: number of blocks to pass through; None for all.
 
         Returns:
-            [B, S, D] tokens after the final norm, in the dtype of the weights (or of autocast).
+            [B, S, D] tokens, after the last block normalised, in the dtype of the weights (or of autocast).
         """
         assert present_BN is None, "the configuration refuses it"
         tokens_BSD = self.embed(patches_BNP)
-        for block in self.blocks:
-            if self.recompute and torch.is_grad_enabled():
-                recomputed: Any = checkpoint(block, tokens_BSD, use_reentrant=False)
-                tokens_BSD = recomputed
-            else:
-                tokens_BSD = block(tokens_BSD)
-        return self.norm(tokens_BSD)
-
-    def at_depth(self, patches_BNP: Tensor, depth: int, present_BN: Tensor | None = None) -> Tensor:
-        """The input of the first block (depth 0), or the output of block number `depth`; the last one's is normed."""
-        assert present_BN is None, "the configuration refuses it"
-        tokens_BSD = self.embed(patches_BNP)
         for block in self.blocks[:depth]:
-            tokens_BSD = block(tokens_BSD)
-        return self.norm(tokens_BSD) if depth == len(self.blocks) else tokens_BSD
+            tokens_BSD = run_block(block, self.recompute, tokens_BSD)
+        return self.norm(tokens_BSD) if depth in (None, len(self.blocks)) else tokens_BSD
 
     def embed(self, patches_BNP: Tensor) -> Tensor:
-        """The input of the first block, [B, S, D]."""
+        """Make the input of the first block, [B, S, D]."""
         image_B1MT = self._image(patches_BNP).to(self.patch_embed.weight.dtype)
         patches_BSD = self.patch_embed(image_B1MT).flatten(2).transpose(1, 2)
         special = [token.expand(len(patches_BNP), -1, -1) for token in (self.cls_token, self.dist_token)]
         return torch.cat([*special, patches_BSD], dim=1) + self.positions
 
     def _image(self, patches_BNP: Tensor) -> Tensor:
-        """The spectrogram that was cut into patches, [B, 1, mel bins, frames]."""
+        """Put the patches together to the spectrogram they were cut from, [B, 1, mel bins, frames]."""
         blocks = patches_BNP.unflatten(1, (-1, self.num_bands)).unflatten(3, (-1, self.patch))
         return blocks.permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)[:, None]
 
 
 def fitted_positions(positions_SD: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
-    """A learned table of positions for clips of another length, by AST's own rule.
+    """Fit a learned table of positions to clips of another length, by AST's own rule.
 
-    Of a shorter clip the middle of the table is taken, for a longer one it is stretched by linear interpolation (as of
-    an image, whose mel axis stays). CLS and DIST keep their positions.
+    A shorter clip takes the middle of the table; a longer one takes the table stretched along time by linear
+    interpolation. CLS and DIST keep their positions.
 
     Args:
-        positions_SD: of CLS, DIST and the patches.
+        positions_SD: positions of CLS, DIST and the patches.
         grid: (T, F) of the table.
         wanted: (T, F) of the network; F must be the table's.
     """
@@ -138,14 +131,3 @@ def fitted_positions(positions_SD: Tensor, grid: tuple[int, int], wanted: tuple[
     else:
         table_1DFT = interpolate(table_1DFT, size=(bands, then), mode="bilinear")
     return torch.cat([special_SD, table_1DFT[0].flatten(1).T]).contiguous()
-
-
-def _ordinary(config: AstConfig) -> ModelConfig:
-    """What makes the encoder's attention the ordinary one."""
-    return ModelConfig(
-        width=config.width,
-        heads=config.heads,
-        attention_lambda="absent",
-        attention_norm="none",
-        attention_scale=1.0,
-    )

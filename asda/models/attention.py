@@ -1,9 +1,9 @@
 """Differential attention: one softmax map minus lambda times another (ASDA, Interspeech 2025).
 
-The definition stands first. Two ways to compute it faster follow, equal to it forward and backward: torch's fused
-attention, and a Triton kernel; then the module that the encoder is made of.
+The definition stands first. Two faster ways to compute it follow, torch's fused attention and a Triton kernel; then the
+module of which the encoder's blocks are made.
 
-Shapes: B sequences, N tokens, D width, H heads, E = D / H features per head, G = H times the number of maps: the heads
+Shapes: B sequences, N tokens, D width, H heads, E = D / H features of a head. G = H times the number of maps: the heads
 of the first map, then those of the second. A leading 2: queries, then keys.
 """
 
@@ -18,17 +18,21 @@ from torch.nn.functional import scaled_dot_product_attention
 from asda.config.model import ModelConfig
 from asda.errors import UserError
 
-NORM_EPS = 1e-5  # of the norm after the difference; the other norms of the encoder have 1e-6
-TRITON_TILE = 128  # tokens, and features of a head, of which the Triton kernel holds a matrix on the chip
-LAMBDA_STD = 0.1  # of the vectors that make a learned lambda (Differential Transformer, section 2.1)
+NORM_EPS = 1e-5  # of the norm after the difference; the encoder's other norms have 1e-6
+LAMBDA_STD = 0.1  # of the vectors of a learned lambda (Differential Transformer, section 2.1)
+TRITON_TILE = 128  # most tokens, and most features of a head, that the Triton kernel takes
+LONGEST_EXPLICIT = 128  # most tokens that auto trains with explicit maps on a CPU; see choose_path
 
-Path = Literal["auto", "explicit", "sdpa", "triton"]
-Lambda = float | Tensor  # the weight of the second map; a 0-dim tensor where it is learned
+AttentionPath = Literal["auto", "explicit", "sdpa", "triton"]
+Lambda = float | Tensor  # the weight of the second map; a 0-dim tensor if it is learned
+
+
+# The definition -------------------------------------------------------------------------------------------------------
 
 
 def attention_map(q_BHNE: Tensor, k_BHNE: Tensor, present_BN: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(E)): what every token takes from every other that is present, [B, H, N, N]."""
-    scaled_q_BHNE = q_BHNE * q_BHNE.shape[-1] ** -0.5  # before the product: there it is E wide, afterwards N wide
+    """Compute softmax(q k^T / sqrt(E)) over the keys that are present, [B, H, N, N]."""
+    scaled_q_BHNE = q_BHNE * q_BHNE.shape[-1] ** -0.5  # cheaper before the product: E numbers a query, not N
     logits_BHNN = scaled_q_BHNE @ k_BHNE.transpose(-2, -1)
     if present_BN is not None:
         logits_BHNN = logits_BHNN.masked_fill(~present_BN[:, None, None], -math.inf)
@@ -38,57 +42,81 @@ def attention_map(q_BHNE: Tensor, k_BHNE: Tensor, present_BN: Tensor | None = No
 def differential_attention(
     q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, lam: Lambda, present_BN: Tensor | None = None
 ) -> Tensor:
-    """(softmax(q1 k1^T / sqrt(E)) - lam softmax(q2 k2^T / sqrt(E))) v, all of shape [B, H, N, E]."""
+    """Compute (softmax(q1 k1^T / sqrt(E)) - lam softmax(q2 k2^T / sqrt(E))) v; all are [B, H, N, E]."""
     return (attention_map(q1, k1, present_BN) - lam * attention_map(q2, k2, present_BN)) @ v
 
 
+def by_definition(qk_2BGNE: Tensor, v_BHNE: Tensor, lam: Lambda, present_BN: Tensor | None = None) -> Tensor:
+    """Compute what attend does, by the two functions above."""
+    q_BGNE, k_BGNE = qk_2BGNE
+    if q_BGNE.shape[1] == v_BHNE.shape[1]:
+        return attention_map(q_BGNE, k_BGNE, present_BN) @ v_BHNE
+    (q1, q2), (k1, k2) = q_BGNE.chunk(2, dim=1), k_BGNE.chunk(2, dim=1)
+    return differential_attention(q1, k1, q2, k2, v_BHNE, lam, present_BN)
+
+
+# The ways to compute it -----------------------------------------------------------------------------------------------
+
+
 def attend(
-    qk_2BGNE: Tensor, v_BHNE: Tensor, lam: Lambda, present_BN: Tensor | None = None, path: Path = "auto"
+    qk_2BGNE: Tensor, v_BHNE: Tensor, lam: Lambda, present_BN: Tensor | None = None, path: AttentionPath = "auto"
 ) -> Tensor:
-    """Ordinary attention when G = H, differential attention when G = 2 H, by the path given; [B, H, N, E].
+    """Compute ordinary attention if G = H and differential attention if G = 2 H, [B, H, N, E].
 
     Args:
         qk_2BGNE: queries and keys of all maps, in any layout whose last dimension is dense.
         v_BHNE: values, of the same dtype.
-        lam: the weight of the second map; a gradient flows to it if it is a tensor.
-        present_BN: False where a token is padding, of which nothing is taken; None when there is none.
-        path: see choose_path.
+        lam: weight of the second map; a gradient flows to it if it is a tensor.
+        present_BN: False at padding, which no token attends to; None if there is no padding.
+        path: how to compute it, see choose_path.
     """
     needs_gradient = torch.is_grad_enabled() and (qk_2BGNE.requires_grad or v_BHNE.requires_grad)
-    path = choose_path(path, v_BHNE.device.type, v_BHNE.shape[2], v_BHNE.shape[3], needs_gradient)
-    if path == "sdpa":
+    taken = choose_path(path, v_BHNE.device.type, v_BHNE.shape[2], v_BHNE.shape[3], needs_gradient)
+    if taken == "sdpa":
         return _by_sdpa(qk_2BGNE, v_BHNE, lam, present_BN)
-    if path == "triton":
-        from asda.models.fast.triton_attention import TritonAttention  # Triton is not there on every machine
+    if taken == "triton":
+        from asda.models.fast.triton_attention import TritonAttention  # not every machine has Triton
 
         return TritonAttention.apply(qk_2BGNE, v_BHNE, lam, present_BN)  # pyright: ignore[reportReturnType]
     return by_definition(qk_2BGNE, v_BHNE, lam, present_BN)
 
 
+def _by_sdpa(qk_2BGNE: Tensor, v_BHNE: Tensor, lam: Lambda, present_BN: Tensor | None) -> Tensor:
+    mask_B11N = None if present_BN is None else present_BN[:, None, None]
+    q_BGNE, k_BGNE = qk_2BGNE
+    heads = v_BHNE.shape[1]
+    # One call a map, with the same v: one call for both would need a doubled copy of v.
+    first, *second = (
+        scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE, mask_B11N)
+        for q_BHNE, k_BHNE in zip(q_BGNE.split(heads, dim=1), k_BGNE.split(heads, dim=1), strict=True)
+    )
+    if not second:
+        return first
+    return first - lam * second[0] if isinstance(lam, Tensor) else torch.sub(first, second[0], alpha=lam)
+
+
 def choose_path(
-    path: Path, device_type: str, tokens: int, features: int, needs_gradient: bool
-) -> Literal["explicit", "sdpa", "triton"]:
-    """The path that is taken where the configuration says `path`, for sequences of so many tokens.
+    path: AttentionPath, device_type: str, tokens: int, features: int, needs_gradient: bool
+) -> AttentionPath:
+    """Choose how to compute attention for sequences of so many tokens and heads of so many features.
 
-    On a CPU explicit matrices are taken for training and fused attention for the forward alone. Medians of one run in
-    ms, bf16 / fp32, 12 heads x 64 features, on two shared cores with AMX; `python tools/bench/bench.py attention`
-    measures yours:
+    `auto` takes torch's fused attention (sdpa). On a CPU, training of short sequences takes the definition (explicit)
+    instead, because the backward of sdpa is slow in bf16 with AMX. Time of the definition / time of sdpa, 12 heads of
+    64 features, medians of one run on a shared, noisy machine each; `python tools/bench/bench.py attention` has yours:
 
-                                    explicit         sdpa    definition   products alone
-        16 x 103 tokens, training    17 / 31      94 / 51      25 / 53         5 / 12
-       192 x 103 tokens, training   206 / 344   1112 / 720    424 / 1004      64 / 165
-         8 x 513 tokens, training   135 / 282    222 / 299    239 / 507       44 / 179
-        16 x 103 tokens, forward      6 / 11       7 / 14       9 / 13         2 / 5
-        12 x 513 tokens, forward     62 / 116     48 / 126    141 / 356       27 / 91
+                                   AMX, 2 threads     AVX2, 1 thread
+                                     bf16    fp32      bf16    fp32
+         16 x 103 tokens, training   0.27    1.04      1.07    1.10
+        192 x 103 tokens, training   0.38    1.39         -       -
+          8 x 513 tokens, training   1.08    1.70         -    1.64 (4 x 513)
+         16 x 103 tokens, forward    1.3     0.9       9.5     1.4
+         12 x 513 tokens, forward    2.9     2.8         -     2.5 (4 x 513)
 
-    Explicit's many small steps wait for each other's threads, so it loses most where other programs keep the cores
-    busy; a process of one thread, as with a rank a core, does not wait.
-
-    On a GPU torch's fused attention is taken. The Triton kernel must be asked for: it has been proven on a CPU only,
-    and its speed on a GPU is unknown. Sequences that exceed its tile take sdpa instead.
+    `triton` must be asked for: its kernels have run in Triton's interpreter only, and their speed is unknown. Sequences
+    longer than its tile take sdpa instead.
 
     Raises:
-        UserError: when Triton is asked for and cannot run.
+        UserError: if Triton is asked for and cannot run.
     """
     if path == "triton":
         if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -99,11 +127,18 @@ def choose_path(
         return "triton" if max(tokens, features) <= TRITON_TILE else "sdpa"
     if path != "auto":
         return path
-    return "explicit" if device_type == "cpu" and needs_gradient else "sdpa"
+    return "explicit" if device_type == "cpu" and needs_gradient and tokens <= LONGEST_EXPLICIT else "sdpa"
 
 
-def describe_paths(path: Path, device_type: str, features: int, sequences: dict[str, tuple[int, bool]]) -> str:
-    """One line for the log: which path is taken for which sequences (name -> tokens, whether gradients are needed)."""
+def describe_paths(path: AttentionPath, device_type: str, features: int, sequences: dict[str, tuple[int, bool]]) -> str:
+    """Describe in one line, for the log, the path of each kind of sequence.
+
+    Args:
+        path: as configured.
+        device_type: cpu or cuda.
+        features: of a head.
+        sequences: name -> tokens, and whether gradients are needed.
+    """
     taken = [
         f"{choose_path(path, device_type, tokens, features, needs_gradient)} for {name} of {tokens} tokens"
         for name, (tokens, needs_gradient) in sequences.items()
@@ -111,37 +146,25 @@ def describe_paths(path: Path, device_type: str, features: int, sequences: dict[
     return f"{path}: {', '.join(taken)}"
 
 
-def by_definition(qk_2BGNE: Tensor, v_BHNE: Tensor, lam: Lambda, present_BN: Tensor | None = None) -> Tensor:
-    """attend, by the functions at the top."""
-    q_BGNE, k_BGNE = qk_2BGNE
-    if q_BGNE.shape[1] == v_BHNE.shape[1]:
-        return attention_map(q_BGNE, k_BGNE, present_BN) @ v_BHNE
-    (q1, q2), (k1, k2) = q_BGNE.chunk(2, dim=1), k_BGNE.chunk(2, dim=1)
-    return differential_attention(q1, k1, q2, k2, v_BHNE, lam, present_BN)
+def set_attention_path(module: nn.Module, path: AttentionPath) -> None:
+    """Make every attention inside `module` compute by `path`."""
+    for part in module.modules():
+        if isinstance(part, Attention):
+            part.path = path
 
 
-def _by_sdpa(qk_2BGNE: Tensor, v_BHNE: Tensor, lam: Lambda, present_BN: Tensor | None) -> Tensor:
-    mask_B11N = None if present_BN is None else present_BN[:, None, None]
-    heads = v_BHNE.shape[1]
-    # One call a map, with the same v: one call on twice the heads would need a doubled copy of v.
-    first, *second = (
-        scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE, mask_B11N)
-        for q_BHNE, k_BHNE in zip(*(x_BGNE.split(heads, dim=1) for x_BGNE in qk_2BGNE), strict=True)
-    )
-    if not second:
-        return first
-    return first - lam * second[0] if isinstance(lam, Tensor) else torch.sub(first, second[0], alpha=lam)
+# The module -----------------------------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
-    """The attention of an encoder block: differential, or ordinary where lambda is absent.
+    """The attention of an encoder block: differential, or ordinary if lambda is absent.
 
-    Queries and keys are as many as the maps and the values single. What the maps gather is normalised (over all heads
-    together, or head by head) and scaled, before the projection.
+    Every map has queries and keys of its own; all maps share the values. The result is normalised, over all heads
+    together or head by head, then scaled and projected.
 
     Args:
         config: width, heads and kind.
-        block: the block's number, 0 for the first; learned lambdas and their scale depend on it.
+        block: number of the block, from 0; learned lambdas and their scale depend on it.
     """
 
     def __init__(self, config: ModelConfig, block: int):
@@ -149,7 +172,7 @@ class Attention(nn.Module):
         width, features = config.width, config.width // config.heads
         num_maps = 1 if config.attention_lambda == "absent" else 2
         self.heads = config.heads
-        self.path: Path = "auto"
+        self.path: AttentionPath = "auto"
         self.qk = nn.Linear(width, 2 * num_maps * width)  # rows: q1, q2, k1, k2; or q, k
         self.v = nn.Linear(width, width)
         self.lam = _make_lambda(config, block)
@@ -162,7 +185,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, tokens_BND: Tensor, present_BN: Tensor | None = None) -> Tensor:
-        """Mix the tokens of each sequence, [B, N, D] -> [B, N, D]; of tokens that are not present nothing is taken."""
+        """Mix the tokens of each sequence, [B, N, D] -> [B, N, D]; present_BN is False at padding."""
         qk_2BGNE = self._queries_and_keys(tokens_BND)
         v_BHNE = self.v(tokens_BND).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         mixed_BHNE = attend(qk_2BGNE, v_BHNE, self.current_lambda(), present_BN, self.path)
@@ -170,33 +193,33 @@ class Attention(nn.Module):
         return self.proj(self.norm(mixed_BND) * self.scale)
 
     def current_lambda(self) -> Lambda:
-        """The weight of the second map."""
+        """Return the weight of the second map."""
         return self.lam() if isinstance(self.lam, nn.Module) else self.lam
 
     def maps(self, tokens_BND: Tensor) -> tuple[Tensor, ...]:
-        """The maps before their difference, each [B, H, N, N] with rows that sum to 1: for pictures."""
+        """Compute the maps before their difference, for pictures: each [B, H, N, N], with rows that sum to 1."""
         return attention_map(*self._queries_and_keys(tokens_BND)).split(self.heads, dim=1)
 
     def _queries_and_keys(self, tokens_BND: Tensor) -> Tensor:
-        qk_BNC = self.qk(tokens_BND)
+        qk_BNC = self.qk(tokens_BND)  # C: q1, q2, k1, k2 of all heads
         features = tokens_BND.shape[-1] // self.heads
         return qk_BNC.unflatten(-1, (2, -1, features)).permute(2, 0, 3, 1, 4)  # [2, B, G, N, E]
 
 
 class PerHeadNorm(nn.Module):
-    """An RMSNorm over the features of each head, with weights that the heads share (Differential Transformer)."""
+    """An RMSNorm over the features of each head, with shared weights (Differential Transformer, eq. 3)."""
 
     def __init__(self, features: int):
         super().__init__()
         self.norm = nn.RMSNorm(features, eps=NORM_EPS)
 
     def forward(self, mixed_BND: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
+        """Normalise each head, [B, N, D] -> [B, N, D]."""
         return self.norm(mixed_BND.unflatten(-1, (-1, self.norm.normalized_shape[0]))).flatten(-2)
 
 
 class LearnedLambda(nn.Module):
-    """exp(q1 . k1) - exp(q2 . k2) + an initial value that grows with depth (Differential Transformer, eq. 2 and 3)."""
+    """exp(q1 . k1) - exp(q2 . k2) + an initial value that grows with depth (Differential Transformer, eq. 2)."""
 
     def __init__(self, features: int, block: int):
         super().__init__()
@@ -206,24 +229,17 @@ class LearnedLambda(nn.Module):
             nn.init.normal_(vector, std=LAMBDA_STD)
 
     def forward(self) -> Tensor:
-        """The weight of the second map, an fp32 scalar."""
+        """Return the weight of the second map, an fp32 scalar."""
         first, second = ((q.float() * k.float()).sum().exp() for q, k in ((self.q1, self.k1), (self.q2, self.k2)))
         return first - second + self.initial
 
 
 def initial_lambda(block: int) -> float:
-    """0.2 in the first block, towards 0.8 in deep ones."""
+    """Return 0.2 for the first block, towards 0.8 for deep ones (Differential Transformer, section 2.1)."""
     return 0.8 - 0.6 * math.exp(-0.3 * block)
 
 
-def _make_lambda(config: ModelConfig, block: int) -> "float | LearnedLambda":
+def _make_lambda(config: ModelConfig, block: int) -> float | LearnedLambda:
     if config.attention_lambda == "learned":
         return LearnedLambda(config.width // config.heads, block)
     return 0.0 if config.attention_lambda == "absent" else config.attention_lambda
-
-
-def set_attention_path(module: nn.Module, path: Path) -> None:
-    """Make every attention inside `module` compute by `path`."""
-    for part in module.modules():
-        if isinstance(part, Attention):
-            part.path = path

@@ -19,7 +19,7 @@ CERTAINTY_GAP = 1e-6  # of the logarithm of a pooled probability: 1 would have n
 
 
 class Classifier(nn.Module):
-    """The encoder over all patches of a clip, what HAM-AST adds, then the tokens pooled -> LayerNorm -> Linear.
+    """Encoder, HAM-AST's blocks if there are any, pooling over the tokens, LayerNorm, linear layer.
 
     A pre-trained encoder is loaded into `encoder`; everything else starts from scratch.
     """
@@ -36,44 +36,44 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, patches_BNP: Tensor, present_BN: Tensor | None = None) -> Tensor:
-        """Logits [B, C] in fp32.
+        """Compute logits, [B, C] in fp32.
 
         Args:
             patches_BNP: normalised log-mel of whole clips.
-            present_BN: False where a patch is padding, which is neither attended to nor pooled; None: all are seen.
+            present_BN: False at patches that are padding, which are neither attended to nor pooled; None if none are.
         """
         return self.logits(self.ham(self.encoder(patches_BNP, present_BN=present_BN)), present_BN)
 
     def logits(self, tokens_BND: Tensor, present_BN: Tensor | None = None) -> Tensor:
-        """Logits [B, C] in fp32 from the tokens, CLS first (and DIST second): [B, 1 + N, D] or [B, 2 + N, D]."""
-        if self.encoder.num_special > 1:  # of AST's CLS and DIST the mean stands for the clip
+        """Compute logits, [B, C] in fp32, from tokens [B, 1 + N, D], CLS first, or AST's [B, 2 + N, D], DIST second."""
+        if self.encoder.num_special > 1:  # AST: the mean of CLS and DIST takes the place of CLS
             special_BKD, patches_BND = tokens_BND.tensor_split([self.encoder.num_special], dim=1)
             tokens_BND = torch.cat([special_BKD.mean(1, keepdim=True), patches_BND], dim=1)
         clip_BD = POOLINGS[self.pooling](tokens_BND, present_BN)
         return self.head(self.norm(clip_BD))
 
     def set_recompute(self, recompute: bool) -> None:
-        """Keep only the input of each block for the backward, and compute the block again there; or keep all."""
+        """Set whether to keep only the input of each block for the backward, and compute the block again there."""
         for part in self.modules():
             if isinstance(part, Encoder | AstEncoder | Conformer):
                 part.recompute = recompute
 
 
 class Head(nn.Linear):
-    """[B, D] in any dtype -> [B, C] in fp32: scores with the 8 bits of bf16 would tie clips that differ."""
+    """[B, D] in any dtype -> [B, C] in fp32: bf16 scores, with 8 bits, would tie clips that differ."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """In fp64, the one type that autocast leaves as it is; next to the encoder it costs nothing."""
+        """Compute in fp64, the one type that autocast does not change; beside the encoder its cost is nothing."""
         return linear(input.double(), self.weight.double(), self.bias.double()).float()
 
 
 def make_encoder(model: ModelConfig | AstConfig, drop_path: float = 0.0) -> Encoder | AstEncoder:
-    """The encoder of the configured architecture, freshly initialised."""
+    """Make the encoder of the configured architecture, freshly initialised."""
     return AstEncoder(model, drop_path) if isinstance(model, AstConfig) else Encoder(model, drop_path)
 
 
 def mean(features_BND: Tensor, present_BN: Tensor | None = None) -> Tensor:
-    """Each feature's mean over the tokens that are present: [B, N, D] -> [B, D]."""
+    """Average each feature over the tokens that are present: [B, N, D] -> [B, D]."""
     if present_BN is None:
         return features_BND.mean(1)
     weight_BN1 = present_BN[..., None].to(features_BND.dtype)
@@ -81,10 +81,10 @@ def mean(features_BND: Tensor, present_BN: Tensor | None = None) -> Tensor:
 
 
 def linear_softmax(features_BND: Tensor, present_BN: Tensor | None = None) -> Tensor:
-    """Each feature's mean over the tokens, as a probability weighted by itself: [B, N, D] -> [B, D].
+    """Average each feature over the tokens, as a probability weighted by itself: [B, N, D] -> [B, D].
 
-    With p = sigmoid(feature) it is the logit of sum(p^2) / sum(p) (Wang et al., 2019). Logarithms keep it from
-    overflowing; in fp64, because a difference of two of them loses digits that the next norm would show.
+    With p = sigmoid(feature), the result is the logit of sum(p^2) / sum(p) (Wang et al., 2019). It is computed from
+    logarithms, which do not overflow, in fp64: the difference of two of them loses digits that the next norm shows.
     """
     log_p_BND = logsigmoid(features_BND.double())
     if present_BN is not None:
@@ -101,12 +101,12 @@ POOLINGS = {
 
 
 def classification_loss(logits_BC: Tensor, targets_BC: Tensor, config: ClassifyConfig) -> Tensor:
-    """The mean loss of a clip, fp32 scalar.
+    """Compute the mean loss of a clip, an fp32 scalar.
 
-    "ce" is the cross-entropy with one-hot (or mixed) targets, smoothed by config.label_smoothing; "bce" the sum over
+    "ce" is the cross-entropy with one-hot (or mixed) targets, smoothed by config.label_smoothing; "bce" is the sum over
     classes of the binary cross-entropies. The released recipes divide a batch's bce by its number of positive labels
-    instead (about two a clip in AudioSet): then a clip's weight would depend on the other clips of its rank, while
-    Adam undoes a constant factor.
+    (about two a clip in AudioSet). Then a clip's weight would depend on the other clips of its rank; a constant factor
+    makes no difference, because Adam undoes it.
 
     Args:
         logits_BC: the classifier's output.
@@ -121,9 +121,9 @@ def classification_loss(logits_BC: Tensor, targets_BC: Tensor, config: ClassifyC
 
 
 def lr_scales(model: Classifier, layer_decay: float) -> dict[str, float]:
-    """What each parameter's learning rate is multiplied by: layer_decay ** (depth - i) in block i, 1 elsewhere.
+    """Return the factor of each parameter's learning rate: layer_decay ** (depth - i) in block i, 1 elsewhere.
 
-    Elsewhere includes the patch embedding and the CLS token, as released, though they lie below the blocks.
+    The patch embedding and the CLS token, below the blocks, have 1 too, as released.
     """
     depth = len(model.encoder.blocks)
     scales = {}

@@ -1,6 +1,6 @@
-"""What a network costs: parameters and arithmetic per clip, counted on shapes alone, and the memory of its training.
+"""Costs of a network: parameters, arithmetic of a clip and memory of training, counted from shapes alone.
 
-And what a machine gives: its rate for a product of large matrices, the measure of how well a step uses it.
+And the rate of a machine: its products of large matrices, against which the throughput of a step is measured.
 """
 
 import math
@@ -22,13 +22,13 @@ from asda.models.pretrain import MaskedStudents, Teacher
 META = torch.device("meta")  # tensors with a shape and no content
 PREFIXES = ["", "k", "M", "G", "T", "P", "E", "Z"]
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}  # rows and columns: hundreds of operations for every byte of memory
-GEMM_TIME_S = 0.25  # least that is spent on timed products
-MIN_PRODUCTS = 3  # fp32 on one slow core takes 0.1 to 0.2 s for one
+GEMM_TIME_S = 0.25  # least time for timed products
+MIN_PRODUCTS = 3  # one takes 0.1 to 0.2 s in fp32 on a slow core
 Costs = dict[str, int]  # by part of the network
 
 
 class Network(NamedTuple):
-    """Trainable parameters by part, and floating-point operations (a product and its sum are two) of one clip."""
+    """Trainable parameters by part, and floating-point operations of one clip (a product and its sum are two)."""
 
     parameters: Costs
     flops: Costs
@@ -37,16 +37,16 @@ class Network(NamedTuple):
 def network_costs(
     model: ModelConfig | AstConfig, objective: PretrainConfig | ClassifyConfig, frames: int, classes: int
 ) -> Network:
-    """Count a training step of one clip: forward and backward of what is trained, forward of the teacher.
+    """Count a training step of one clip: forward and backward of the trained module, forward of the teacher.
 
-    Only products of matrices and convolutions count, as is usual; attention is counted as its definition, whichever
-    path computes it. A step of a rank costs as many times more as it has clips.
+    Only products of matrices and convolutions count, as is usual. Attention counts as its definition, whichever path
+    computes it.
 
     Args:
-        model: the encoder.
-        objective: students and decoder, or the classifier.
+        model: settings of the encoder.
+        objective: settings of students and decoder, or of the classifier.
         frames: log-mel frames of a clip.
-        classes: of a classifier; not used in pre-training.
+        classes: number of classes; not used in pre-training.
     """
     num_patches = (frames // model.patch) * (model.mel_bins // model.patch)
     with META:
@@ -80,13 +80,13 @@ def _pretraining(model: ModelConfig, objective: PretrainConfig, patches_BNP: tor
 
 
 def in_flop(count: float) -> str:
-    """1.175 TFLOP: four digits and the prefix that suits them."""
+    """Format a number of operations with four digits and a prefix: 1.175 TFLOP."""
     power = min(int(math.log10(max(count, 1))) // 3, len(PREFIXES) - 1)
     return f"{count / 1000**power:.4g} {PREFIXES[power]}FLOP"
 
 
 def rank_memory(trained: int, followed: int, engine: EngineConfig, world_size: int) -> Costs:
-    """Bytes on the device of each rank, by what lies in them; without activations and DeepSpeed's buffers.
+    """Count bytes on the device of each rank, by content; without activations and DeepSpeed's buffers.
 
     With P trained parameters, E of them followed by a teacher, W ranks, and b = 4 bytes in fp32 or 2 in bf16 and fp16:
 
@@ -96,14 +96,14 @@ def rank_memory(trained: int, followed: int, engine: EngineConfig, world_size: i
         stage 2   b P       4 P / W     12 P / W                     4 E / W         b E
         stage 3   b P / W   4 P / W     12 P / W                     4 E / W         b E
 
-    This is the count of the ZeRO paper (Rajbhandari et al., 2020, figure 1) but for gradients that add up in fp32, and
-    for the teacher. One rank in fp32 needs no averages beside the teacher. What is offloaded is not on the device.
+    The ZeRO paper counts the same (Rajbhandari et al., 2020, figure 1), without the teacher and with gradients that add
+    up in bf16. One rank in fp32 needs no averages beside the teacher. An offloaded optimizer is not on the device.
 
     Args:
-        trained: parameters of the module that is trained.
+        trained: parameters of the trained module.
         followed: parameters of the teacher; 0 without one.
         engine: precision, stage, offload.
-        world_size: ranks.
+        world_size: number of ranks.
     """
     stage, size = engine.zero_stage, 4 if engine.precision == "fp32" else 2
     no_master, no_averages = stage == 0 and size == 4, world_size == 1 and size == 4
@@ -118,18 +118,18 @@ def rank_memory(trained: int, followed: int, engine: EngineConfig, world_size: i
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """How many floating-point operations a second the device does in a product of two large matrices, now.
+    """Measure the floating-point operations a second of the device in a product of two large matrices.
 
-    After a product to warm up, products of two square matrices of normal numbers (zeros would draw less power, and run
-    faster) are timed one by one for a quarter of a second, at least three; the median counts. On a CPU the threads of
-    this process work: ranks that share a machine should measure together.
+    After one product to warm up, products of two square matrices are timed one by one for a quarter of a second, at
+    least three; the median counts. The matrices are normal: zeros would draw less power and run faster. On a CPU this
+    process's threads work, so ranks that share a machine should measure together.
 
     Args:
         device: a CPU or a CUDA device.
-        dtype: of both matrices; fp32 is what torch.backends makes of it (TF32 or not).
+        dtype: of both matrices; in fp32, torch.backends decides about TF32.
     """
     size = GEMM_SIZE[device.type]
-    own = torch.Generator(device).manual_seed(0)  # the run's generator stays as it is
+    own = torch.Generator(device).manual_seed(0)  # leaves the run's generator as it is
     a, b = (torch.randn(size, size, device=device, generator=own).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     _timed_product_s(a, b, out)
@@ -153,17 +153,14 @@ def _size(*modules: nn.Module) -> int:
 
 def _flops(work: Callable[[], Any], module: nn.Module) -> int:
     set_attention_path(module, "explicit")
-    with FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten.convolution_backward: _conv_backward}
-    ) as counter:
+    own_formulas = {torch.ops.aten.convolution_backward: _conv_backward}
+    with FlopCounterMode(display=False, custom_mapping=own_formulas) as counter:
         work()
     return counter.get_total_flops()
 
 
 def _conv_backward(grad_shape: Any, x_shape: Any, w_shape: Any, *args: Any, **kwargs: Any) -> int:
-    """Each of the two gradients costs what the forward does: torch's own formula forgets the groups in one of them."""
-    (wants_input, wants_weight, _), forward = (
-        args[-1],
-        2 * grad_shape[0] * math.prod(grad_shape[2:]) * math.prod(w_shape),
-    )
+    """Count each wanted gradient as one forward; torch's own formula forgets the groups in one of them."""
+    wants_input, wants_weight, _ = args[-1]
+    forward = 2 * grad_shape[0] * math.prod(grad_shape[2:]) * math.prod(w_shape)
     return forward * (wants_input + wants_weight)

@@ -1,7 +1,7 @@
-"""The encoder of ASDA and EAT: patches become tokens, tokens pass through post-norm blocks of attention.
+"""The encoder of ASDA and EAT: patches become tokens, and tokens pass through post-norm blocks of attention.
 
-Shapes: B sequences, T time patches, F mel patches, N patches of a sequence (T * F when all are there), P pixels of
-a patch, D width.
+Shapes: B sequences, T time patches, F mel patches, N patches of a sequence (T * F of a whole clip), P pixels of a
+patch, D width. Tokens are 1 + N: CLS, then one a patch.
 """
 
 from typing import Any
@@ -21,9 +21,9 @@ MAX_WAVELENGTH = 10_000.0  # patches / (2 pi), of the slowest position feature (
 
 
 def sincos_positions(rows: int, columns: int, width: int) -> Tensor:
-    """The fixed position table of a grid, [rows * columns, width] in fp32, row after row.
+    """Make the fixed position table of a grid, [rows * columns, width] in fp32, row after row.
 
-    The first half of the features tells the column (mel), the second half the row (time); each half holds sines,
+    The first half of the features encodes the column (mel), the second half the row (time). Each half holds sines,
     then cosines, of the same wavelengths (He et al., "Masked autoencoders", 2021).
     """
     num_waves = width // 4
@@ -34,7 +34,7 @@ def sincos_positions(rows: int, columns: int, width: int) -> Tensor:
 
 
 def init_linear(module: nn.Module) -> None:
-    """N(0, 0.02) weights and zero biases, if it is a linear layer; meant for nn.Module.apply."""
+    """Draw N(0, 0.02) weights and zero the biases of a linear layer; meant for nn.Module.apply."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=INIT_STD)
         if module.bias is not None:
@@ -50,19 +50,19 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, tokens_BND: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
+        """Compute fc2(gelu(fc1(x))), [B, N, D] -> [B, N, D]."""
         return self.fc2(gelu(self.fc1(tokens_BND)))
 
 
 class DropPath(nn.Module):
-    """While training, leaves a branch out for a random share of the sequences and scales the others up."""
+    """Drops a branch for a random share of the sequences in training, and scales up the others."""
 
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
 
     def forward(self, branch_BND: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
+        """Drop whole sequences of a branch, [B, N, D] -> [B, N, D]."""
         if not self.training or self.rate == 0:
             return branch_BND
         keep = 1 - self.rate
@@ -82,22 +82,22 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, tokens_BND: Tensor, present_BN: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The block's output and, from before the last residual, the MLP's, of which the targets are made."""
+        """Return the block's output, and its MLP's before the last residual, of which the targets are made."""
         tokens_BND = self.norm1(tokens_BND + self.drop_path(self.attn(tokens_BND, present_BN)))
         ffn_BND = self.mlp(tokens_BND)
         return self.norm2(tokens_BND + self.drop_path(ffn_BND)), ffn_BND
 
 
 class Encoder(nn.Module):
-    """Patches of log-mel in, tokens out: the CLS token first, then one token per patch.
+    """Patches of log-mel in, tokens out: CLS first, then one token a patch.
 
     Args:
         config: the sizes.
-        drop_path: rate of the last block, linear from 0 at the first.
+        drop_path: rate of the last block; linear from 0 in the first.
     """
 
     num_special = 1  # tokens before those of the patches: CLS
-    positions: Tensor  # [N, D] of the longest clip; fixed, hence in no checkpoint: it follows from the config
+    positions: Tensor  # [N, D] of the longest clip; fixed by the config, hence in no checkpoint
 
     def __init__(self, config: ModelConfig, drop_path: float = 0.0):
         super().__init__()
@@ -117,44 +117,48 @@ class Encoder(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.weight)
         nn.init.normal_(self.cls_token)
 
-    def forward(self, patches_BNP: Tensor, where_BN: Tensor | None = None, present_BN: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        patches_BNP: Tensor,
+        where_BN: Tensor | None = None,
+        present_BN: Tensor | None = None,
+        depth: int | None = None,
+    ) -> Tensor:
         """Encode each sequence of patches by itself.
 
         Args:
-            patches_BNP: normalised log-mel, any float dtype; the pixels of a patch frame by frame.
-            where_BN: int64 places of the patches in their clip, time * F + mel; None when all are there in order.
-            present_BN: False where a patch is padding, of which no token takes anything; None when there is none.
+            patches_BNP: normalised log-mel in any float dtype; the pixels of a patch frame by frame.
+            where_BN: int64 places of the patches in their clip, time * F + mel; None for a whole clip in order.
+            present_BN: False at patches that are padding, which no token attends to; None if there is no padding.
+            depth: number of blocks to pass through; None for all.
 
         Returns:
             [B, 1 + N, D] tokens, CLS first, in the dtype of the weights (or of autocast).
         """
         tokens_BND = self.embed(patches_BNP, where_BN)
         present_BN = with_cls(present_BN)
-        for block in self.blocks:
-            if self.recompute and torch.is_grad_enabled():
-                outputs: Any = checkpoint(block, tokens_BND, present_BN, use_reentrant=False)
-                tokens_BND = outputs[0]
-            else:
-                tokens_BND, _ = block(tokens_BND, present_BN)
+        for block in self.blocks[:depth]:
+            tokens_BND = run_block(block, self.recompute, tokens_BND, present_BN)[0]
         return tokens_BND
 
+    def embed(self, patches_BNP: Tensor, where_BN: Tensor | None = None) -> Tensor:
+        """Make the input of the first block, [B, 1 + N, D]; arguments as for forward."""
+        positions = self.positions[: patches_BNP.shape[1]] if where_BN is None else self.positions[where_BN]
+        dtype = self.patch_embed.weight.dtype  # DeepSpeed casts the weights and leaves the positions in fp32
+        patch_tokens_BND = self.patch_embed(patches_BNP.to(dtype)) + positions.to(dtype)
+        cls_B1D = self.cls_token.expand(len(patches_BNP), -1, -1)
+        return self.norm(torch.cat([cls_B1D, patch_tokens_BND], dim=1))
+
     def layers(self, patches_BNP: Tensor, present_BN: Tensor | None = None) -> list[Tensor]:
-        """The input of the first block, then the output of each, CLS included: (depth + 1) x [B, 1 + N, D]."""
+        """Return the input of the first block, then the output of each: (depth + 1) x [B, 1 + N, D]."""
         outputs = [self.embed(patches_BNP)]
         present_BN = with_cls(present_BN)
         for block in self.blocks:
             outputs.append(block(outputs[-1], present_BN)[0])
         return outputs
 
-    def at_depth(self, patches_BNP: Tensor, depth: int, present_BN: Tensor | None = None) -> Tensor:
-        """The input of the first block (depth 0), or the output of block number `depth`, counted from 1."""
-        tokens_BND, present_BN = self.embed(patches_BNP), with_cls(present_BN)
-        for block in self.blocks[:depth]:
-            tokens_BND, _ = block(tokens_BND, present_BN)
-        return tokens_BND
-
     def ffn_outputs(self, patches_BNP: Tensor) -> list[Tensor]:
-        """What the MLP of each block adds to its residual, CLS included, for whole clips: depth x [B, 1 + N, D]."""
+        """Return what each block's MLP adds to its residual, for whole clips: depth x [B, 1 + N, D]."""
         tokens_BND = self.embed(patches_BNP)
         outputs = []
         for block in self.blocks:
@@ -162,15 +166,14 @@ class Encoder(nn.Module):
             outputs.append(ffn_BND)
         return outputs
 
-    def embed(self, patches_BNP: Tensor, where_BN: Tensor | None = None) -> Tensor:
-        """The input of the first block, [B, 1 + N, D]; arguments as for forward."""
-        positions = self.positions[: patches_BNP.shape[1]] if where_BN is None else self.positions[where_BN]
-        dtype = self.patch_embed.weight.dtype  # DeepSpeed casts the weights and leaves the positions in fp32
-        patch_tokens_BND = self.patch_embed(patches_BNP.to(dtype)) + positions.to(dtype)
-        cls_B1D = self.cls_token.expand(len(patches_BNP), -1, -1)
-        return self.norm(torch.cat([cls_B1D, patch_tokens_BND], dim=1))
+
+def run_block(block: nn.Module, recompute: bool, *inputs: Any) -> Any:
+    """Call a block; with `recompute`, keep only its inputs for the backward, and compute it again there."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
 
 
 def with_cls(present_BN: Tensor | None) -> Tensor | None:
-    """Which tokens are present when these patches are: CLS always is, [B, 1 + N]."""
+    """Put CLS, which is always present, before the patches: [B, N] -> [B, 1 + N]."""
     return None if present_BN is None else nn.functional.pad(present_BN, (1, 0), value=True)

@@ -1,36 +1,35 @@
-"""What HAM-AST puts on AST's tokens: Conformer blocks, then channel attention (Liu, Zhang and Makino, NCSP 2025).
+"""HAM-AST: Conformer blocks and channel attention on AST's tokens (Liu, Zhang and Makino, NCSP 2025).
 
 The Conformer is that of Gulati et al. (arXiv 2005.08100) with the relative attention of Transformer-XL (Dai et al.,
-2019); channel attention pools as CBAM does (Woo et al., 2018). What the paper of HAM-AST leaves open is a value of the
-configuration; docs/ham_ast.md has the reasons for the defaults.
+2019). Channel attention pools as CBAM does (Woo et al., 2018). The configuration has a value for each choice that the
+HAM-AST paper leaves open; docs/ham_ast.md gives the reasons for the defaults.
 
 Shapes: B clips, T time patches, F mel patches, S = 2 + F * T tokens: CLS, DIST, then the patches mel band by mel band;
 D width, H heads, E = D / H, L distances between two tokens.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
-from torch.utils.checkpoint import checkpoint
 
 from asda.config.model import AstConfig, ChannelAttentionConfig, ConformerConfig
 from asda.models.ast import NUM_SPECIAL
-from asda.models.encoder import INIT_STD, MAX_WAVELENGTH, init_linear
+from asda.models.encoder import INIT_STD, MAX_WAVELENGTH, init_linear, run_block
 
 NORM_EPS = 1e-5  # of the Conformer's norms: torch's own
 
 
 class Distances(NamedTuple):
-    """How far apart tokens are, for all blocks."""
+    """Distances between tokens, for all blocks."""
 
     table_LD: Tensor  # sines and cosines of every distance that occurs
     number_SS: Tensor  # int64, row of the table for each query and key
 
 
 class Ham(nn.Module):
-    """Conformer blocks and channel attention, each where the configuration asks for it; else the tokens as they are."""
+    """Conformer blocks and channel attention, each if the configuration asks for it."""
 
     def __init__(self, config: AstConfig):
         super().__init__()
@@ -39,7 +38,7 @@ class Ham(nn.Module):
         self.channels = ChannelAttention(config.width, config.channel_attention) if enabled else nn.Identity()
 
     def forward(self, tokens_BSD: Tensor) -> Tensor:
-        """[B, S, D] -> [B, S, D]."""
+        """Pass the tokens through both, [B, S, D] -> [B, S, D]."""
         return self.channels(self.conformer(tokens_BSD))
 
 
@@ -51,7 +50,7 @@ class Conformer(nn.Module):
 
     def __init__(self, config: AstConfig):
         super().__init__()
-        self.recompute = False  # as of the encoder
+        self.recompute = False  # as in the encoder
         self.blocks = nn.ModuleList([ConformerBlock(config) for _ in range(config.conformer.blocks)])
         num_time, num_mel = config.grid
         along_time = config.conformer.axis == "time"
@@ -63,14 +62,10 @@ class Conformer(nn.Module):
         self.apply(init_linear)
 
     def forward(self, tokens_BSD: Tensor) -> Tensor:
-        """[B, S, D] -> [B, S, D]."""
+        """Pass the tokens through all blocks, [B, S, D] -> [B, S, D]."""
         distances = Distances(self.table_LD.to(tokens_BSD.dtype), self.number_SS)
         for block in self.blocks:
-            if self.recompute and torch.is_grad_enabled():
-                recomputed: Any = checkpoint(block, tokens_BSD, distances, use_reentrant=False)
-                tokens_BSD = recomputed
-            else:
-                tokens_BSD = block(tokens_BSD, distances)
+            tokens_BSD = run_block(block, self.recompute, tokens_BSD, distances)
         return tokens_BSD
 
 
@@ -88,7 +83,7 @@ class ConformerBlock(nn.Module):
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
 
     def forward(self, tokens_BSD: Tensor, distances: Distances) -> Tensor:
-        """[B, S, D] -> [B, S, D]."""
+        """Apply equation 1, [B, S, D] -> [B, S, D]."""
         tokens_BSD = tokens_BSD + 0.5 * self.first(tokens_BSD)
         tokens_BSD = tokens_BSD + self.attention(tokens_BSD, distances)
         tokens_BSD = tokens_BSD + self.convolution(tokens_BSD)
@@ -97,7 +92,7 @@ class ConformerBlock(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Norm, two linear layers around a swish, dropout behind each."""
+    """Norm, then two linear layers around a swish, with dropout after each."""
 
     def __init__(self, width: int, hidden: int, dropout: float):
         super().__init__()
@@ -107,13 +102,13 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens_BSD: Tensor) -> Tensor:
-        """[B, S, D] -> [B, S, D]."""
+        """Transform each token, [B, S, D] -> [B, S, D]."""
         hidden_BSK = self.dropout(silu(self.fc1(self.norm(tokens_BSD))))
         return self.dropout(self.fc2(hidden_BSK))
 
 
 class RelativeAttention(nn.Module):
-    """Norm and attention whose logits are ((q + u) k^T + (q + v) (W r)^T) / sqrt(E) (Transformer-XL, section 3.3)."""
+    """Norm, then attention with logits ((q + u) k^T + (q + v) (W r)^T) / sqrt(E) (Transformer-XL, section 3.3)."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -129,7 +124,7 @@ class RelativeAttention(nn.Module):
             nn.init.normal_(bias, std=INIT_STD)
 
     def forward(self, tokens_BSD: Tensor, distances: Distances) -> Tensor:
-        """[B, S, D] -> [B, S, D]."""
+        """Mix the tokens by content and distance, [B, S, D] -> [B, S, D]."""
         q_BHSE, k_BHSE, v_BHSE = self._by_head(self.qkv(self.norm(tokens_BSD)), 3)
         (r_1HLE,) = self._by_head(self.distance(distances.table_LD)[None], 1)
         by_distance_BHSL = (q_BHSE + self.v) @ r_1HLE.transpose(-2, -1)
@@ -139,15 +134,15 @@ class RelativeAttention(nn.Module):
         return self.dropout(self.proj(mixed_BHSE.transpose(1, 2).flatten(2)))
 
     def _by_head(self, joined_BNC: Tensor, parts: int) -> Tensor:
-        """[B, N, parts * D] -> [parts, B, H, N, E]."""
+        """Separate parts and heads, [B, N, parts * D] -> [parts, B, H, N, E]."""
         return joined_BNC.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 class Convolution(nn.Module):
-    """Norm, a gated linear unit, a depthwise convolution, a norm, swish, a linear layer.
+    """Norm, gated linear unit, depthwise convolution, norm, swish, linear layer (arXiv 2005.08100, figure 2).
 
-    Gulati et al. have a BatchNorm in the middle. Its running moments would depend on how a batch is cut into ranks and
-    micro-batches, and lie in no checkpoint of ours, so here it is a norm of each token ("layer") or clip ("group").
+    Gulati et al. have a BatchNorm in the middle. Its running moments depend on how a batch is cut into ranks and
+    micro-batches, and our checkpoints hold no buffers. Here it is a norm of each token ("layer") or clip ("group").
     """
 
     def __init__(self, width: int, grid: tuple[int, int], config: ConformerConfig):
@@ -162,17 +157,17 @@ class Convolution(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, tokens_BSD: Tensor) -> Tensor:
-        """[B, S, D] -> [B, S, D]."""
+        """Mix neighbouring tokens, [B, S, D] -> [B, S, D]."""
         gated_BSD = nn.functional.glu(self.gate(self.norm(tokens_BSD)), dim=-1)
         mixed_BSD = self._along_time(gated_BSD) if self.axis == "time" else self._along(gated_BSD)
         return self.dropout(self.proj(silu(self.middle(mixed_BSD))))
 
     def _along(self, tokens_BND: Tensor) -> Tensor:
-        """Convolve sequences, zeros around them."""
+        """Convolve sequences padded with zeros, [B, N, D] -> [B, N, D]."""
         return self.depthwise(tokens_BND.transpose(1, 2)).transpose(1, 2)
 
     def _along_time(self, tokens_BSD: Tensor) -> Tensor:
-        """Convolve each mel band by itself, and CLS and DIST as what they are in time: sequences of one."""
+        """Convolve each mel band by itself, and CLS and DIST as sequences of one token."""
         special_BSD, patches_BND = tokens_BSD.tensor_split([NUM_SPECIAL], dim=1)
         bands_BFTD = patches_BND.unflatten(1, (-1, self.num_time_patches))
         special_BSD = self._along(special_BSD.flatten(0, 1)[:, None]).reshape(special_BSD.shape)
@@ -187,12 +182,12 @@ class ClipNorm(nn.GroupNorm):
         super().__init__(1, width, eps=NORM_EPS)
 
     def forward(self, input: Tensor) -> Tensor:
-        """[B, S, D] -> [B, S, D]."""
+        """Normalise each clip, [B, S, D] -> [B, S, D]."""
         return super().forward(input.transpose(1, 2)).transpose(1, 2)
 
 
 class ChannelAttention(nn.Module):
-    """Each feature times a weight that follows from its maximum and its mean over the tokens of the clip."""
+    """Multiplies each feature by a weight computed from the features' maxima and means over a clip's tokens."""
 
     def __init__(self, width: int, config: ChannelAttentionConfig):
         super().__init__()
@@ -203,11 +198,11 @@ class ChannelAttention(nn.Module):
         self.apply(init_linear)
 
     def forward(self, tokens_BSD: Tensor) -> Tensor:
-        """[B, S, D] -> [B, S, D]."""
+        """Weigh the features, [B, S, D] -> [B, S, D]."""
         return tokens_BSD * self.weights(tokens_BSD)[:, None]
 
     def weights(self, tokens_BSD: Tensor) -> Tensor:
-        """The weights of the features, [B, D]: in (0, 1) with sigmoid, of mean 1 with softmax."""
+        """Compute the weights of the features, [B, D]: in (0, 1) with sigmoid, of mean 1 with softmax."""
         pooled_BND = tokens_BSD[:, NUM_SPECIAL:] if self.config.tokens == "patches" else tokens_BSD
         pooled = [pooled_BND.mean(1), pooled_BND.amax(1)]
         if self.config.combine == "concat":
@@ -223,7 +218,7 @@ class ChannelAttention(nn.Module):
 
 
 def sinusoids(distance_L: Tensor, width: int) -> Tensor:
-    """Sines, then cosines, of distances, [L, width] in fp32 ("Attention is all you need", section 3.5)."""
+    """Compute sines, then cosines, of distances, [L, width] in fp32 ("Attention is all you need", section 3.5)."""
     num_waves = width // 2
     frequency_W = MAX_WAVELENGTH ** (-torch.arange(num_waves, dtype=torch.float64) / num_waves)
     phase_LW = distance_L[:, None] * frequency_W
@@ -231,11 +226,11 @@ def sinusoids(distance_L: Tensor, width: int) -> Tensor:
 
 
 def _distances_in_time(num_time: int, num_mel: int) -> Tensor:
-    """[S, S] in time patches; CLS and DIST, which have no place in time, are at distance 0 of everything."""
+    """Compute distances in time patches, [S, S]; CLS and DIST have no place in time and are at distance 0 of all."""
     between_patches_NN = _differences(torch.arange(num_time).repeat(num_mel))
     return nn.functional.pad(between_patches_NN, (NUM_SPECIAL, 0, NUM_SPECIAL, 0))
 
 
 def _differences(places_S: Tensor) -> Tensor:
-    """Place of the query minus place of the key, [S, S]."""
+    """Subtract the place of the key from that of the query, [S, S]."""
     return places_S[:, None] - places_S

@@ -1,6 +1,6 @@
 """Inverse block masks: a student sees a few blocks of patches and predicts all others (data2vec 2.0, 2022).
 
-Shapes: M masks, T time patches, F mel patches, N = T * F patches, C block centres, K visible patches.
+Shapes: M masks (one a student), T time patches, F mel patches, N = T * F patches, K visible ones; here C block centres.
 """
 
 import numpy as np
@@ -13,53 +13,51 @@ from asda.config.model import MaskConfig
 def inverse_block_masks(
     rng: np.random.Generator, num_masks: int, grid: tuple[int, int], config: MaskConfig
 ) -> NDArray[np.bool_]:
-    """Draw masks, [M, N], True where a patch is visible; every mask has exactly config.visible(N) visible patches.
+    """Draw masks, [M, N], True at visible patches; every mask has exactly config.visible(N) of them.
 
-    The union of blocks around random centres is brought to that number: by hiding random patches of it when it is
-    larger, by showing random patches outside of it when it is smaller.
+    A mask starts as a union of blocks around random centres. If it has too many patches, random ones are hidden; if it
+    has too few, random ones outside are shown.
 
     Args:
         rng: the source of randomness; the same state gives the same masks.
         num_masks: M.
-        grid: time patches and mel patches of the clip.
+        grid: (T, F) of the clip.
         config: shares and block size.
     """
     num_patches = grid[0] * grid[1]
     num_visible = config.visible(num_patches)
     visible_MN = block_union(draw_centres(rng, num_masks, num_patches, config), grid, config.block)
-    # Of every mask some patches change, one draw each; there are never more of them than patches.
+    # One draw a patch that changes: a mask hides fewer than it has, or shows fewer than num_visible.
     most_changes = max(num_visible, int(visible_MN.sum(1).max()))
     _bring_to(visible_MN, num_visible, rng.random((num_masks, most_changes)))
     return visible_MN
 
 
 def draw_centres(rng: np.random.Generator, num_masks: int, num_patches: int, config: MaskConfig) -> NDArray[np.int64]:
-    """The patches around which blocks are shown, [M, C]: any patch, also twice, so many that about enough is seen."""
+    """Draw the patches around which blocks are shown, [M, C], with repetition; C is config.blocks(num_patches)."""
     return rng.integers(num_patches, size=(num_masks, config.blocks(num_patches)))
 
 
 def block_union(centres_MC: NDArray[np.int64], grid: tuple[int, int], block: int) -> NDArray[np.bool_]:
-    """Mark the block x block patches around each centre, cut off at the borders of the grid: [M, C] -> [M, N]."""
+    """Mark block x block patches around each centre, cut off at the borders of the grid: [M, C] -> [M, N]."""
     union_MRF = np.zeros((len(centres_MC), *grid), dtype=bool)
     _mark_blocks(centres_MC, block, union_MRF)
     return union_MRF.reshape(len(centres_MC), -1)
 
 
 def visible_indices(masks_MN: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """The places of the visible patches, ascending, [M, K]; all masks must have the same number of them."""
-    places_MK = np.empty((len(masks_MN), np.count_nonzero(masks_MN[0])), np.int64)
-    _list_places(masks_MN, places_MK)
-    return places_MK
+    """List the places of the visible patches, ascending, [M, K]; all masks must have the same number of them."""
+    return (np.flatnonzero(masks_MN) % masks_MN.shape[1]).reshape(len(masks_MN), -1)
 
 
 def visible_patches(
     rng: np.random.Generator, *, num_masks: int, grid: tuple[int, int], config: MaskConfig
 ) -> NDArray[np.int64]:
-    """What the students of one clip see, [M, K]: the places of the visible patches of fresh masks."""
+    """Draw masks for the students of one clip and list their visible patches, [M, K]."""
     return visible_indices(inverse_block_masks(rng, num_masks, grid, config))
 
 
-# Compiled by numba, which takes the types from the callers: 16 masks in 20 us, and other threads go on meanwhile.
+# Compiled by numba, without Python's lock: 16 masks take 20 us.
 
 
 @njit(nogil=True, cache=True)
@@ -75,7 +73,7 @@ def _mark_blocks(centres_MC, block, union_MRF):
 
 @njit(nogil=True, cache=True)
 def _bring_to(visible_MN, num_visible, chance_MX):
-    """Hide or show random patches until every mask has `num_visible`: a shuffle of the candidates, begun only."""
+    """Hide or show random patches until every mask has `num_visible`: the first steps of a shuffle."""
     candidates = np.empty(visible_MN.shape[1], np.int64)
     for mask in range(len(visible_MN)):
         visible_N = visible_MN[mask]
@@ -90,13 +88,3 @@ def _bring_to(visible_MN, num_visible, chance_MX):
             chosen = change + int(chance_MX[mask, change] * (num_candidates - change))
             visible_N[candidates[chosen]] = not hides
             candidates[chosen] = candidates[change]
-
-
-@njit(nogil=True, cache=True)
-def _list_places(masks_MN, places_MK):
-    for mask in range(len(masks_MN)):
-        found = 0
-        for patch in range(masks_MN.shape[1]):
-            if masks_MN[mask, patch]:
-                places_MK[mask, found] = patch
-                found += 1

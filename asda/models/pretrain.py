@@ -1,11 +1,11 @@
-"""Pre-training: masked students predict what an EMA teacher makes of the whole clip.
+"""Pre-training: masked students predict the features that an EMA teacher computes from the whole clip.
 
-Every clip is seen by M students through M masks. A student encodes its visible patches; a convolutional decoder puts
-noise where patches are hidden and predicts the teacher's features there (frame loss), and the CLS token predicts the
-clip's mean feature (utterance loss). The recipe is EAT's (Chen et al., IJCAI 2024) with ASDA's encoder.
+M students see each clip through M masks. A student encodes its visible patches. A convolutional decoder fills in noise
+for the hidden ones and predicts the teacher's features there (frame loss). The CLS token predicts the clip's mean
+feature (utterance loss). The recipe is EAT's (Chen et al., IJCAI 2024) with ASDA's encoder.
 
 Shapes: B clips, M students of each, S = B * M sequences, T time patches, F mel patches, N = T * F patches of a clip,
-K visible ones, P pixels of a patch, D width, C decoder width.
+K visible ones, P pixels of a patch, D width; here C decoder width.
 """
 
 import copy
@@ -22,7 +22,7 @@ VARIANCE_FLOOR = 1e-6  # under the square root of feature_spread, as in data2vec
 
 
 class Losses(NamedTuple):
-    """What a step minimises, and what it is made of; fp32 scalars."""
+    """The loss of a step and its terms, fp32 scalars."""
 
     total: Tensor  # frame + utterance_weight * utterance
     frame: Tensor  # mean over masked patches of |prediction - target|^2 / sqrt(D)
@@ -31,15 +31,15 @@ class Losses(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What the teacher asks of every student of a clip; fp32."""
+    """The teacher's features, which every student of a clip predicts; fp32."""
 
-    tokens: Tensor  # [B, N, D], one per patch
+    tokens: Tensor  # [B, N, D], one a patch
     cls: Tensor  # [B, D], their mean
     target_var: Tensor  # feature_spread of the tokens; scalar
 
 
 class Decoder(nn.Module):
-    """Convolutions over the patch grid, each with a norm without weights, GELU and a residual; then a projection."""
+    """Convolutions over the patch grid, each with a norm without weights, a GELU and a residual; then a projection."""
 
     def __init__(self, config: DecoderConfig, width: int):
         super().__init__()
@@ -60,10 +60,10 @@ class Decoder(nn.Module):
 
 
 class MaskedStudents(nn.Module):
-    """The module that is trained: the encoder shared by all students, and the decoder.
+    """The trained module: one encoder for all students, and the decoder.
 
-    Its parameters may be fp32 or bf16; the losses are computed in fp32 either way. All of its parameters are used
-    inside the forward of the module that owns them, as ZeRO stage 3 demands.
+    Parameters may be fp32 or bf16; losses are fp32 either way. Each parameter is used only inside the forward of the
+    module that owns it, as ZeRO stage 3 demands.
     """
 
     def __init__(self, model: ModelConfig, config: PretrainConfig):
@@ -81,14 +81,14 @@ class MaskedStudents(nn.Module):
         target_cls_BD: Tensor,
         noise_SND: Tensor | None = None,
     ) -> Losses:
-        """The losses of all students of a micro-batch.
+        """Compute the losses of all students of a micro-batch.
 
         Args:
             patches_BNP: normalised log-mel of whole clips, any float dtype.
-            visible_BMK: int64 places of the patches each student sees; the same number for all.
-            targets_BND: the teacher's features.
-            target_cls_BD: the teacher's clip features.
-            noise_SND: what stands at masked patches, N(0, noise_std); None draws it from torch's generator.
+            visible_BMK: int64 places of the patches that each student sees; the same number for all.
+            targets_BND: the teacher's features of the patches.
+            target_cls_BD: the teacher's features of the clips.
+            noise_SND: the decoder's input at masked patches, N(0, noise_std); None draws it from torch's generator.
         """
         visible_SK = visible_BMK.flatten(0, 1)
         clip_B11 = torch.arange(len(patches_BNP), device=visible_BMK.device)[:, None, None]
@@ -101,7 +101,7 @@ class MaskedStudents(nn.Module):
 
     def _draw_noise(self, tokens_SKD: Tensor, num_patches: int) -> Tensor:
         num_sequences, _, width = tokens_SKD.shape
-        # In fp32, to be rounded later: on a CPU torch draws bf16 normals four times slower.
+        # Drawn in fp32 and rounded later: on a CPU torch draws bf16 normals four times slower.
         noise_SND = torch.empty(num_sequences, num_patches, width, device=tokens_SKD.device)
         return noise_SND.normal_(std=self.noise_std)
 
@@ -136,9 +136,9 @@ def masked_error(pred_SND: Tensor, targets_BND: Tensor, visible_SK: Tensor) -> t
 
 
 def feature_spread(features_D: Tensor, weight: Tensor) -> Tensor:
-    """Each feature's standard deviation over the tokens of weight 1, averaged over features: 0 means collapse.
+    """Average the features' standard deviations over the tokens of weight 1; 0 means collapse.
 
-    data2vec logs this as "variance"; features_D is [..., D] in fp32, weight [...] holds 0 and 1.
+    data2vec logs this as "variance". features_D is [..., D] in fp32, weight [...] holds 0 and 1.
     """
     features_ND, weight_N1 = features_D.flatten(0, -2), weight.flatten()[:, None]
     count = weight_N1.sum()
@@ -148,12 +148,12 @@ def feature_spread(features_D: Tensor, weight: Tensor) -> Tensor:
 
 
 def scaled_error(pred_D: Tensor, target_D: Tensor) -> Tensor:
-    """|pred - target|^2 / sqrt(D) over the last dimension (the scale of data2vec 2.0)."""
+    """Compute |pred - target|^2 / sqrt(D) over the last dimension (the scale of data2vec 2.0)."""
     return (pred_D - target_D).square().sum(-1) * pred_D.shape[-1] ** -0.5
 
 
 class Teacher(nn.Module):
-    """An fp32 copy of the students' encoder that follows it slowly and is never trained.
+    """An fp32 copy of the students' encoder, which follows it as a moving average and is never trained.
 
     Make it before the engine casts or partitions the students' parameters.
     """
@@ -165,13 +165,13 @@ class Teacher(nn.Module):
 
     @torch.inference_mode()
     def targets(self, patches_BNP: Tensor) -> Targets:
-        """Encode whole clips; the caller may hold torch.autocast open, the norms are computed in fp32 all the same.
+        """Compute the targets of whole clips; under torch.autocast too the norms are in fp32.
 
         The MLP outputs of the last target_layers blocks, without CLS, are normalised per feature over the patches of
         the clip and averaged; a LayerNorm over the features follows. Each layer's mean over the patches is 0, so the
         clip feature is only the small residue that the last norm leaves.
 
-        What it returns are inference tensors: a loss may subtract them, but nothing may write into them.
+        The targets are inference tensors: a loss may subtract them, but nothing may write into them.
         """
         outputs = self.encoder.ffn_outputs(patches_BNP)[-self.target_layers :]
         layers_LBDN = [instance_norm(ffn_BND[:, 1:].float().transpose(1, 2)) for ffn_BND in outputs]

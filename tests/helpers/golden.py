@@ -232,10 +232,10 @@ class Pretraining:
     weights: Table
     model: ModelConfig
     config: PretrainConfig
-    path: attention.Path = "auto"
+    path: attention.AttentionPath = "auto"
 
     @classmethod
-    def read(cls, folder: Folder, family: str, path: attention.Path = "auto") -> "Pretraining":
+    def read(cls, folder: Folder, family: str, path: attention.AttentionPath = "auto") -> "Pretraining":
         """Read the files `family`_pretrain; attention is to be computed by `path`."""
         name = f"{family}_pretrain"
         numbers, weights = folder.numbers(name), folder.weights(name)
@@ -313,10 +313,10 @@ class Finetuning:
     numbers: Table
     weights: Table
     model: ModelConfig
-    path: attention.Path = "auto"
+    path: attention.AttentionPath = "auto"
 
     @classmethod
-    def read(cls, folder: Folder, family: str, path: attention.Path = "auto") -> "Finetuning":
+    def read(cls, folder: Folder, family: str, path: attention.AttentionPath = "auto") -> "Finetuning":
         """Read the files `family`_finetune; attention is to be computed by `path`."""
         name = f"{family}_finetune"
         numbers, weights = folder.numbers(name), folder.weights(name)
@@ -333,7 +333,7 @@ def classify_config(**changes: object) -> ClassifyConfig:
     return ClassifyConfig.model_validate({"kind": "classify", "init_from": "", "loss": "bce"} | changes)
 
 
-def loaded(module: Loaded, parameters: dict[str, Tensor], source: str, path: attention.Path) -> Loaded:
+def loaded(module: Loaded, parameters: dict[str, Tensor], source: str, path: attention.AttentionPath) -> Loaded:
     """`module` with these parameters, its attention computed by `path`; strict about names and shapes."""
     try:
         module.load_state_dict(parameters)

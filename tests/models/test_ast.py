@@ -142,7 +142,7 @@ def test_every_layer_is_that_of_hugging_face(folders: Path, ours: Classifier):
     hidden = theirs().audio_spectrogram_transformer(mels(), output_hidden_states=True).hidden_states
     assert len(hidden) == 3
     for depth, expected_BSD in enumerate(hidden[:-1]):
-        found_BSD = ours.encoder.at_depth(patches_of(mels()), depth)
+        found_BSD = ours.encoder(patches_of(mels()), depth=depth)
         torch.testing.assert_close(found_BSD, expected_BSD, rtol=FP32, atol=FP32)
 
 

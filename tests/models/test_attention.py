@@ -14,8 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from asda.config.model import ModelConfig
 from asda.models.attention import (
     Attention,
+    AttentionPath,
     LearnedLambda,
-    Path,
     attend,
     attention_map,
     by_definition,
@@ -126,15 +126,19 @@ SHORT, LONG = 21, 133  # tokens
 MAPS = [(1, False), (2, False), (2, True)]  # how many, and whether lambda is learned
 CASES = [
     (path, tokens, maps, padded, learned)
-    for path, tokens, (maps, learned), padded in product(
-        ["explicit", "sdpa"], [SHORT, LONG], MAPS, [False, True]
-    )
+    for path, tokens, (maps, learned), padded in product(["explicit", "sdpa"], [SHORT, LONG], MAPS, [False, True])
 ]
 FP64_ATOL = 1e-12  # of numbers of size 1: at most 133 products of rounding 2^-53, and exp of them: far below
 
 
 def attended(
-    path: Path | None, tokens: int, maps: int, padded: bool, learned: bool, dtype: torch.dtype, lam_value: float = 0.3
+    path: AttentionPath | None,
+    tokens: int,
+    maps: int,
+    padded: bool,
+    learned: bool,
+    dtype: torch.dtype,
+    lam_value: float = 0.3,
 ) -> list[Tensor]:
     """What attention gives of inputs of `dtype`, then the gradients of qk, v and lambda; by the definition in fp64
     where the path is None.
@@ -158,7 +162,7 @@ def attended(
 
 @pytest.mark.parametrize(("path", "tokens", "maps", "padded", "learned"), CASES)
 def test_every_path_is_the_definition_forward_and_backward(
-    path: Path, tokens: int, maps: int, padded: bool, learned: bool
+    path: AttentionPath, tokens: int, maps: int, padded: bool, learned: bool
 ):
     ours = attended(path, tokens, maps, padded, learned, torch.float64)
     exact = attended(None, tokens, maps, padded, learned, torch.float64)
@@ -169,7 +173,7 @@ def test_every_path_is_the_definition_forward_and_backward(
 @pytest.mark.parametrize(("path", "tokens", "maps", "padded", "learned"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_path_rounds_no_more_than_its_steps_allow(
-    dtype: torch.dtype, path: Path, tokens: int, maps: int, padded: bool, learned: bool
+    dtype: torch.dtype, path: AttentionPath, tokens: int, maps: int, padded: bool, learned: bool
 ):
     # What is written between input and gradient: scaled query, logits, maps (their difference, one more), gradient of
     # the difference, of the logits, of the scaled query, the product: 8 roundings of at most eps / 2 each, whose rms
@@ -198,14 +202,14 @@ def test_lambda_zero_leaves_the_second_map_without_gradient_in_every_dtype(dtype
 
 
 @pytest.mark.parametrize("path", ["explicit", "sdpa"])
-def test_autocast_leaves_attention_in_the_dtype_of_its_inputs(path: Path):
+def test_autocast_leaves_attention_in_the_dtype_of_its_inputs(path: AttentionPath):
     arguments = [torch.randn(2, B, 2 * H, N, E).bfloat16(), torch.randn(B, H, N, E).bfloat16(), 0.1]
     with torch.autocast("cpu", torch.bfloat16):
         assert attend(*arguments, path=path).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("path", ["explicit", "sdpa"])
-def test_a_module_with_a_learned_lambda_trains_alike_by_every_path(path: Path):
+def test_a_module_with_a_learned_lambda_trains_alike_by_every_path(path: AttentionPath):
     settings = {"attention_lambda": "learned", "attention_norm": "per_head", "attention_scale": "by_depth"}
     tokens_BND, cotangent_BND = torch.randn(2, B, N, golden.TINY.width, dtype=torch.float64)
     torch.manual_seed(0)
@@ -230,13 +234,14 @@ def forward_by_definition(attention: Attention, tokens_BND: Tensor) -> Tensor:
     [
         ("cpu", 103, True, "explicit"),
         ("cpu", 103, False, "sdpa"),
-        ("cpu", 513, True, "explicit"),
+        ("cpu", 128, True, "explicit"),
+        ("cpu", 513, True, "sdpa"),
         ("cpu", 513, False, "sdpa"),
         ("cuda", 103, True, "sdpa"),
         ("cuda", 513, False, "sdpa"),
     ],
 )
-def test_auto_follows_device_and_training(device_type: str, tokens: int, needs_gradient: bool, path: str):
+def test_auto_follows_device_length_and_training(device_type: str, tokens: int, needs_gradient: bool, path: str):
     assert choose_path("auto", device_type, tokens, 64, needs_gradient) == path
 
 

@@ -25,8 +25,7 @@ from torch.cuda import nccl
 
 from asda.config.model import PretrainConfig, of_asda
 from asda.config.run import Config, load_config
-from asda.models.attention import Path as AttentionPath
-from asda.models.attention import set_attention_path
+from asda.models.attention import AttentionPath, set_attention_path
 from asda.models.costs import gemm_rate, network_costs
 from asda.models.masks import visible_patches
 from asda.models.pretrain import MaskedStudents

@@ -1,11 +1,11 @@
-"""Differential attention in one kernel each way: both softmaxes and one product with v, no matrix in memory.
+"""Differential attention in one kernel each way: two softmaxes and one product with v, without maps in memory.
 
-For sequences whose keys fit one tile. A program of the forward takes some queries of one head and all keys, so each
-softmax is complete at once; a program of the backward takes one head and goes through its queries, computing the maps
-again from queries and keys. Nothing but the inputs is kept between the two. Softmax, differences and sums are in fp32;
-operands of products are in the dtype of the inputs.
+All keys of a sequence must fit one tile. A program of the forward takes some queries of one head and all keys, so each
+softmax is complete at once. A program of the backward takes one head and loops over its queries; it computes the maps
+again from queries and keys. Only the inputs are kept between the two. Softmax, differences and sums are in fp32;
+operands of products have the dtype of the inputs.
 
-Proven through Triton's interpreter on a CPU (TRITON_INTERPRET=1 before the import); not yet run on a GPU.
+Tested in Triton's interpreter on a CPU (TRITON_INTERPRET=1 before the import); not yet run on a GPU.
 
 Shapes: as in attention.py. In the kernels: L queries of a step, N keys (padded to a power of two), E features (padded).
 """
@@ -27,7 +27,7 @@ INTERPRETED = tl.constexpr(runtime.interpret)  # the interpreter has no product 
 
 @triton.jit
 def _dot(a, b):
-    """The product of two matrices, summed in fp32; fp32 operands are not rounded to TF32."""
+    """Multiply two matrices, summing in fp32; fp32 operands are not rounded to TF32."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     return tl.dot(a, b, input_precision="ieee")
@@ -35,7 +35,7 @@ def _dot(a, b):
 
 @triton.jit
 def _load(pointer, row, row_stride, num_rows, column, num_columns):
-    """Rows of a matrix with dense rows, zeros where there are none."""
+    """Load a tile of a matrix whose rows are dense, with zeros outside of the matrix."""
     inside = (row[:, None] < num_rows) & (column[None, :] < num_columns)
     return tl.load(pointer + row[:, None] * row_stride + column[None, :], mask=inside, other=0.0)
 
@@ -48,7 +48,7 @@ def _store(pointer, value, row, row_stride, num_rows, column, num_columns):
 
 @triton.jit
 def _map(q_LE, k_NE, shown_N, scale):
-    """softmax(q k^T * scale) over the keys that are shown, [L, N] in fp32."""
+    """Compute softmax(q k^T * scale) over the shown keys, [L, N] in fp32."""
     logits_LN = _dot(q_LE, tl.trans(k_NE)) * scale
     logits_LN = tl.where(shown_N[None, :], logits_LN, float("-inf"))
     raised_LN = tl.exp(logits_LN - tl.max(logits_LN, axis=1)[:, None])
@@ -57,14 +57,14 @@ def _map(q_LE, k_NE, shown_N, scale):
 
 @triton.jit
 def _logit_gradient(map_LN, d_map_LN, scale):
-    """Backward of _map up to the products, [L, N] in fp32."""
+    """Compute the gradient of _map's logits, times scale, [L, N] in fp32."""
     mean_L = tl.sum(map_LN * d_map_LN, axis=1)
     return map_LN * (d_map_LN - mean_L[:, None]) * scale
 
 
 @triton.jit
 def _shown(present_pointer, sequence, key_N, num_tokens, padded: tl.constexpr):
-    """Which keys exist and are present, [N]."""
+    """Tell which keys exist and are present, [N]."""
     shown_N = key_N < num_tokens
     if padded:
         shown_N = shown_N & (tl.load(present_pointer + sequence * num_tokens + key_N, mask=shown_N, other=0) != 0)
@@ -79,7 +79,7 @@ def _forward(
     num_heads, num_tokens, num_features, scale,
     maps: tl.constexpr, padded: tl.constexpr, L: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """One head of one sequence, L queries: out = (P1 - lam P2) v."""
+    """Compute out = (P1 - lam P2) v for L queries of one head of one sequence."""
     sequence, head = (tl.program_id(0) // num_heads).to(tl.int64), tl.program_id(0) % num_heads
     query_L = tl.program_id(1) * L + tl.arange(0, L)
     key_N, feature_E = tl.arange(0, N), tl.arange(0, E)
@@ -110,7 +110,7 @@ def _backward(
     num_heads, num_tokens, num_features, scale,
     maps: tl.constexpr, padded: tl.constexpr, L: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """One head of one sequence: dq by L queries at a time; dk, dv and this head's share of d_lam summed over them."""
+    """Compute the gradients of one head of one sequence: dq for L queries at a time, sums over them for the others."""
     sequence, head = (tl.program_id(0) // num_heads).to(tl.int64), tl.program_id(0) % num_heads
     key_N, feature_E = tl.arange(0, N), tl.arange(0, E)
     shown_N = _shown(present, sequence, key_N, num_tokens, padded)
@@ -166,14 +166,15 @@ class TritonAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qk_2BGNE: Tensor, v_BHNE: Tensor, lam: float | Tensor, present_BN: Tensor | None):
-        """[B, H, N, E], the heads of a token together."""
+        """Compute attention, [B, H, N, E]."""
         qk_2BGNE, v_BHNE = _with_dense_features(qk_2BGNE), _with_dense_features(v_BHNE)
         lam_1 = torch.as_tensor(lam, dtype=torch.float32, device=v_BHNE.device).reshape(1)  # stays on the device
         present_BN = None if present_BN is None else present_BN.to(torch.int8).contiguous()
-        mixed_BHNE = _like_tokens(v_BHNE)
+        mixed_BHNE = torch.empty_like(v_BHNE)  # in the layout of v, so that joining the heads copies nothing
         q_BGNE, k_BGNE = qk_2BGNE
         sizes = _sizes(qk_2BGNE, v_BHNE, present_BN)
-        _forward[_programs(v_BHNE, sizes["L"])](
+        num_heads, tokens = v_BHNE.shape[0] * v_BHNE.shape[1], v_BHNE.shape[2]  # of all sequences
+        _forward[num_heads, -(-tokens // sizes["L"])](
             *(q_BGNE, k_BGNE, v_BHNE, lam_1, v_BHNE if present_BN is None else present_BN, mixed_BHNE),
             *_strides(q_BGNE, k_BGNE, v_BHNE, mixed_BHNE),
             **sizes,
@@ -185,10 +186,10 @@ class TritonAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_mixed_BHNE: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Gradients of qk_2BGNE, v_BHNE and, where it is a tensor, lam."""
+        """Compute the gradients of qk_2BGNE, v_BHNE and, if it is a tensor, lam."""
         qk_2BGNE, v_BHNE, lam_1, present_BN = ctx.saved_tensors
         d_mixed_BHNE = _with_dense_features(d_mixed_BHNE)
-        dqk_2BGNE, dv_BHNE = _like_projection(qk_2BGNE), _like_tokens(v_BHNE)
+        dqk_2BGNE, dv_BHNE = torch.empty_like(qk_2BGNE), torch.empty_like(v_BHNE)
         d_lam_of_heads = v_BHNE.new_zeros(v_BHNE.shape[0] * v_BHNE.shape[1], dtype=torch.float32)
         (q_BGNE, k_BGNE), (dq_BGNE, dk_BGNE) = qk_2BGNE, dqk_2BGNE
         _backward[d_lam_of_heads.shape](
@@ -199,18 +200,6 @@ class TritonAttention(torch.autograd.Function):
         )
         d_lam = d_lam_of_heads.sum().to(ctx.lam_dtype) if ctx.needs_input_grad[2] else None
         return dqk_2BGNE, dv_BHNE, d_lam, None
-
-
-def _like_tokens(v_BHNE: Tensor) -> Tensor:
-    """Make an empty [B, H, N, E], laid out as the tokens are, [B, N, H * E], so that joining the heads copies nothing."""
-    num_sequences, heads, tokens, features = v_BHNE.shape
-    return v_BHNE.new_empty(num_sequences, tokens, heads, features).transpose(1, 2)
-
-
-def _like_projection(qk_2BGNE: Tensor) -> Tensor:
-    """Make an empty [2, B, G, N, E], laid out as the linear layer makes it, [B, N, 2 * G * E]."""
-    _, num_sequences, heads, tokens, features = qk_2BGNE.shape
-    return qk_2BGNE.new_empty(num_sequences, tokens, 2, heads, features).permute(2, 0, 3, 1, 4)
 
 
 def _sizes(qk_2BGNE: Tensor, v_BHNE: Tensor, present_BN: Tensor | None) -> dict[str, Any]:
@@ -231,12 +220,6 @@ def _sizes(qk_2BGNE: Tensor, v_BHNE: Tensor, present_BN: Tensor | None) -> dict[
 
 def _padded(size: int) -> int:
     return max(SMALLEST_TILE, 1 << (size - 1).bit_length())
-
-
-def _programs(v_BHNE: Tensor, queries_a_step: int) -> tuple[int, int]:
-    """One for so many queries of a head of a sequence."""
-    num_sequences, heads, tokens, _ = v_BHNE.shape
-    return num_sequences * heads, -(-tokens // queries_a_step)
 
 
 def _strides(*tensors_BHNE: Tensor) -> list[Any]:
