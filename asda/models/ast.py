@@ -7,6 +7,8 @@ Shapes: B clips, N patches of the data, which do not overlap, P pixels of one; T
 network, which overlap, S = 2 + F * T tokens (no sequences here), D width.
 """
 
+from math import prod
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -24,18 +26,14 @@ class AstBlock(nn.Module):
 
     def __init__(self, config: AstConfig, number: int, drop_path: float):
         super().__init__()
-        hidden = int(config.width * config.mlp_ratio)
-        self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        width = config.width
         ordinary = ModelConfig(
-            width=config.width,
-            heads=config.heads,
-            attention_lambda="absent",
-            attention_norm="none",
-            attention_scale=1.0,
+            width=width, heads=config.heads, attention_lambda="absent", attention_norm="none", attention_scale=1.0
         )
+        self.norm1 = nn.LayerNorm(width, eps=config.norm_eps)
         self.attn = Attention(ordinary, number)
-        self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.mlp = Mlp(config.width, hidden)
+        self.norm2 = nn.LayerNorm(width, eps=config.norm_eps)
+        self.mlp = Mlp(width, int(width * config.mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, tokens_BSD: Tensor) -> Tensor:
@@ -59,20 +57,14 @@ class AstEncoder(nn.Module):
         self.recompute = False  # keep only the input of each block for the backward, and compute the block again there
         self.num_bands = config.mel_bins // config.patch
         self.patch = config.patch
-        self.num_time_patches, self.num_mel_patches = config.grid
-        strides = (config.mel_stride, config.time_stride)
-        self.patch_embed = nn.Conv2d(1, config.width, config.patch, strides)
+        self.num_mel_patches = config.grid[1]
+        self.patch_embed = nn.Conv2d(1, config.width, config.patch, (config.mel_stride, config.time_stride))
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
         self.dist_token = nn.Parameter(torch.empty(1, 1, config.width))
-        self.positions = nn.Parameter(
-            torch.empty(NUM_SPECIAL + self.num_time_patches * self.num_mel_patches, config.width)
-        )
+        self.positions = nn.Parameter(torch.empty(NUM_SPECIAL + prod(config.grid), config.width))
         rates = np.linspace(0, drop_path, config.depth).tolist()
         self.blocks = nn.ModuleList([AstBlock(config, number, rate) for number, rate in enumerate(rates)])
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self._init_weights()
-
-    def _init_weights(self) -> None:
         self.apply(init_linear)
         for table in (self.patch_embed.weight, self.cls_token, self.dist_token, self.positions):
             nn.init.trunc_normal_(table, std=INIT_STD)  # as in DeiT, from whose weights AST's own started

@@ -27,9 +27,6 @@ AttentionPath = Literal["auto", "explicit", "sdpa", "triton"]
 Lambda = float | Tensor  # the weight of the second map; a 0-dim tensor if it is learned
 
 
-# The definition -------------------------------------------------------------------------------------------------------
-
-
 def attention_map(q_BHNE: Tensor, k_BHNE: Tensor, present_BN: Tensor | None = None) -> Tensor:
     """Compute softmax(q k^T / sqrt(E)) over the keys that are present, [B, H, N, N]."""
     scaled_q_BHNE = q_BHNE * q_BHNE.shape[-1] ** -0.5  # cheaper before the product: E numbers a query, not N
@@ -53,9 +50,6 @@ def by_definition(qk_2BGNE: Tensor, v_BHNE: Tensor, lam: Lambda, present_BN: Ten
         return attention_map(q_BGNE, k_BGNE, present_BN) @ v_BHNE
     (q1, q2), (k1, k2) = q_BGNE.chunk(2, dim=1), k_BGNE.chunk(2, dim=1)
     return differential_attention(q1, k1, q2, k2, v_BHNE, lam, present_BN)
-
-
-# The ways to compute it -----------------------------------------------------------------------------------------------
 
 
 def attend(
@@ -102,15 +96,14 @@ def choose_path(
 
     `auto` takes torch's fused attention (sdpa). On a CPU, training of short sequences takes the definition (explicit)
     instead, because the backward of sdpa is slow in bf16 with AMX. Time of the definition / time of sdpa, 12 heads of
-    64 features, medians of one run on a shared, noisy machine each; `python tools/bench/bench.py attention` has yours:
+    64 features, medians on shared, noisy machines; `python tools/bench/bench.py attention` measures yours:
 
-                                   AMX, 2 threads     AVX2, 1 thread
-                                     bf16    fp32      bf16    fp32
-         16 x 103 tokens, training   0.27    1.04      1.07    1.10
-        192 x 103 tokens, training   0.38    1.39         -       -
-          8 x 513 tokens, training   1.08    1.70         -    1.64 (4 x 513)
-         16 x 103 tokens, forward    1.3     0.9       9.5     1.4
-         12 x 513 tokens, forward    2.9     2.8         -     2.5 (4 x 513)
+                                 AMX, 2 threads     AVX2, 1 thread
+                                  bf16     fp32     bf16     fp32
+        training, 103 tokens      0.38     1.39     0.93     1.38
+        training, 513 tokens      1.08     1.70     1.52     1.64
+        forward, 103 tokens       1.3      0.9      9.5      1.4
+        forward, 513 tokens       2.9      2.8      16       2.5
 
     `triton` must be asked for: its kernels have run in Triton's interpreter only, and their speed is unknown. Sequences
     longer than its tile take sdpa instead.
@@ -131,14 +124,7 @@ def choose_path(
 
 
 def describe_paths(path: AttentionPath, device_type: str, features: int, sequences: dict[str, tuple[int, bool]]) -> str:
-    """Describe in one line, for the log, the path of each kind of sequence.
-
-    Args:
-        path: as configured.
-        device_type: cpu or cuda.
-        features: of a head.
-        sequences: name -> tokens, and whether gradients are needed.
-    """
+    """Describe in one line the paths of sequences, given as name -> tokens, and whether gradients are needed."""
     taken = [
         f"{choose_path(path, device_type, tokens, features, needs_gradient)} for {name} of {tokens} tokens"
         for name, (tokens, needs_gradient) in sequences.items()
@@ -151,9 +137,6 @@ def set_attention_path(module: nn.Module, path: AttentionPath) -> None:
     for part in module.modules():
         if isinstance(part, Attention):
             part.path = path
-
-
-# The module -----------------------------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):

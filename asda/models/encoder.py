@@ -110,9 +110,6 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList([Block(config, number, rate) for number, rate in enumerate(rates)])
         table_ND = sincos_positions(config.max_time_patches, self.num_mel_patches, config.width)
         self.register_buffer("positions", table_ND, persistent=False)
-        self._init_weights()
-
-    def _init_weights(self) -> None:
         self.apply(init_linear)
         nn.init.xavier_uniform_(self.patch_embed.weight)
         nn.init.normal_(self.cls_token)
@@ -136,7 +133,8 @@ class Encoder(nn.Module):
             [B, 1 + N, D] tokens, CLS first, in the dtype of the weights (or of autocast).
         """
         tokens_BND = self.embed(patches_BNP, where_BN)
-        present_BN = with_cls(present_BN)
+        if present_BN is not None:
+            present_BN = nn.functional.pad(present_BN, (1, 0), value=True)  # CLS is always present
         for block in self.blocks[:depth]:
             tokens_BND = run_block(block, self.recompute, tokens_BND, present_BN)[0]
         return tokens_BND
@@ -149,16 +147,15 @@ class Encoder(nn.Module):
         cls_B1D = self.cls_token.expand(len(patches_BNP), -1, -1)
         return self.norm(torch.cat([cls_B1D, patch_tokens_BND], dim=1))
 
-    def layers(self, patches_BNP: Tensor, present_BN: Tensor | None = None) -> list[Tensor]:
-        """Return the input of the first block, then the output of each: (depth + 1) x [B, 1 + N, D]."""
+    def layers(self, patches_BNP: Tensor) -> list[Tensor]:
+        """Return the input of the first block, then each block's output, of whole clips: depth + 1 of [B, 1 + N, D]."""
         outputs = [self.embed(patches_BNP)]
-        present_BN = with_cls(present_BN)
         for block in self.blocks:
-            outputs.append(block(outputs[-1], present_BN)[0])
+            outputs.append(block(outputs[-1])[0])
         return outputs
 
     def ffn_outputs(self, patches_BNP: Tensor) -> list[Tensor]:
-        """Return what each block's MLP adds to its residual, for whole clips: depth x [B, 1 + N, D]."""
+        """Return what each block's MLP adds to its residual, for whole clips: depth of [B, 1 + N, D]."""
         tokens_BND = self.embed(patches_BNP)
         outputs = []
         for block in self.blocks:
@@ -172,8 +169,3 @@ def run_block(block: nn.Module, recompute: bool, *inputs: Any) -> Any:
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)
-
-
-def with_cls(present_BN: Tensor | None) -> Tensor | None:
-    """Put CLS, which is always present, before the patches: [B, N] -> [B, 1 + N]."""
-    return None if present_BN is None else nn.functional.pad(present_BN, (1, 0), value=True)

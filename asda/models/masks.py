@@ -58,8 +58,6 @@ def visible_patches(
 
 
 # Compiled by numba, without Python's lock: 16 masks take 20 us.
-
-
 @njit(nogil=True, cache=True)
 def _mark_blocks(centres_MC, block, union_MRF):
     _, num_rows, num_columns = union_MRF.shape

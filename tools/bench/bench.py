@@ -1,9 +1,9 @@
-"""Speed of the parts beside a baseline, measured in turn in one run: medians, their ratio, and the floor.
+"""Measure the speed of parts beside a baseline, in turns in one run: medians, their ratio, and the floor.
 
     python tools/bench/bench.py                 every benchmark
     python tools/bench/bench.py data --json     one, as a JSON object on one line
     python tools/bench/bench.py memory          bytes a rank holds and sends, by ZeRO stage (minutes)
-    python tools/bench/bench.py attention       the ways to compute attention, by shape and dtype (minutes)
+    python tools/bench/bench.py attention       the paths of attention, by shape and dtype (minutes)
     python tools/bench/bench.py step            a training step of ASDA-base, beside a plain one (minutes)
     python tools/bench/bench.py metrics         mAP of 20,000 x 527 scores, beside torchmetrics and scikit-learn
 
@@ -33,7 +33,7 @@ from asda.models.attention import TRITON_TILE, AttentionPath, attend
 
 
 def bench_features() -> dict[str, float]:
-    """Log-mel of one 10 s clip on one thread, ours and torchaudio's."""
+    """Time the log-mel of one 10 s clip on one thread, ours and torchaudio's."""
     torch.set_num_threads(1)
     clip_S = np.random.default_rng(0).integers(-9000, 9000, CLIP_SECONDS * SAMPLE_RATE_HZ).astype(np.int16)
     wave_S = torch.from_numpy(clip_S / np.float32(32768))
@@ -42,7 +42,7 @@ def bench_features() -> dict[str, float]:
 
 
 def alternate(*works: Callable[[], object], rounds: int = ROUNDS) -> list[float]:
-    """Median seconds of each, run in turn after one unmeasured round."""
+    """Return the median seconds of each, run in turns after one unmeasured round."""
     seconds: list[list[float]] = [[] for _ in works]
     for round_number in range(rounds + 1):
         for work, taken in zip(works, seconds, strict=True):
@@ -85,7 +85,7 @@ def bench_attention() -> Figures:
 def attention_works(
     sequences: int, tokens: int, backward: bool, dtype: torch.dtype, device: str
 ) -> dict[str, Callable[[], object]]:
-    """Path -> one call of it, on random inputs laid out as the encoder's linear layers make them."""
+    """Make a call of each path, on random inputs laid out as the encoder's linear layers make them."""
     width = HEADS * HEAD_FEATURES
     qk_BNC = torch.randn(sequences, tokens, 4 * width, device=device).to(dtype).requires_grad_(backward)
     v_BND = torch.randn(sequences, tokens, width, device=device).to(dtype).requires_grad_(backward)
@@ -108,7 +108,7 @@ def attention_works(
 
 
 def products_work(sequences: int, tokens: int, backward: bool, dtype: torch.dtype, device: str) -> Callable[[], object]:
-    """The matrix products of differential attention, on contiguous operands and into memory that is there."""
+    """Make a call of the matrix products of differential attention, on contiguous operands into allocated memory."""
     rows = torch.randn(sequences * HEADS, tokens, HEAD_FEATURES, device=device).to(dtype)
     matrix = torch.randn(sequences * HEADS, tokens, tokens, device=device).to(dtype)
     matrix_out, rows_out = torch.empty_like(matrix), torch.empty_like(rows)
@@ -137,7 +137,7 @@ BENCHMARKS = {
 
 
 def print_figures(figures: Figures) -> None:
-    """Name and value on a line; where a value has parts, a table with a line for each."""
+    """Print a name and value on a line; values with parts make a table, a line each."""
     heads: list[str] = []
     for key, value in figures.items():
         if not isinstance(value, dict):

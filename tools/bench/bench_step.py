@@ -1,7 +1,7 @@
 """One training step of ASDA-base beside a plain implementation of the same: time, arithmetic, memory, saving.
 
-The plain one (tools/bench/plain_asda.py) steps as one writes it: torch.optim.AdamW, clip_grad_norm_, a loop over the
-parameters for the teacher. Each side lives in a process of its own, and the processes step in turn.
+The plain side (tools/bench/plain_asda.py) uses torch.optim.AdamW, clip_grad_norm_, and a loop over the parameters for
+the teacher. Each side is a process of its own, and the processes step in turn.
 
 Shapes: M students of a clip, N patches of it, K visible ones, P pixels of a patch.
 """
@@ -57,13 +57,13 @@ class Clock:
         self._last = time.perf_counter()
 
     def lap(self, part: str) -> None:
-        """What has passed since the last call belongs to this part."""
+        """Add the time since the last call to this part."""
         now = time.perf_counter()
         self.seconds[part], self._last = self.seconds.get(part, 0.0) + now - self._last, now
 
 
 def inputs_of(config: Config) -> tuple[Tensor, Tensor]:
-    """Patches of a clip [1, N, P], and what 16 students see of it [1, M, K]."""
+    """Draw patches of a clip [1, N, P], and the visible places of its students [1, M, K]."""
     assert isinstance(config.objective, PretrainConfig)
     grid = (config.data.frames // config.model.patch, config.model.mel_bins // config.model.patch)
     rng = np.random.default_rng(0)
@@ -91,7 +91,7 @@ class Plain:
         )
 
     def step(self) -> Clock:
-        """Targets, losses, backward, clipping, AdamW, teacher."""
+        """Take a step: targets, losses, backward, clipping, AdamW, teacher."""
         clock, students, teacher = Clock(), self._students, self._teacher
         with torch.autocast("cpu", torch.bfloat16, enabled=self._config.engine.precision == "bf16"):
             with torch.no_grad():
@@ -111,13 +111,13 @@ class Plain:
         return clock
 
     def state(self) -> dict[str, int]:
-        """Bytes that are kept from step to step: all fp32."""
+        """Count the bytes that are kept from step to step; all are fp32."""
         weights, teacher = (4 * _count(module) for module in (self._students, self._teacher))
         return {"weights": weights, "adam": 2 * weights, "teacher": teacher}
 
 
 class Ours:
-    """asda, through the engine and the objective as the trainer runs them."""
+    """asda, a step at a time, through the engine and the objective as the trainer runs them."""
 
     def __init__(self, config: Config):
         self._config, self._processes = config, join_processes()
@@ -133,7 +133,7 @@ class Ours:
         self._writer = CheckpointWriter(Path(self._folder.name), config, self._processes)
 
     def step(self) -> Clock:
-        """The same of ours."""
+        """Take the same step as Plain."""
         clock, engine = Clock(), self._engine
         engine.train()
         loss, _ = self._objective.loss(engine, self._patches_BNP, self._batch)
@@ -149,14 +149,14 @@ class Ours:
         return clock
 
     def state(self) -> dict[str, int]:
-        """Bytes kept from step to step, all fp32; with bf16 also weights and teacher in it, and sums of gradients."""
+        """Count bytes kept from step to step: fp32; with bf16 also weights and teacher in it, and fp32 gradients."""
         low = self._config.engine.precision == "bf16"
         weights, teacher = _count(self._objective.module), _count(self._objective.teacher.encoder)
         state = {"weights": (6 if low else 4) * weights, "adam": 8 * weights, "teacher": (6 if low else 4) * teacher}
         return state | ({"gradients": 4 * weights} if low else {})
 
     def span(self, saves: bool) -> dict[str, float]:
-        """Seconds of STEPS_AROUND_A_SAVE steps, and of the save that begins after the third of them if there is one."""
+        """Time STEPS_AROUND_A_SAVE steps, and the save that starts after the third of them if asked for."""
         started = time.perf_counter()
         for number in range(STEPS_AROUND_A_SAVE):
             if saves and number == 3:
@@ -181,7 +181,7 @@ def _count(module: nn.Module) -> int:
 
 
 def config_of(precision: str) -> Config:
-    """configs/as2m.json for one clip on one rank; in fp32 without ZeRO, which has nothing to part there."""
+    """Load configs/as2m.json for one clip on one rank; fp32 without ZeRO, which has nothing to partition there."""
     stage = ["engine.zero_stage=0"] if precision == "fp32" else []
     return load_config(CONFIG, [*OVERRIDES, f"engine.precision={precision}", *stage])
 
@@ -211,7 +211,7 @@ def serve(side: str, precision: str, answers: Any) -> None:
 
 
 def resident_gib(field: str) -> float:
-    """Resident memory of this process (VmRSS), or its peak (VmHWM)."""
+    """Read the resident memory of this process (VmRSS), or its peak (VmHWM)."""
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{field}:")[1].split()[0]) * KIB / GIB
 
@@ -225,7 +225,7 @@ class Side:
         self.answers: list[dict[str, Any]] = []
 
     def ask(self, what: str) -> dict[str, Any]:
-        """Send a line, wait for the answer."""
+        """Send a line and wait for the answer."""
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.write(what + "\n")
@@ -236,24 +236,24 @@ class Side:
         raise RuntimeError("a side of the benchmark ended; its error stands above")
 
     def step(self) -> None:
-        """Take a step, and keep what it tells."""
+        """Take a step and keep the answer."""
         self.answers.append(self.ask("step"))
 
     def median_s(self) -> float:
-        """Of a step."""
+        """Return the median time of a step."""
         return statistics.median(answer["step_s"] for answer in self.answers)
 
     def peak_gib(self) -> float:
-        """The highest of any step, over what was resident before the model was built."""
+        """Return the highest peak of any step, above the memory that was resident before the model was built."""
         return max(answer["peak_gib"] for answer in self.answers)
 
     def shares(self) -> dict[str, float]:
-        """Median share of each part of the step."""
+        """Return the median share of each part of the step."""
         names = self.answers[0]["parts"]
         return {name: statistics.median(a["parts"].get(name, 0) / a["step_s"] for a in self.answers) for name in names}
 
     def state_gib(self) -> dict[str, float]:
-        """What is kept from step to step."""
+        """Return the memory that is kept from step to step, by content."""
         return {name: size / GIB for name, size in self.answers[0]["state"].items()}
 
     def end(self) -> None:
@@ -262,7 +262,7 @@ class Side:
 
 
 def bench_step() -> dict[str, Any]:
-    """A training step of ASDA-base on one clip: ours beside a plain one, the machine's products, peaks of memory."""
+    """Measure a training step of ASDA-base on one clip: ours and a plain one, the rate of products, peak memory."""
     sides = {(side, precision): Side(side, precision) for precision in DTYPES for side in SIDES}
     rates: dict[str, list[float]] = {precision: [] for precision in DTYPES}
     for number in range(WARM_UP + ROUNDS):
@@ -280,10 +280,10 @@ def bench_step() -> dict[str, Any]:
 
 
 def figures_of(sides: dict[tuple[str, str], Side], gemm_rates: dict[str, float]) -> dict[str, Any]:
-    """Names and figures, flat: seconds, GiB, shares of the step, 1e9 operations a second.
+    """Collect names and figures: seconds, GiB, shares of the step, 1e9 operations a second.
 
-    `ratio` is the plain step's time in fp32 by ours in bf16. Memory is compared at equal precision: `peak` is all that
-    came after the imports, `working` what of it is not state that is kept from step to step.
+    `ratio` is the plain step's time in fp32 / ours in bf16. Memory is compared at equal precision: `peak` counts from
+    after the imports, `working` is the peak without the state that is kept from step to step.
     """
     config = config_of("bf16")
     flops = sum(network_costs(config.model, config.objective, config.data.frames, 0).flops.values())
@@ -318,9 +318,9 @@ def figures_of(sides: dict[tuple[str, str], Side], gemm_rates: dict[str, float])
 
 
 def saving_figures(ours: Side) -> dict[str, float]:
-    """What a save adds to the steps around it, in turn with as many steps without one.
+    """Measure what a save adds to the steps around it, in turn with as many steps without one.
 
-    The first save of a run is told by itself: it makes the memory that all of them copy to.
+    The first save of a run counts by itself: it allocates the memory that all of them copy to.
     """
     without, saving = [], []
     for _ in range(1 + SPANS):

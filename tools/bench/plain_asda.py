@@ -1,7 +1,7 @@
-"""ASDA's pre-training as one writes it from the paper with torch.nn: the baseline of tools/bench/bench_step.py.
+"""A plain implementation of ASDA's pre-training from the paper: the baseline of tools/bench/bench_step.py.
 
-Explicit maps of attention, nn.LayerNorm, F.gelu, nn.Conv2d, losses over the masked patches. test_bench_step.py
-shows that its losses, gradients and targets are those of asda.models.
+Explicit attention maps, nn.LayerNorm, F.gelu, nn.Conv2d, losses over the masked patches. tests/tools/test_bench_step.py
+shows that losses, gradients and targets equal those of asda.models.
 
 Shapes: B clips, M students of each, S = B * M sequences, N patches of a clip, K visible ones, X masked ones of all, P
 pixels of a patch, T time patches, F mel patches, D width, H heads, E = D / H.
@@ -27,7 +27,7 @@ class PlainAttention(nn.Module):
         self.proj = nn.Linear(config.width, config.width)
 
     def forward(self, x_SND: Tensor) -> Tensor:
-        """[S, N, D] -> [S, N, D]."""
+        """Mix the tokens, [S, N, D] -> [S, N, D]."""
         q1, q2, k1, k2 = (self._by_head(part) for part in self.qk(x_SND).chunk(4, dim=-1))
         first, second = (
             (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(dim=-1) for q, k in ((q1, k1), (q2, k2))
@@ -48,12 +48,12 @@ class PlainMlp(nn.Module):
         self.fc2 = nn.Linear(int(config.width * config.mlp_ratio), config.width)
 
     def forward(self, x_SND: Tensor) -> Tensor:
-        """[S, N, D] -> [S, N, D]."""
+        """Compute fc2(gelu(fc1(x))), [S, N, D] -> [S, N, D]."""
         return self.fc2(functional.gelu(self.fc1(x_SND)))
 
 
 class PlainBlock(nn.Module):
-    """Post-norm."""
+    """Attention and MLP, each followed by its residual and a norm."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -61,14 +61,14 @@ class PlainBlock(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(config.width, eps=1e-6), nn.LayerNorm(config.width, eps=1e-6)
 
     def forward(self, x_SND: Tensor) -> tuple[Tensor, Tensor]:
-        """The block's output, and its MLP's."""
+        """Return the block's output, and its MLP's."""
         x_SND = self.norm1(x_SND + self.attn(x_SND))
         ffn_SND = self.mlp(x_SND)
         return self.norm2(x_SND + ffn_SND), ffn_SND
 
 
 class PlainEncoder(nn.Module):
-    """Patches to tokens; the patches that a student does not see are left out before the first block."""
+    """Patches in, tokens out; hidden patches are left out before the first block."""
 
     positions: Tensor
 
@@ -83,7 +83,7 @@ class PlainEncoder(nn.Module):
         self.register_buffer("positions", table_ND, persistent=False)
 
     def forward(self, patches_BNP: Tensor, visible_BMK: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Tokens with CLS first, [S, 1 + K, D], and what every MLP gave."""
+        """Return tokens with CLS first, [S, 1 + K, D], and the outputs of all MLPs."""
         x_SND = self.patch_embed(patches_BNP) + self.positions[: patches_BNP.shape[1]]
         if visible_BMK is not None:
             visible_SK = visible_BMK.flatten(0, 1)
@@ -98,7 +98,7 @@ class PlainEncoder(nn.Module):
 
 
 class PlainDecoder(nn.Module):
-    """Convolution, norm over the channels, GELU and residual, several times; then a projection."""
+    """Layers of convolution, norm over the channels, GELU and residual; then a projection."""
 
     def __init__(self, config: DecoderConfig, width: int):
         super().__init__()
@@ -110,7 +110,7 @@ class PlainDecoder(nn.Module):
         self.proj = nn.Linear(config.width, width)
 
     def forward(self, x_SDTF: Tensor) -> Tensor:
-        """[S, D, T, F] -> [S, N, D]."""
+        """Predict the features of every patch, [S, D, T, F] -> [S, N, D]."""
         for conv in self.convs:
             y_SDTF = self.norm(conv(x_SDTF).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             y_SDTF = functional.gelu(y_SDTF)
@@ -136,7 +136,7 @@ class PlainStudents(nn.Module):
         target_cls_BD: Tensor,
         noise_SND: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The total loss, the frame loss, the utterance loss, and the spread of the predictions."""
+        """Compute the total loss, the frame loss, the utterance loss, and the spread of the predictions."""
         (num_clips, num_students, _), visible_SK = visible_BMK.shape, visible_BMK.flatten(0, 1)
         tokens_SKD, _ = self.encoder(patches_BNP, visible_BMK)
         width = tokens_SKD.shape[-1]
@@ -158,7 +158,7 @@ class PlainStudents(nn.Module):
 
 
 def plain_targets(encoder: PlainEncoder, patches_BNP: Tensor, layers: int) -> tuple[Tensor, Tensor]:
-    """What the teacher asks for: tokens [B, N, D] and their mean [B, D]."""
+    """Compute the teacher's targets: tokens [B, N, D] and their mean [B, D]."""
     _, ffns = encoder(patches_BNP)
     normed = [functional.instance_norm(ffn[:, 1:].float().transpose(1, 2)).transpose(1, 2) for ffn in ffns[-layers:]]
     mean_BND = torch.stack(normed).mean(0)
@@ -168,5 +168,5 @@ def plain_targets(encoder: PlainEncoder, patches_BNP: Tensor, layers: int) -> tu
 
 
 def spread_of(features_XD: Tensor) -> Tensor:
-    """The features' standard deviations, averaged."""
+    """Average the features' standard deviations."""
     return (features_XD.var(dim=0) + 1e-6).sqrt().mean()
