@@ -1,6 +1,8 @@
 """The command `asda`: find the module of a command and run it. Loads neither torch nor pydantic by itself."""
 
 import importlib
+import io
+import signal
 import sys
 
 from asda.commands import COMMANDS
@@ -8,17 +10,19 @@ from asda.errors import UserError, exit_with_sentence
 
 USAGE = "usage: asda COMMAND [arguments]; `asda COMMAND --help` explains one"
 SEVERAL_RANKS = """\
-`asda train` and `asda evaluate` are one process. Several, one for each GPU or core:
+`asda train` and `asda evaluate` run one process. To start several, one for each GPU or core:
   deepspeed --module asda.train --config configs/as2m.json
   torchrun --nproc_per_node 2 -m asda.train --config configs/as2m.json"""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command that the first argument names; never returns where it fails."""
+    """Run the command that the first argument names; exit with a code of asda/errors.py if it fails."""
     exit_with_sentence(lambda: _run(sys.argv[1:] if argv is None else argv))
 
 
 def _run(argv: list[str]) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     name = argv[0] if argv else "--help"
     if name in ("-h", "--help"):
         print(_help())
@@ -27,9 +31,16 @@ def _run(argv: list[str]) -> None:
 
         print(f"asda {__version__}")
     elif name in COMMANDS:
-        importlib.import_module(COMMANDS[name][0]).main(argv[1:])
+        _run_module(COMMANDS[name][0], argv[1:])
     else:
-        raise UserError(f"unknown command {name!r}{_nearest(name)}; `asda --help` lists all of them")
+        raise UserError(f"unknown command {name!r}{_nearest(name)}; `asda --help` lists all commands")
+
+
+def _run_module(module: str, argv: list[str]) -> None:
+    """Call `main` of a module. SIGTERM ends a command like Ctrl-C, so that it cleans up; a training saves instead."""
+    if module.startswith("asda.commands."):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    importlib.import_module(module).main(argv)
 
 
 def _help() -> str:

@@ -6,8 +6,7 @@ import sys
 # Python has put tools/ first. Put the checkout there: its code is what runs, and no file of tools/ hides a package.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
-from asda.commands.shards import main
-from asda.errors import exit_with_sentence
+from asda.__main__ import main
 
 if __name__ == "__main__":
-    exit_with_sentence(main)
+    main(["shards", *sys.argv[1:]])

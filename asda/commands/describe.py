@@ -1,20 +1,22 @@
-"""Say what a configuration or a folder of weights is: its preset, parameters, tokens, and arithmetic per clip."""
+"""Describe a configuration or a checkpoint: its preset, parameters, tokens, and FLOPs per clip."""
 
 import argparse
 import json
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from asda.checkpoint.read import read_description, resolve_checkpoint
+from asda.commands.parsing import CHECKPOINT_HELP, check_range, make_parser
+from asda.commands.text import aligned
 from asda.config.base import MOST
 from asda.config.model import AstConfig, ModelConfig, PretrainConfig
 from asda.config.presets import departures
 from asda.config.run import Config, Description, load_config
 from asda.data.audio.waves import SAMPLE_RATE_HZ
-from asda.data.features.fbank import FRAME_SHIFT
-from asda.errors import UserError, exit_with_sentence
-from asda.models.costs import Network, in_flop, network_costs
+from asda.errors import UserError
+
+if TYPE_CHECKING:
+    from asda.models.costs import Network
 
 EXAMPLES = """examples
   asda describe configs/as2m.json
@@ -22,12 +24,25 @@ EXAMPLES = """examples
   asda describe runs/real_pretrain
       the newest checkpoint of a run; or one checkpoint, or a folder of converted weights
 """
-COLUMN = 12  # characters of the first column
 
 
-def describe(what: Config | Description, classes: int) -> list[str]:
-    """Lines of a table for people."""
-    network = network_costs(what.model, what.objective, what.data.frames, classes)
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read these arguments, or the command line. Raises UserError."""
+    parser = make_parser("describe", __doc__ or "", EXAMPLES)
+    add = parser.add_argument
+    add("path", type=Path, help=f"a configuration (JSON), {CHECKPOINT_HELP}")
+    add("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
+    add("--classes", type=int, default=0, metavar="C", help="classes of a head, which the data of a run decide")
+    add("--json", action="store_true", help="one JSON object on one line")
+    args = parser.parse_args(argv)
+    check_range("--classes", args.classes, 0, MOST)
+    return args
+
+
+def table(what: Config | Description, network: "Network") -> list[str]:
+    """Return the lines to print."""
+    from asda.models.costs import in_flop  # brings torch
+
     changed = departures(what.model_dump())
     rows = {
         "preset": f"{what.preset}, {what.size}" + (f"; but {'; '.join(changed)}" if changed else ""),
@@ -44,12 +59,11 @@ def describe(what: Config | Description, classes: int) -> list[str]:
             f"{what.optimizer.steps:,} steps of {what.optimizer.batch} clips: {in_flop(step)} a step, "
             f"{in_flop(what.optimizer.steps * step)} in all"
         )
-    return [f"{name:{COLUMN}}{words}" for name, words in rows.items()]
+    return aligned(rows)
 
 
-def as_json(what: Config | Description, classes: int) -> dict[str, Any]:
-    """The same figures for programs."""
-    network: Network = network_costs(what.model, what.objective, what.data.frames, classes)
+def as_json(what: Config | Description, network: "Network") -> dict[str, Any]:
+    """Return the same figures for programs."""
     return {
         "preset": what.preset,
         "size": what.size,
@@ -77,13 +91,17 @@ def _ast_words(model: AstConfig) -> str:
 
 
 def _clip_words(what: Config | Description) -> str:
+    from asda.data.features.fbank import FRAME_SHIFT  # brings torch
+
     model = what.model
     grid = (what.data.frames // model.patch, model.mel_bins // model.patch)
     patches = grid[0] * grid[1]
     seconds = what.data.frames * FRAME_SHIFT / SAMPLE_RATE_HZ
     words = f"{seconds:.2f} s = {what.data.frames} log-mel frames = {grid[0]} x {grid[1]} patches"
     if isinstance(model, AstConfig):
-        return f"{words}, seen as {' x '.join(map(str, model.grid))} overlapping ones, {2 + prod(model.grid)} tokens"
+        return (
+            f"{words}, cut into {' x '.join(map(str, model.grid))} overlapping patches, {2 + prod(model.grid)} tokens"
+        )
     if not isinstance(what.objective, PretrainConfig):
         return f"{words}, {patches + 1} tokens"
     visible = int(patches * (1 - what.objective.mask.ratio))
@@ -91,10 +109,14 @@ def _clip_words(what: Config | Description) -> str:
 
 
 def _read(path: Path, overrides: list[str]) -> tuple[Config | Description, int]:
-    """A configuration with its overrides, or a folder of weights; and the number of classes where it is known."""
+    """Read a configuration with its overrides, or a folder of weights, and its number of classes (0: not known)."""
+    from asda.checkpoint.read import read_description, resolve_checkpoint  # brings torch
+
     if path.is_dir():
         if overrides:
-            raise UserError(f"{path} is a folder of weights, which {overrides[0]!r} cannot change; give a config file")
+            raise UserError(
+                f"{path} is a folder of weights, which {overrides[0]!r} cannot change; give a configuration"
+            )
         description = read_description(resolve_checkpoint(path))
         return description, len(description.labels)
     return load_config(path, overrides), 0
@@ -102,20 +124,10 @@ def _read(path: Path, overrides: list[str]) -> tuple[Config | Description, int]:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and describe."""
-    parser = argparse.ArgumentParser(
-        prog="asda describe", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("path", type=Path, help="a configuration (JSON), a run, a checkpoint, or converted weights")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
-    parser.add_argument("--classes", type=int, default=0, help="of a classifier's head, where the data decides them")
-    parser.add_argument("--json", action="store_true", help="one JSON object on one line")
-    args = parser.parse_args(argv)
-    if not 0 <= args.classes <= MOST:
-        raise UserError(f"--classes {args.classes} must be a whole number from 0 to {MOST}")
+    args = parse_args(argv)
+
+    from asda.models.costs import network_costs  # brings torch
+
     what, classes = _read(args.path, args.overrides)
-    classes = args.classes or classes
-    print(json.dumps(as_json(what, classes)) if args.json else "\n".join(describe(what, classes)))
-
-
-if __name__ == "__main__":
-    exit_with_sentence(main)
+    network = network_costs(what.model, what.objective, what.data.frames, args.classes or classes)
+    print(json.dumps(as_json(what, network)) if args.json else "\n".join(table(what, network)))

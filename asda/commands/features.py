@@ -1,7 +1,7 @@
 """Write the embeddings of audio files, folders or shards: one .npz or .safetensors for each file or shard.
 
-A file of features has its name only once it is whole, and is then kept: the same command, started again, goes on where
-it was stopped and ends with the same bytes. features.json says what all files of a folder have in common.
+A file of features gets its name when it is whole, and is then kept: the same command resumes a stopped run and ends
+with the same bytes. features.json says what all files of a folder have in common.
 
 Shapes: S samples, T time patches, F mel patches, D width.
 """
@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import os
-import signal
 import sys
 import time
 import zipfile
@@ -18,17 +17,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import numpy as np
 import safetensors.numpy
 import xxhash
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from tqdm import tqdm
 
 import asda
 from asda import system as disk
+from asda.commands.parsing import CHECKPOINT_HELP, make_parser
 from asda.data.audio.find import AudioFile, audio_files
 from asda.data.audio.read import read_wave
 from asda.data.audio.waves import SAMPLE_RATE_HZ, AudioError
@@ -36,26 +35,29 @@ from asda.data.clips import Clip, ClipDataset, read_clips
 from asda.data.order import Draw
 from asda.data.shards.index import DATASET_FILE, SHARD_SUFFIX
 from asda.data.shards.read import ShardFile, load_dataset
-from asda.errors import UserError, exit_with_sentence
-from asda.inference import Features, Model
+from asda.errors import UserError
 from asda.sharding.writer import TEMPORARY_SUFFIX, commit, temporary_file, write_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from asda.inference import Features, Model
 
 FORMAT_VERSION = 1  # of the files of features
 SETTINGS_FILE = "features.json"
 METADATA = "metadata.json"  # in an .npz, beside the arrays; no clip of a shard has a dot in its key
 FILE_KEY = "features"  # the one array of an audio file
-CLIPS_AT_ONCE = 16  # of a shard; fixed, because the size of a batch reaches the last bits of its features
-ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # the earliest there is; bytes must not depend on the hour
-REPORT_EVERY_S = 10.0  # between lines of progress where stderr is not a terminal
+CLIPS_AT_ONCE = 16  # in a shard; fixed, because the size of a batch changes the last bits of its features
+ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # the earliest date of a zip; bytes must not depend on the hour
+REPORT_EVERY_S = 10.0  # between lines of progress, if stderr is not a terminal
 
-EXAMPLES = """
-examples
+EXAMPLES = """examples
   asda features --model runs/mine --out features/mine recordings
       an embedding [width] of every audio file below recordings/: features/mine/dog/1.npz of dog/1.wav
   asda features --model runs/mine --out features/esc --granularity frame shards/esc:train+valid
       embeddings [time, width] of every clip of two splits: a file per shard, in it an array per clip, named by its key
   asda features --model weights/eat --out features/l9 --layer 9 --format safetensors a.wav b.flac
-      the output of the ninth block
+      the output of the ninth block, of two files
 
 granularity
   utterance  [D]        the CLS token, mean over the chunks of a long file
@@ -66,11 +68,11 @@ reading them
   file = np.load("1.npz"); file["features"]; json.loads(str(file["metadata.json"]))
   with safe_open("1.safetensors", "np") as file: file.get_tensor("features"); json.loads(file.metadata()["metadata"])
   The metadata holds model, weights, layer, granularity, hop_s, first_s, source, and under clips the shape, the seconds
-  and (of shards) the labels of every array.
+  and (for shards) the labels of every array.
 
-Finished files are kept: the same command goes on where it was stopped. One process at a time may write to a folder.
-Many short clips are faster as shards, whose clips are encoded 16 at a time; audio files go one by one.
-A file that cannot be used is named on stderr with the reason. The others are done all the same; the exit code is 2.
+Finished files are kept: the same command resumes a stopped run. Only one process at a time may write to a folder.
+Many short clips are faster as shards, whose clips are encoded 16 at a time; audio files are encoded one by one.
+Unreadable files are reported on stderr and skipped; the exit code is then 2.
 """
 
 
@@ -89,7 +91,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Sound:
-    """What becomes one array."""
+    """The sound that becomes one array."""
 
     key: str
     samples_S: np.ndarray
@@ -99,38 +101,37 @@ class Sound:
 
 @dataclass(frozen=True)
 class Task:
-    """One file of features to be."""
+    """One file of features to write."""
 
-    name: str  # below --out, without its extension
-    source: str  # for people
+    name: str  # in --out, without its extension
+    source: str  # the path of the audio file or shard, for people
     num_clips: int
-    fingerprint: Callable[[], str]  # of the source's bytes
-    read: Callable[[], Iterator[list[Sound]]]  # its sounds in batches; raises AudioError or UserError
+    fingerprint: Callable[[], str]  # hashes the source's bytes
+    read: Callable[[], Iterator[list[Sound]]]  # yields batches; raises AudioError or UserError
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read these arguments, or the command line."""
-    parser = argparse.ArgumentParser(
-        prog="asda features",
-        description="Write the embeddings of audio files, folders or shards: a file for each of them, resumable.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("features", "Write the embeddings of audio files, folders or shards, resumably.", EXAMPLES)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="audio files, folders of them, or shards as FOLDER:SPLIT")
-    add("--model", required=True, type=Path, metavar="PATH", help="a run, a checkpoint, or converted weights")
-    add("--out", required=True, type=Path, metavar="FOLDER", help="where the features go; made if need be")
-    add("--granularity", choices=GRANULARITIES, default="utterance", help="see below (default %(default)s)")
-    add("--layer", type=int, metavar="N", help="block whose output is taken (default: the last); 0: what enters them")
-    add("--weights", choices=("student", "teacher"), default="student", help="of a pre-training run")
-    add("--format", choices=WRITERS, default="npz", help="of the files (default %(default)s)")
+    add("--model", required=True, type=Path, metavar="PATH", help=CHECKPOINT_HELP)
+    add("--out", required=True, type=Path, metavar="FOLDER", help="where the features go; created if missing")
+    add("--granularity", choices=GRANULARITIES, default="utterance", help="see below (default: %(default)s)")
+    add(
+        "--layer",
+        type=int,
+        metavar="N",
+        help="number of the block whose output is taken (default: the last); 0 is the input of the first",
+    )
+    add("--weights", choices=("student", "teacher"), default="student", help="which network of a pre-training")
+    add("--format", choices=WRITERS, default="npz", help="format of the files (default: %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network computes")
     return parser.parse_args(argv)
 
 
 def extract(args: argparse.Namespace) -> None:
-    """List the work, do what is not done yet, report."""
+    """List the files to write, write those that are missing, and report. Raises UserError."""
     tasks = [task for text in args.inputs for task in tasks_of(text)]
     refuse_equal_names(tasks)
     model = asda.load(args.model, weights=args.weights, device=args.device)
@@ -142,8 +143,8 @@ def extract(args: argparse.Namespace) -> None:
             try:
                 finish(task, args.out, settings, model, progress)
             except (AudioError, UserError) as error:
-                # What is wrong with a shard names it already.
-                failures.append(str(error) if task.source in str(error) else f"{task.source}: {error}")
+                named = task.source in str(error)  # errors of a shard name it
+                failures.append(str(error) if named else f"{task.source}: {error}")
                 if len(tasks) > 1:
                     tqdm.write(f"error: {failures[-1]}", file=sys.stderr)
             progress.finish(task.num_clips)
@@ -152,11 +153,11 @@ def extract(args: argparse.Namespace) -> None:
         raise UserError(failures[0] if len(tasks) == 1 else f"{len(failures)} of {len(tasks)} inputs cannot be used")
 
 
-def settings_of(args: argparse.Namespace, model: Model) -> Settings:
-    """What the arguments say, with the layer as a number and the model by its weights."""
+def settings_of(args: argparse.Namespace, model: "Model") -> Settings:
+    """Resolve the arguments: the layer becomes a number, the model a fingerprint of its weights. Raises UserError."""
     layer = model.depth if args.layer is None else args.layer
     if not 0 <= layer <= model.depth:
-        raise UserError(f"--layer {layer} must be from 0 to {model.depth}, the number of the model's blocks")
+        raise UserError(f"--layer {layer} must be from 0 to {model.depth}, the model's number of blocks")
     stem = "teacher" if args.weights == "teacher" else "model"
     use = model.description.model_dump_json(include={"model", "data"})
     fingerprint = xxhash.xxh3_128_hexdigest((hash_file(model.folder / f"{stem}.safetensors") + use).encode())
@@ -164,11 +165,11 @@ def settings_of(args: argparse.Namespace, model: Model) -> Settings:
 
 
 def tasks_of(text: str) -> list[Task]:
-    """What one INPUT asks for: a task for each audio file, or for each shard."""
+    """Return a task for each audio file or each shard of one INPUT. Raises UserError."""
     path = Path(text)
-    if os.path.isfile(path / DATASET_FILE):  # unlike pathlib's it is False where a path cannot be looked at
+    if os.path.isfile(path / DATASET_FILE):  # unlike pathlib's, False for a path that cannot be read
         splits = ", ".join(load_dataset(path).splits)
-        raise UserError(f"{text} holds shards; name one of their splits ({splits}), as in {text}:NAME")
+        raise UserError(f"{text} is a dataset of shards; name its splits ({splits}), as in {text}:NAME")
     if os.path.exists(path) or ":" not in text:
         return [file_task(file) for file in audio_files([path])]
     dataset = ClipDataset(text, labelled=True)
@@ -177,7 +178,7 @@ def tasks_of(text: str) -> list[Task]:
 
 
 def file_task(file: AudioFile) -> Task:
-    """The features of one audio file."""
+    """Return the task of one audio file."""
 
     def read() -> Iterator[list[Sound]]:
         yield [Sound(FILE_KEY, *read_wave(file.path, max_seconds=math.inf), labels={})]
@@ -186,7 +187,7 @@ def file_task(file: AudioFile) -> Task:
 
 
 def shard_task(dataset: ClipDataset, shard: ShardFile, first_clip: int) -> Task:
-    """The features of the clips of one shard, whose first clip has this number in the dataset."""
+    """Return the task of one shard, whose first clip has this number in the dataset."""
 
     def sound(clip: Clip) -> Sound:
         names = [dataset.vocabulary[label] for label in clip.labels]
@@ -203,7 +204,7 @@ def shard_task(dataset: ClipDataset, shard: ShardFile, first_clip: int) -> Task:
 
 
 def hash_file(path: Path) -> str:
-    """Of a file's bytes, in the notation of the shards. Raises AudioError where it cannot be read."""
+    """Hash a file's bytes, in the notation of the shards. Raises AudioError if it cannot be read."""
     try:
         return f"xxh3_128:{disk.hash_file(path)}"
     except FileNotFoundError:
@@ -213,7 +214,7 @@ def hash_file(path: Path) -> str:
 
 
 def refuse_equal_names(tasks: list[Task]) -> None:
-    """Two inputs must not become the same file."""
+    """Refuse inputs that would become the same file. Raises UserError."""
     for name, count in Counter(task.name for task in tasks).items():
         if count > 1:
             first, second, *_ = (task.source for task in tasks if task.name == name)
@@ -221,13 +222,13 @@ def refuse_equal_names(tasks: list[Task]) -> None:
 
 
 def check_folder(out: Path, settings: Settings) -> None:
-    """Refuse a folder that holds anything but features of these settings; sweep what a killed run left."""
+    """Refuse a folder that holds other files or features of other settings; delete what a killed run left."""
     if not out.is_dir():
         if out.exists():
             raise UserError(f"--out {out} is not a folder")
         return
     if not (out / SETTINGS_FILE).is_file():
-        halves = set(out.glob(f"{SETTINGS_FILE}.*{TEMPORARY_SUFFIX}"))  # of a run killed before it had any features
+        halves = set(out.glob(f"{SETTINGS_FILE}.*{TEMPORARY_SUFFIX}"))  # left by a run that was killed early
         if any(path not in halves and not path.is_dir() for path in out.rglob("*")):
             raise UserError(f"--out {out} holds files but no {SETTINGS_FILE}; give a new or empty folder")
         for half in halves:
@@ -249,8 +250,8 @@ def check_folder(out: Path, settings: Settings) -> None:
         )
 
 
-def finish(task: Task, out: Path, settings: Settings, model: Model, progress: "Progress") -> None:
-    """Make one file of features, unless it is there. Raises AudioError or UserError where the source cannot be used."""
+def finish(task: Task, out: Path, settings: Settings, model: "Model", progress: "Progress") -> None:
+    """Write one file of features, unless it exists. Raises AudioError or UserError if the source cannot be used."""
     path = out / f"{task.name}.{settings.file_format}"
     if os.path.exists(path):
         check_source(path, task)
@@ -267,16 +268,16 @@ def finish(task: Task, out: Path, settings: Settings, model: Model, progress: "P
 
 
 def features_of(
-    task: Task, settings: Settings, model: Model, progress: "Progress"
+    task: Task, settings: Settings, model: "Model", progress: "Progress"
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays of one file, and its metadata."""
+    """Compute the arrays of one file, and its metadata. Raises AudioError or UserError."""
     arrays: dict[str, np.ndarray] = {}
     clips: dict[str, dict[str, Any]] = {}
     first_s = 0.0
     for sounds in task.read():
         waves = [sound.samples_S for sound in sounds]
         for sound, features in zip(sounds, model.features(waves, sounds[0].rate_hz, settings.layer), strict=True):
-            # A copy, because a view would keep all tokens of its batch.
+            # A copy: a view would keep all tokens of its batch in memory.
             arrays[sound.key] = array = GRANULARITIES[settings.granularity](features).numpy().copy()
             duration_s = len(sound.samples_S) / sound.rate_hz
             clips[sound.key] = {"shape": array.shape, "duration_s": duration_s} | sound.labels
@@ -288,17 +289,17 @@ def features_of(
 
 
 def check_source(path: Path, task: Task) -> None:
-    """Raise UserError where a finished file is of another source than the one of its name."""
+    """Refuse a finished file that was made from another source. Raises UserError."""
     try:
         found = read_metadata(path)["source"]["hash"]
     except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, SafetensorError):
-        raise UserError(f"its features {path} cannot be read; delete them to have them made again") from None
+        raise UserError(f"its features {path} cannot be read; delete the file to make it again") from None
     if found != task.fingerprint():
-        raise UserError(f"the features {path} are of other audio; delete them, or give another --out")
+        raise UserError(f"the features {path} were made from other audio; delete the file, or give another --out")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata of a file of features."""
+    """Read the metadata of a file of features."""
     if path.suffix == ".npz":
         with np.load(path) as arrays:
             return json.loads(str(arrays[METADATA]))
@@ -307,7 +308,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def write_npz(file: BinaryIO, arrays: dict[str, np.ndarray], metadata: str) -> None:
-    """As np.savez does, but with a fixed date, and with any key."""
+    """Write an .npz like np.savez, but with a fixed date, and with any key."""
     with zipfile.ZipFile(file, "w") as archive:
         for key, array in {METADATA: np.array(metadata), **arrays}.items():
             with archive.open(zipfile.ZipInfo(f"{key}.npy", ZIP_DATE), "w", force_zip64=True) as member:
@@ -315,15 +316,15 @@ def write_npz(file: BinaryIO, arrays: dict[str, np.ndarray], metadata: str) -> N
 
 
 def write_safetensors(file: BinaryIO, arrays: dict[str, np.ndarray], metadata: str) -> None:
-    """The metadata is one string, because the order of several would be random."""
+    """Write a .safetensors; its metadata is one string, because the order of several would be random."""
     file.write(safetensors.numpy.save(arrays, {"metadata": metadata}))
 
 
 class Progress:
-    """Counts clips; says on stderr how far we are, with a bar on a terminal and a line now and then elsewhere."""
+    """Counts clips, and shows progress on stderr: a bar on a terminal, otherwise a line now and then."""
 
     def __init__(self, num_clips: int):
-        self.kept = 0  # clips whose features were there already
+        self.kept = 0  # clips whose features existed
         self._num_clips = num_clips
         self._finished = 0  # clips of the tasks before this one
         self._made = 0  # clips
@@ -338,7 +339,7 @@ class Progress:
         self._bar.close()
 
     def advance(self, audio_s: float) -> None:
-        """One more clip has its features."""
+        """Count one clip whose features were computed."""
         self._made += 1
         self._audio_s += audio_s
         self._bar.update()
@@ -351,20 +352,22 @@ class Progress:
             self._reported = now
 
     def finish(self, num_clips: int) -> None:
-        """A task of so many clips is done, kept, or given up."""
+        """Count a task of so many clips that is done, kept, or given up."""
         self._finished += num_clips
         self._bar.update(self._finished - self._bar.n)
 
     def summary(self, out: Path) -> str:
-        """What was done, with units."""
+        """Say what was done, with units."""
+        if self.kept == self._num_clips:
+            return f"All {self.kept} clips are already extracted in {out}; nothing to do."
         seconds = time.monotonic() - self._started
         return (
             f"{self._made} clips in {seconds:.1f} s: {self._made / seconds:.1f} clips/s, "
-            f"{self._audio_s / seconds:.0f} s of audio/s; {self.kept} clips had their features before; {out}"
+            f"{self._audio_s / seconds:.0f} s of audio/s; {self.kept} clips were already extracted; {out}"
         )
 
 
-GRANULARITIES: dict[str, Callable[[Features], Tensor]] = {
+GRANULARITIES: dict[str, Callable[["Features"], "Tensor"]] = {
     "utterance": lambda features: features.utterance,
     "frame": lambda features: features.frames,
     "patch": lambda features: features.patches,
@@ -376,10 +379,5 @@ WRITERS: dict[str, Callable[[BinaryIO, dict[str, np.ndarray], str], None]] = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run, and clean up after SIGTERM as after Ctrl-C."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Parse the command line and extract."""
     extract(parse_args(argv))
-
-
-if __name__ == "__main__":
-    exit_with_sentence(main)

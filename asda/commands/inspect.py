@@ -1,4 +1,4 @@
-"""Say what is in a dataset of shards: tables, lists, pictures, single clips; and whether all of it is intact."""
+"""Show what is in a dataset of shards: tables, lists, pictures and single clips; and verify that it is intact."""
 
 import argparse
 import csv
@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import math
-import signal
 import sys
 import tarfile
 from bisect import bisect_right
@@ -18,12 +17,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from asda.commands.shard_tables import MIB, dataset_figures, shortened, tables
+from asda.commands.parsing import check_range, make_parser
+from asda.commands.shard_tables import MIB, dataset_figures, tables
+from asda.commands.text import aligned, shortened
 from asda.data.audio.waves import SAMPLE_RATE_HZ, AudioError, decode_wav
 from asda.data.remote.cache import CacheConfig
 from asda.data.shards.index import REPAIR, TAR_END, DatasetIndex
 from asda.data.shards.read import ShardFile, load_dataset
-from asda.errors import UserError, exit_with_sentence
+from asda.errors import UserError
 from asda.sharding.verify import Checked, check_shard, repeated_keys
 from asda.sharding.workers import Progress
 from asda.sharding.writer import write_file
@@ -33,29 +34,28 @@ if TYPE_CHECKING:
 
 COLUMNS = ("key", "split", "shard", "seconds", "labels", "source")
 MAKER = "asda shards"
-MOST_PANELS = 400  # of a contact sheet; Agg draws up to 65,536 pixels
+MOST_PANELS = 400  # in a contact sheet; matplotlib draws up to 65,536 pixels
 
-EXAMPLES = """
-examples
+EXAMPLES = """examples
   asda inspect shards/esc50
       splits, hours, bytes, classes and lengths; --json for programs, --classes all for every class
   asda inspect shards/esc50 --verify
-      read everything, and name every clip and file that is damaged (asda shards --verify does so on all cores)
+      read everything, and name every damaged clip and file (asda shards --verify uses all cores)
   asda inspect shards/esc50 --find dog
       the clips with a label, as CSV: key, split, shard, seconds, labels, source
   asda inspect shards/esc50 --list --columns key,seconds > clips.csv
-      all clips; without the column source, which stands in the shards, only their indexes are read
+      all clips; without the column source only the indexes of the shards are read
   asda inspect shards/esc50 --sheet dogs.png --find dog --num 24
       a contact sheet of spectrograms of a random sample
   asda inspect shards/esc50 --key 1-100032-A-0 --split fold1
       one clip: labels, length, the bytes of the shard that hold it, what its JSON says
   asda inspect shards/esc50 --export 1-100032-A-0 dog.wav
-      that clip as a WAV, to the bit as it lies in the shard
+      that clip as a WAV, bit for bit as it lies in the shard
 """
 
 
 class Clip(NamedTuple):
-    """One clip by its place: split, shard, row of the shard's index."""
+    """A clip by its place: the split, the shard, and the row of the shard's index."""
 
     split: str
     shard: ShardFile
@@ -63,67 +63,78 @@ class Clip(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Its name in the dataset."""
+        """The clip's name in the dataset."""
         return self.shard.index.keys[self.number]
 
     @property
     def num_samples(self) -> int:
-        """At 16 kHz."""
+        """The clip's length, in samples at 16 kHz."""
         return self.shard.index.num_samples[self.number]
 
     @property
     def label_ids(self) -> tuple[int, ...]:
-        """Positions in the vocabulary."""
+        """The clip's labels, as positions in the vocabulary."""
         return self.shard.index.labels[self.number]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read these arguments, or the command line."""
-    parser = argparse.ArgumentParser(
-        prog="asda inspect",
-        description="Say what is in a dataset of shards, and whether all of it is intact.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("inspect", "Show what is in a dataset of shards, and verify that it is intact.", EXAMPLES)
     add = parser.add_argument
     add("dataset", metavar="SHARDS", help="a dataset: its folder, or a URL (https://, s3://, ...)")
     add("--split", action="append", default=[], metavar="NAME", help="only this split; may be repeated (default: all)")
-    add("--find", metavar="LABEL", help="only clips with this label: listed, or drawn with --sheet")
+    add("--find", metavar="LABEL", help="only clips with this label: a list, or with --sheet a picture")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--list", action="store_true", help="the clips as CSV")
     either.add_argument("--key", help="one clip: its row of the index, and its JSON")
     either.add_argument("--export", nargs=2, metavar=("KEY", "WAV"), help="write one clip to a file")
     either.add_argument("--sheet", type=Path, metavar="PNG", help="draw a contact sheet of spectrograms")
-    either.add_argument("--verify", action="store_true", help="read everything; exit code 2 where anything is damaged")
-    add("--classes", default="10", metavar="N", help="classes shown, N most frequent and N rarest, or all (default 10)")
-    add("--columns", default=",".join(COLUMNS), metavar="A,B", help="of --list and --find (default %(default)s)")
-    add("--num", type=int, default=24, metavar="N", help="clips on a --sheet (default %(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="which clips a --sheet shows (default %(default)s)")
+    either.add_argument("--verify", action="store_true", help="read everything; exit code 2 if anything is damaged")
+    add(
+        "--classes",
+        default="10",
+        metavar="N",
+        help="show the N most frequent and N rarest classes, or all (default: 10)",
+    )
+    add(
+        "--columns",
+        default=",".join(COLUMNS),
+        metavar="A,B",
+        help="columns of --list and --find (default: %(default)s)",
+    )
+    add("--num", type=int, default=24, metavar="N", help="number of clips on a --sheet (default: %(default)s)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of the choice of clips for a --sheet (default: %(default)s)",
+    )
     add(
         "--cache",
         action="store_true",
-        help="of a URL: fetch whole shards, and keep copies in ~/.cache/asda; --verify and"
-        " --list do so by themselves, the others fetch single clips, which some servers refuse",
+        help="for a URL: fetch whole shards, and keep copies in ~/.cache/asda. --verify and --list always do; "
+        "otherwise single clips are fetched, which some servers refuse",
     )
     add("--json", action="store_true", help="the tables, or the clip of --key, as one JSON object")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_arguments(args)
+    return args
 
 
 def inspect_shards(args: argparse.Namespace) -> None:
-    """Open the dataset, and show what is asked for."""
-    check_arguments(args)
+    """Open the dataset, and show what is asked for. Raises UserError."""
     tables_only = not (args.verify or args.key or args.export or args.sheet or args.list or args.find)
-    # Missing files and wrong sizes are the tables' to notice; everything else says what is wrong with what it reads.
+    # Only the tables, which read no shard, refuse missing files and wrong sizes; all else reports what it reads.
     cache = CacheConfig() if args.cache or args.verify or args.list else None
     dataset = load_dataset(args.dataset, args.split or None, cache, tolerant=not tables_only)
     names = tuple(dict.fromkeys(args.split)) or tuple(dataset.splits)
     if not all(dataset.splits[name].clips for name in names):
-        raise UserError(f"{dataset.folder}: a split holds no clip; make it again with {MAKER}")
+        raise UserError(f"{dataset.folder}: a split has no clips; make the dataset again with {MAKER}")
     if args.verify:
         verify(dataset, names)
     elif args.key is not None:
-        print(clip_words(dataset, find_key(dataset, names, args.key), as_json=args.json))
+        print(clip_text(dataset, find_key(dataset, names, args.key), as_json=args.json))
     elif args.export:
         export(find_key(dataset, names, args.export[0]), Path(args.export[1]))
     elif args.sheet:
@@ -136,51 +147,49 @@ def inspect_shards(args: argparse.Namespace) -> None:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse what makes no sense before anything is read."""
+    """Refuse arguments that contradict each other, before anything is read. Raises UserError."""
     most_classes(args.classes)
     if unknown := [name for name in args.columns.split(",") if name not in COLUMNS]:
-        raise UserError(f"--columns {args.columns}: there is no column {unknown[0]!r}; choose from {','.join(COLUMNS)}")
+        raise UserError(f"--columns {args.columns}: unknown column {unknown[0]!r}; choose from {','.join(COLUMNS)}")
     if args.find is not None and (args.key is not None or args.export or args.verify):
-        raise UserError("--find chooses clips for --list and --sheet; it does not go with --key, --export or --verify")
+        raise UserError("--find goes with --list and --sheet, not with --key, --export or --verify")
     if args.json and (args.list or args.find is not None or args.export or args.sheet or args.verify):
-        raise UserError("--json is of the tables and of --key; --list and --find print CSV")
+        raise UserError("--json goes with the tables and with --key; --list and --find print CSV")
     if args.export and Path(args.export[1]).suffix.lower() != ".wav":
         raise UserError(f"--export {args.export[1]} must end in .wav")
-    if not 1 <= args.num <= MOST_PANELS:
-        raise UserError(f"--num {args.num} must be from 1 to {MOST_PANELS}")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed} must not be negative")
+    check_range("--num", args.num, 1, MOST_PANELS)
+    check_range("--seed", args.seed, 0)
     if args.sheet and args.sheet.suffix.lower() != ".png":
         raise UserError(f"--sheet {args.sheet} must end in .png")
     if args.sheet:
-        from asda.commands.pictures import pyplot  # here and below, because it brings the log-mel, which takes seconds
+        from asda.commands.pictures import pyplot  # brings torch
 
         pyplot("--sheet")
 
 
 def most_classes(text: str) -> float:
-    """Read --classes."""
+    """Read --classes; all is infinity. Raises UserError."""
     if text != "all" and not (text.isascii() and text.isdecimal()):
         raise UserError(f"--classes {text} must be a whole number, or all")
     return math.inf if text == "all" else int(text)
 
 
-# Which clips
+# Choosing clips
 
 
 def shard_files(dataset: DatasetIndex, names: Iterable[str]) -> list[tuple[str, ShardFile]]:
-    """Every shard of some splits, with its split's name."""
+    """List every shard of some splits, with its split's name."""
     return [(name, ShardFile(dataset.folder, entry)) for name in names for entry in dataset.splits[name].shards]
 
 
 def every_clip(dataset: DatasetIndex, names: Iterable[str]) -> Iterator[Clip]:
-    """All clips in the dataset's order; a shard's index is read when the first of its clips is reached."""
+    """Yield all clips in the dataset's order; a shard's index is read at the first of its clips."""
     for name, shard in shard_files(dataset, names):
         yield from (Clip(name, shard, number) for number in range(shard.entry.clips))
 
 
 def clips_with(dataset: DatasetIndex, names: Iterable[str], label: str | None) -> Iterator[Clip]:
-    """The clips with a label, or all. Raises UserError where the vocabulary has no such label."""
+    """Yield the clips with a label, or all clips. Raises UserError if the vocabulary lacks the label."""
     clips = every_clip(dataset, names)
     if label is None:
         return clips
@@ -194,7 +203,7 @@ def clips_with(dataset: DatasetIndex, names: Iterable[str], label: str | None) -
 
 
 def find_key(dataset: DatasetIndex, names: Iterable[str], key: str) -> Clip:
-    """The clip with this key. Raises UserError with keys that contain it where there is none."""
+    """Return the clip with this key. Raises UserError, with keys that contain it, if there is none."""
     near: list[str] = []
     for name, shard in shard_files(dataset, names):
         if key in shard.index.keys:
@@ -205,9 +214,9 @@ def find_key(dataset: DatasetIndex, names: Iterable[str], key: str) -> Clip:
 
 
 def sample(dataset: DatasetIndex, names: Iterable[str], label: str | None, num: int, seed: int) -> list[Clip]:
-    """Up to `num` different clips drawn at random, sorted by label and key. Raises UserError where there are none."""
+    """Draw up to `num` different clips, and sort them by label and key. Raises UserError if there are none."""
     rng = np.random.default_rng(seed)
-    if label is None:  # by place: no index is read but those of the clips that are drawn
+    if label is None:  # by place, which reads only the indexes of the clips that are drawn
         shards = shard_files(dataset, names)
         firsts = [0, *itertools.accumulate(shard.entry.clips for _, shard in shards)]
         places = rng.choice(firsts[-1], min(num, firsts[-1]), replace=False)
@@ -221,11 +230,11 @@ def sample(dataset: DatasetIndex, names: Iterable[str], label: str | None, num: 
     return sorted(chosen, key=lambda clip: (clip.label_ids, clip.key))
 
 
-# What is shown
+# Showing them
 
 
 def summarize(dataset: DatasetIndex, names: Iterable[str]) -> dict[str, Any]:
-    """What --json prints, and the tables are made of. Reads dataset.json and the shards' indexes."""
+    """Return what --json prints and the tables show. Reads dataset.json and the shards' indexes."""
     lengths, num_unlabelled = [], 0
     shards = shard_files(dataset, names)
     for _, shard in tqdm(shards, unit="index", disable=not sys.stderr.isatty(), leave=False):
@@ -236,7 +245,7 @@ def summarize(dataset: DatasetIndex, names: Iterable[str]) -> dict[str, Any]:
 
 
 def read_members(clip: Clip) -> tuple[bytes, dict[str, Any]]:
-    """The WAV of a clip and what its JSON says. Raises UserError where the frame is damaged or holds anything else."""
+    """Read the WAV and the JSON of a clip. Raises UserError if its frame is damaged or holds anything else."""
     frame = clip.shard.read_frame(clip.number)
     try:
         with tarfile.open(fileobj=io.BytesIO(frame + TAR_END)) as tar:
@@ -244,7 +253,7 @@ def read_members(clip: Clip) -> tuple[bytes, dict[str, Any]]:
         wav, described = members[f"{clip.key}.wav"], json.loads(members[f"{clip.key}.json"])
         decode_wav(wav)
         if not isinstance(described, dict):
-            raise ValueError("its JSON is no object")
+            raise ValueError("its JSON is not an object")
     except (tarfile.TarError, AudioError, ValueError, LookupError) as error:
         raise UserError(
             f"shard {clip.shard.entry.name}, key {clip.key}: its members cannot be read ({error}); {REPAIR}"
@@ -253,7 +262,7 @@ def read_members(clip: Clip) -> tuple[bytes, dict[str, Any]]:
 
 
 def list_clips(dataset: DatasetIndex, clips: Iterable[Clip], columns: list[str]) -> None:
-    """Print a CSV. Labels are separated by ";", as asda shards reads them."""
+    """Print a CSV, which asda shards can read; labels are separated by ";"."""
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(columns)
     for clip in tqdm(clips, unit="clip", disable=sys.stdout.isatty() or not sys.stderr.isatty()):
@@ -270,7 +279,7 @@ def list_clips(dataset: DatasetIndex, clips: Iterable[Clip], columns: list[str])
 
 
 def label_names(dataset: DatasetIndex, clip: Clip) -> list[str]:
-    """The names of a clip's classes."""
+    """Name a clip's classes. Raises UserError if the index gives it an unknown one."""
     if clip.label_ids and max(clip.label_ids) >= len(dataset.vocabulary):
         raise UserError(
             f"shard {clip.shard.entry.name}, key {clip.key}: the index gives it label {max(clip.label_ids)}, and there "
@@ -279,8 +288,8 @@ def label_names(dataset: DatasetIndex, clip: Clip) -> list[str]:
     return [dataset.vocabulary[label] for label in clip.label_ids]
 
 
-def clip_words(dataset: DatasetIndex, clip: Clip, *, as_json: bool) -> str:
-    """All that is known of one clip: its row of the index, and its JSON."""
+def clip_text(dataset: DatasetIndex, clip: Clip, *, as_json: bool) -> str:
+    """Say all that is known about one clip: its row of the index, and its JSON."""
     index = clip.shard.index
     wav, described = read_members(clip)
     first, end = index.offsets[clip.number : clip.number + 2]
@@ -310,22 +319,22 @@ def clip_words(dataset: DatasetIndex, clip: Clip, *, as_json: bool) -> str:
         "hash": f"{index.hashes[clip.number]} (xxh3_64 of these bytes)",
         "json": json.dumps(described),
     }
-    return "\n".join(f"{name:<8}{words}" for name, words in rows.items())
+    return "\n".join(aligned(rows, 8))
 
 
 def export(clip: Clip, out: Path) -> None:
-    """Write the WAV of one clip as it is."""
+    """Write the WAV of one clip, bit for bit."""
     wav, _ = read_members(clip)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_file(out, wav)
     print(f"written {out}: {clip.num_samples / SAMPLE_RATE_HZ:.2f} s, {len(wav):,} bytes")
 
 
-# Everything, read once
+# Verifying
 
 
 def verify(dataset: DatasetIndex, names: Iterable[str]) -> None:
-    """Name everything that is damaged, a line each. Raises UserError with its amount where there is anything."""
+    """Read everything, and print a line for each damage. Raises UserError if there is any."""
     entries = [shard.entry for _, shard in shard_files(dataset, names)]
     num_clips, done = sum(entry.clips for entry in entries), 0
     progress = Progress(num_clips, "clip")
@@ -341,16 +350,16 @@ def verify(dataset: DatasetIndex, names: Iterable[str]) -> None:
     if num_damaged := sum(bool(checked.problems) for checked in found):
         raise UserError(f"{dataset.folder}: {num_damaged} of {len(entries)} shards are damaged; {REPAIR}")
     if repeated:
-        raise UserError(f"{dataset.folder}: {len(repeated)} keys are there twice; make it again with {MAKER}")
+        raise UserError(f"{dataset.folder}: {len(repeated)} keys are repeated; make the dataset again with {MAKER}")
     num_bytes = sum(entry.bytes for entry in entries)
     print(f"{dataset.folder}: {num_clips:,} clips in {len(entries):,} shards, {num_bytes / MIB:,.1f} MiB, are intact")
 
 
-# The contact sheet
+# Drawing a contact sheet
 
 
 def draw_sheet(out: Path, clips: list[Clip], dataset: DatasetIndex) -> None:
-    """Write a picture with the log-mel of every clip."""
+    """Write a picture with the log-mel of every clip, and say where."""
     from asda.commands.pictures import draw_panels
 
     bar = tqdm(clips, unit="clip", disable=not sys.stderr.isatty(), leave=False)
@@ -361,7 +370,7 @@ def draw_sheet(out: Path, clips: list[Clip], dataset: DatasetIndex) -> None:
 
 
 def clip_panel(dataset: DatasetIndex, clip: Clip) -> "Panel":
-    """The picture of one clip: key, labels and length stand under it."""
+    """Make the picture of one clip, with key, labels and length under it. Raises UserError."""
     from asda.commands.pictures import CAPTION_CHARACTERS, DB_PER_NEPER, make_panel
     from asda.data.features.fbank import log_mel
 
@@ -372,12 +381,5 @@ def clip_panel(dataset: DatasetIndex, clip: Clip) -> "Panel":
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run; end quietly when the reader of stdout has gone."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # sources need not be UTF-8
+    """Parse the command line and show the dataset."""
     inspect_shards(parse_args(argv))
-
-
-if __name__ == "__main__":
-    exit_with_sentence(main)

@@ -1,9 +1,8 @@
-"""The pictures of a report, each an SVG that takes its ink from the page: readable on light and dark paper.
+"""The pictures of a report: SVG that takes its text colour from the page, so that dark mode works.
 
-Shapes: T frames, M mel bins, N patches, K = 1 + N tokens with CLS first, C classes, S students.
+Shapes: T frames, F mel bins or mel patches, N patches, K = 1 + N tokens with CLS first, C classes, M students.
 """
 
-import html
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -11,8 +10,9 @@ from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup, escape
 
-from asda.commands.pictures import DB_PER_NEPER, mel_bin, pyplot, show_levels, show_patches
+from asda.commands.pictures import DB_PER_NEPER, label_hz, pyplot, show_levels, show_patches
 from asda.commands.report_runs import Run
 from asda.config.model import PretrainConfig
 from asda.data.clips import Clip
@@ -29,17 +29,27 @@ from asda.evaluation.attention_maps import (
     named_maps,
     on_patches,
 )
+from asda.evaluation.attention_noise import Estimate
 from asda.models.masks import inverse_block_masks
 
-COLOURS = ("#3d85c6", "#e07a1f", "#3f9b57", "#b4559e", "#c39b16", "#d1495b", "#7b8794", "#1aa6b7")  # on any paper
-DASHES = ("-", "--", ":", "-.")  # one after the other, where there are more runs than colours
-MOST_POINTS = 400  # of a curve; what has more is shown as means of neighbours
-FEW_POINTS = 12  # that are marked
+COLOURS = (
+    "#3d85c6",
+    "#e07a1f",
+    "#3f9b57",
+    "#b4559e",
+    "#c39b16",
+    "#d1495b",
+    "#7b8794",
+    "#1aa6b7",
+)  # seen on light and dark
+DASHES = ("-", "--", ":", "-.")  # one after the other, if there are more runs than colours
+MOST_POINTS = 400  # of a curve; a longer one is shown as means of neighbours
+FEW_POINTS = 12  # up to which points are marked
 NUM_STUDENTS = 3  # whose masks are shown
-TICKS_HZ = (250, 1000, 4000)  # of a picture as wide as a phone
-NUMBERED_CLASSES, NAMED_CLASSES = 12, 60  # most of a confusion matrix whose cells show numbers, or axes names
+FEW_TICKS_HZ = (250, 1000, 4000)  # for a picture as wide as a phone
+NUMBERED_CLASSES, NAMED_CLASSES = 12, 60  # most classes of a confusion matrix with numbers, with names
 PANEL_INCHES = (4.4, 2.7)
-INK = "#010203"  # becomes the page's colour of text
+INK = "#010203"  # becomes the page's text colour
 HIDDEN = "#a9b0b8"  # a patch that a student does not see
 STYLE = {
     "svg.fonttype": "none",  # text stays text
@@ -51,7 +61,7 @@ STYLE = {
     "savefig.transparent": True,
 } | {f"{part}color": INK for part in ("text.", "axes.edge", "axes.label", "xtick.", "ytick.")}
 
-_numbers = count()  # of pictures, so that no two have parts of one name
+_numbers = count()  # numbers the pictures, so that ids are unique
 
 
 class Curve(NamedTuple):
@@ -90,12 +100,12 @@ CLASSIFYING = (
 
 
 def look(number: int) -> tuple[str, str]:
-    """Colour and dash of a run, by its place among all."""
+    """Return the colour and dash of a run, by its place among all runs."""
     return COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
 
 
-def to_svg(draw: Callable[[Any, Any], None], alt: str, size: tuple[float, float] = PANEL_INCHES) -> str:
-    """A picture for a page of HTML: `draw` is given a figure of `size` inches and its axes; `alt` describes it."""
+def to_svg(draw: Callable[[Any, Any], None], alt: str, size: tuple[float, float] = PANEL_INCHES) -> Markup:
+    """Draw an SVG: `draw` is given a figure of `size` inches and its axes; `alt` describes the picture."""
     plt = pyplot("asda report")
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=size, layout="constrained")
@@ -106,20 +116,20 @@ def to_svg(draw: Callable[[Any, Any], None], alt: str, size: tuple[float, float]
     return _inlined(buffer.getvalue(), alt)
 
 
-def _inlined(svg: str, alt: str) -> str:
-    """Without what only a file needs; ids of its own; the page's ink and letters."""
+def _inlined(svg: str, alt: str) -> Markup:
+    """Adapt an SVG to a page: remove what only a file needs, make ids unique, take the page's colour and font."""
     svg = re.sub(r"^.*?<svg[^>]*viewBox=(\"[^\"]*\")[^>]*>", r"<svg viewBox=\1>", svg, flags=re.DOTALL)
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"font: (?:\w+ )?([\d.]+px)[^;\"]*", r"font-size: \1", svg)
     svg = re.sub(r"(\bid=\"|href=\"#|url\(#)", rf"\g<1>p{next(_numbers)}-", svg)
     svg = svg.replace(INK, "currentColor")
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" ', 1)
+    return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" ', 1))  # noqa: S704 (matplotlib escapes)
 
 
-def curve_panels(runs: dict[int, Run], curves: Sequence[Curve]) -> list[str]:
-    """An SVG of each figure that a run has; `runs` by their place among all, which gives the colour.
+def curve_panels(runs: dict[int, Run], curves: Sequence[Curve]) -> list[Markup]:
+    """Draw each figure that a run has; `runs` by their place among all runs, which gives the colour.
 
-    What was judged only once, at the end, is no curve: it stands in the table of held-out clips.
+    A metric that was evaluated only once is left out: it stands in the table of held-out clips.
     """
 
     def is_curve(curve: Curve) -> bool:
@@ -129,7 +139,7 @@ def curve_panels(runs: dict[int, Run], curves: Sequence[Curve]) -> list[str]:
     return [_curve_panel(runs, curve) for curve in curves if is_curve(curve)]
 
 
-def _curve_panel(runs: dict[int, Run], curve: Curve) -> str:
+def _curve_panel(runs: dict[int, Run], curve: Curve) -> Markup:
     def draw(figure: Any, axes: Any) -> None:
         for number, run in runs.items():
             colour, dash = look(number)
@@ -144,7 +154,7 @@ def _curve_panel(runs: dict[int, Run], curve: Curve) -> str:
 
 
 def points(entries: Sequence[dict[str, Any]], curve: Curve) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of a curve; of more than MOST_POINTS the means of neighbours."""
+    """Return the steps and values of a curve; if there are more than MOST_POINTS, means of neighbours."""
     found = np.array([(e["step"], e[curve.key] * curve.factor) for e in entries if curve.key in e]).reshape(-1, 2)
     if len(found) > MOST_POINTS:
         found = np.stack([part.mean(0) for part in np.array_split(found, MOST_POINTS)])
@@ -152,7 +162,7 @@ def points(entries: Sequence[dict[str, Any]], curve: Curve) -> tuple[np.ndarray,
 
 
 def _scale(axes: Any, log: bool) -> None:
-    """A logarithmic axis names 1, 2, 5 within a few decades; a linear one begins at 0 where that costs little."""
+    """Scale an axis: a logarithmic one is labelled 1, 2, 5; a linear one begins at 0 if that costs little room."""
     values = np.concatenate([line.get_ydata() for line in axes.lines])
     values = values[np.isfinite(values)]
     if log and values.size and (values > 0).all():
@@ -164,27 +174,27 @@ def _scale(axes: Any, log: bool) -> None:
         axes.set_ylim(0, None)
 
 
-def mask_panels(clip: Clip, network: Network, objective: PretrainConfig, seed: int) -> list[str]:
-    """The clip, and the same through the masks that its first students have at that visit in training."""
+def mask_panels(clip: Clip, network: Network, objective: PretrainConfig, seed: int) -> list[Markup]:
+    """Draw a clip, and what its first students see of it in training."""
     model = network.description.model
-    mel_TM = clip_log_mel(clip, network.description)
-    grid = (len(mel_TM) // model.patch, model.mel_bins // model.patch)
+    mel_TF = clip_log_mel(clip, network.description)
+    grid = (len(mel_TF) // model.patch, model.mel_bins // model.patch)
     rng = clip_rng(seed, clip.draw, "masks")
-    visible_SN = inverse_block_masks(rng, objective.students, grid, objective.mask)[:NUM_STUDENTS]
+    visible_MN = inverse_block_masks(rng, objective.students, grid, objective.mask)[:NUM_STUDENTS]
     patch = np.ones((model.patch, model.patch), dtype=bool)
-    panels = [_spectrogram(mel_TM, f"clip {clip.key}")]
-    for number, visible_N in enumerate(visible_SN, start=1):
-        seen_TM = np.ma.array(mel_TM, mask=~np.kron(visible_N.reshape(grid), patch))
-        panels.append(_spectrogram(seen_TM, f"what student {number} sees", mel_TM))
+    panels = [_spectrogram(mel_TF, f"clip {clip.key}")]
+    for number, visible_N in enumerate(visible_MN, start=1):
+        seen_TF = np.ma.array(mel_TF, mask=~np.kron(visible_N.reshape(grid), patch))
+        panels.append(_spectrogram(seen_TF, f"what student {number} sees", mel_TF))
     return panels
 
 
-def _spectrogram(mel_TM: np.ndarray, title: str, scale_TM: np.ndarray | None = None) -> str:
-    """Levels in dB; the colours are those of `scale_TM` where only a part is shown."""
+def _spectrogram(mel_TF: np.ndarray, title: str, scale_TF: np.ndarray | None = None) -> Markup:
+    """Draw levels in dB, in the colours of `scale_TF` if given: the whole of which a part is shown."""
 
     def draw(figure: Any, axes: Any) -> None:
-        scale = mel_TM if scale_TM is None else scale_TM
-        image = show_levels(axes, mel_TM * DB_PER_NEPER, 0, scale.min() * DB_PER_NEPER, scale.max() * DB_PER_NEPER)
+        scale = mel_TF if scale_TF is None else scale_TF
+        image = show_levels(axes, mel_TF * DB_PER_NEPER, 0, scale.min() * DB_PER_NEPER, scale.max() * DB_PER_NEPER)
         image.set_interpolation("nearest")
         image.set_cmap(image.get_cmap().with_extremes(bad=HIDDEN))
         _label(figure, axes, image, title)
@@ -192,24 +202,24 @@ def _spectrogram(mel_TM: np.ndarray, title: str, scale_TM: np.ndarray | None = N
     return to_svg(draw, f"spectrogram: {title}")
 
 
-def attention_panels(clip: Clip, network: Network) -> list[str]:
-    """What CLS takes from each patch in the last block, mean over heads: both maps and their difference, or the one."""
-    mel_TM = clip_log_mel(clip, network.description)
-    maps = named_maps(attention_of(network, -1), block_inputs(network, mel_TM)[-1])
+def attention_panels(clip: Clip, network: Network) -> list[Markup]:
+    """Draw what CLS takes from each patch in the last block, mean over heads: one map, or two and their difference."""
+    mel_TF = clip_log_mel(clip, network.description)
+    maps = named_maps(attention_of(network, -1), block_inputs(network, mel_TF)[-1])
     shares = {name: on_patches(maps[name][:, 0, 1:].mean(0), network) for name in (ONLY, FIRST, SECOND) if name in maps}
     top = max(float(share_TF.max()) for share_TF in shares.values())
-    panels = [_patch_map(share_TF, len(mel_TM), f"{name}, times the mean", 0, top) for name, share_TF in shares.items()]
+    panels = [_patch_map(share_TF, len(mel_TF), f"{name}, times the mean", 0, top) for name, share_TF in shares.items()]
     if SIGNED in maps:
         first_N, difference_N = (maps[name][:, 0, 1:].mean(0) for name in (FIRST, SIGNED))
         difference_TF = (difference_N / first_N.mean()).reshape(shares[FIRST].shape).numpy()
         limit = float(np.abs(difference_TF).max())
         lam = float(attention_of(network, -1).current_lambda())
         title = f"A1 - {lam:.3g} A2, times the mean of A1"
-        panels.append(_patch_map(difference_TF, len(mel_TM), title, -limit, limit, "RdBu_r"))
-    return [_spectrogram(mel_TM, f"clip {clip.key}"), *panels]
+        panels.append(_patch_map(difference_TF, len(mel_TF), title, -limit, limit, "RdBu_r"))
+    return [_spectrogram(mel_TF, f"clip {clip.key}"), *panels]
 
 
-def _patch_map(value_TF: np.ndarray, frames: int, title: str, low: float, high: float, cmap: str = "viridis") -> str:
+def _patch_map(value_TF: np.ndarray, frames: int, title: str, low: float, high: float, cmap: str = "viridis") -> Markup:
     def draw(figure: Any, axes: Any) -> None:
         _label(figure, axes, show_patches(axes, value_TF, frames, low, high, cmap), title)
 
@@ -219,12 +229,12 @@ def _patch_map(value_TF: np.ndarray, frames: int, title: str, low: float, high: 
 def _label(figure: Any, axes: Any, image: Any, title: str) -> None:
     axes.set_title(title, parse_math=False)
     axes.set(xlabel="seconds", ylabel="Hz (mel scale)")
-    axes.set_yticks([mel_bin(hz) for hz in TICKS_HZ], [f"{hz:,}" for hz in TICKS_HZ])
+    label_hz(axes, FEW_TICKS_HZ)
     figure.colorbar(image, ax=axes).outline.set_visible(False)
 
 
-def block_panel(ratios: dict[str, list[Any]]) -> str:
-    """Unrelated / own of each map over the blocks, with intervals, from attention_noise's estimates."""
+def block_panel(ratios: dict[str, list[Estimate]]) -> Markup:
+    """Draw unrelated / own of each map over the blocks, with intervals."""
     num_blocks = len(next(iter(ratios.values())))
 
     def draw(figure: Any, axes: Any) -> None:
@@ -243,12 +253,12 @@ def block_panel(ratios: dict[str, list[Any]]) -> str:
 
 
 def confusion_inches(num_classes: int) -> float:
-    """Width at which the names beside a confusion matrix can be read."""
+    """Return the width at which the names beside a confusion matrix can be read."""
     return min(9.0, max(4.0, 2.5 + 0.2 * num_classes))
 
 
-def confusion_picture(counts_CC: np.ndarray, labels: Sequence[str]) -> str:
-    """Rows true, columns predicted; the colour is the share of the row."""
+def confusion_picture(counts_CC: np.ndarray, labels: Sequence[str]) -> Markup:
+    """Draw a confusion matrix: rows true, columns predicted; the colour is the share of the row."""
     share_CC = counts_CC / np.maximum(1, counts_CC.sum(1, keepdims=True))
     inches = confusion_inches(len(labels))
 
@@ -267,9 +277,9 @@ def confusion_picture(counts_CC: np.ndarray, labels: Sequence[str]) -> str:
     return to_svg(draw, "confusion matrix", (inches, inches * 0.9))
 
 
-def swatch(number: int) -> str:
-    """The line of a run in a legend."""
+def swatch(number: int) -> Markup:
+    """Draw the line of a run for a legend."""
     colour, dash = look(number)
     pattern = {"-": "", "--": "7 3", ":": "2 3", "-.": "7 3 2 3"}[dash]
     line = f'<line x1="0" y1="5" x2="28" y2="5" stroke="{colour}" stroke-width="3" stroke-dasharray="{pattern}"/>'
-    return f'<svg viewBox="0 0 28 10" aria-hidden="true">{line}</svg>'
+    return Markup(f'<svg viewBox="0 0 28 10" aria-hidden="true">{line}</svg>')  # noqa: S704 (no text of others)

@@ -1,4 +1,4 @@
-"""What a report knows of a run: configuration, record, evaluation, and the figures that follow from them."""
+"""What a report knows about a run: configuration, metrics, evaluation, and the figures that follow from them."""
 
 import json
 import statistics
@@ -22,51 +22,49 @@ Entry = dict[str, Any]  # a line of metrics.jsonl
 
 
 class Judged(NamedTuple):
-    """Figures on labelled clips."""
+    """Metrics on labelled clips."""
 
     figures: Entry
-    source: str  # where they stand, and of which weights they are
+    source: str  # the file or metric kind, and which weights
     data: str  # the clips
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder."""
+    """A run folder, as it was read."""
 
-    name: str  # tells it from the others of a report
+    name: str  # unique in a report
     folder: Path
     config: Config
     entries: dict[str, list[Entry]]  # by kind, every step once
-    evaluation: Entry  # evaluation.json; empty where there is none
+    evaluation: Entry  # evaluation.json; empty if there is none
     state: State | None  # of the newest intact checkpoint
-    complaint: str  # why there is no checkpoint to draw pictures from; "" where there is
+    complaint: str  # why there is no checkpoint to draw pictures from; "" if there is one
 
     @property
     def pretrains(self) -> bool:
-        """Whether it is a pre-training."""
+        """Whether the run is a pre-training."""
         return isinstance(self.config.objective, PretrainConfig)
 
     @property
     def steps_done(self) -> int:
-        """As the checkpoint or, being newer, the record says."""
+        """The last step of the checkpoint or of metrics.jsonl, whichever is newer."""
         logged = [entry["step"] for entry in self.entries["train"][-1:]]
         return max([*logged, self.state.step if self.state else 0])
 
     def of_training(self, key: str) -> list[float]:
-        """A figure of all lines of training that have it."""
+        """Return a figure of all lines of training that have it."""
         return [entry[key] for entry in self.entries["train"] if key in entry]
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """All runs; raises UserError naming a folder that is none."""
+    """Read run folders. Raises UserError if one is not a run."""
     return [_read_run(folder, name) for folder, name in zip(folders, distinct_names(folders), strict=True)]
 
 
 def _read_run(folder: Path, name: str) -> Run:
     if not (folder / "config.json").is_file() or not (folder / "metrics.jsonl").is_file():
-        raise UserError(
-            f"{folder} is not the folder of a run: it needs config.json and metrics.jsonl, as train.py writes"
-        )
+        raise UserError(f"{folder} is not the folder of a run: config.json or metrics.jsonl is missing")
     state, complaint = _newest_state(folder)
     return Run(
         name=name,
@@ -94,17 +92,17 @@ def _read_evaluation(path: Path) -> Entry:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); write it again with asda/evaluate.py") from None
+        raise UserError(f"{path} is not valid JSON ({error}); write it again with asda evaluate") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object; write it again with asda/evaluate.py")
+        raise UserError(f"{path} must be a JSON object; write it again with asda evaluate")
     for key in FIGURES:
         if not isinstance(found.get(key, 0), int | float):
-            raise UserError(f"{path}: {key} is {found[key]!r} and no number; write it again with asda/evaluate.py")
+            raise UserError(f"{path}: {key} is {found[key]!r}, not a number; write it again with asda evaluate")
     return found
 
 
 def confusions(run: Run) -> tuple[np.ndarray, list[str]] | None:
-    """The matrix of evaluation.json, [true, predicted] clips, and its labels; None where the two do not fit."""
+    """Return the matrix of evaluation.json, [true, predicted] clips, and its labels; None if the two do not fit."""
     labels, rows = run.evaluation.get("labels"), run.evaluation.get("confusion")
     try:
         counts_CC = np.array(rows, dtype=np.int64)
@@ -116,7 +114,7 @@ def confusions(run: Run) -> tuple[np.ndarray, list[str]] | None:
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """The last part of each path, and so many of the parts before it that no two are equal.
+    """Return the last part of each path, with as many parts before it as make all names differ.
 
     Raises:
         UserError: the same folder is given twice.
@@ -134,7 +132,7 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
 
 
 def without_repeats(entries: Iterable[Entry]) -> list[Entry]:
-    """Every step once: a run that goes on does the steps behind its checkpoint again, and the later line holds."""
+    """Keep every step once: a resumed run repeats the steps after its checkpoint, and the later line counts."""
     kept: list[Entry] = []
     for entry in entries:
         while kept and kept[-1]["step"] >= entry["step"]:
@@ -144,7 +142,7 @@ def without_repeats(entries: Iterable[Entry]) -> list[Entry]:
 
 
 def training_hours(run: Run) -> float:
-    """Hours of the steps on record, without evaluations, saves and what was done again after a stop."""
+    """Return the hours of all steps, without evaluations, saves and steps repeated after a stop."""
     seconds, done = 0.0, 0
     for entry in run.entries["train"]:
         steps, done = entry["step"] - done, entry["step"]
@@ -153,14 +151,14 @@ def training_hours(run: Run) -> float:
 
 
 def median(values: Sequence[float]) -> float | None:
-    """None where there are no values."""
+    """Return the median; None if there are no values."""
     return statistics.median(values) if values else None
 
 
 def held_out(run: Run) -> list[Judged]:
-    """Figures on labelled clips, those that stand for the run first; empty where there are none.
+    """Return metrics on labelled clips, the headline first; empty if there are none.
 
-    What chose a step, data.valid, does not stand beside what judged it.
+    data.valid, which selected the best step, is left out if there are metrics on other clips.
     """
     data, entries = run.config.data, {kind: run.entries[kind][-1:] for kind in KINDS}
     if run.pretrains:
@@ -168,8 +166,8 @@ def held_out(run: Run) -> list[Judged]:
             Judged(entry, "probe", in_words(run.config.probe and run.config.probe.test)) for entry in entries["probe"]
         ]
     evaluation = run.evaluation
-    heard = ", chunks" if evaluation.get("chunks") else ""
-    found = [Judged(evaluation, "evaluation.json", in_words(evaluation.get("data")) + heard)] if evaluation else []
+    chunks = ", chunks" if evaluation.get("chunks") else ""
+    found = [Judged(evaluation, "evaluation.json", in_words(evaluation.get("data")) + chunks)] if evaluation else []
     best = [entry | {"step": entry["best_step"]} for entry in entries["test_best"]]
     found += [Judged(entry, "test, best on valid", in_words(data.test)) for entry in best]
     found += [Judged(entry, "test, last", in_words(data.test)) for entry in entries["test"]]
@@ -177,15 +175,15 @@ def held_out(run: Run) -> list[Judged]:
 
 
 def in_words(data: Any) -> str:
-    """Which clips: "FOLDER:SPLIT", or several; "" where that is not known."""
+    """Name the clips: "FOLDER:SPLIT", or several; "" if not known."""
     data = shareable(data)
     return ", ".join(map(str, data)) if isinstance(data, list) else str(data or "")
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Dotted keys of the configurations in which runs differ, with the value of each; None where a run lacks the key.
+    """Return the dotted keys in which configurations differ, with the values of all; None if a run lacks the key.
 
-    A run's own folder and its story are left out.
+    run.folder and the section _about are left out.
     """
     trees = [leaves(shareable(run.config.model_dump(mode="json", exclude={"about"}))) for run in runs]
     keys = [key for key in dict.fromkeys(key for tree in trees for key in tree) if key != "run.folder"]
@@ -194,7 +192,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key."""
+    """Return the values of a tree by dotted key."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}

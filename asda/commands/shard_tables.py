@@ -1,4 +1,4 @@
-"""What is in a dataset of shards, as figures for programs and as tables for people.
+"""Count what is in a dataset of shards: figures for programs, and tables for people.
 
 Shapes: N clips.
 """
@@ -11,22 +11,27 @@ from typing import Any
 
 import numpy as np
 
+from asda.commands.text import bar, shortened
 from asda.data.audio.waves import SAMPLE_RATE_HZ
 from asda.data.shards.index import DatasetIndex, SplitIndex
 
 MIB = 1 << 20
-BAR_CHARACTERS = 30  # of the longest bar of a histogram
-NAME_CHARACTERS = 36  # of a class name in a table
-MOST_NAMES = 10  # of absent classes in a line
-MOST_LENGTH_ROWS = 12  # of the histogram of lengths
+BAR_CHARACTERS = 30  # in the longest bar of a histogram
+NAME_CHARACTERS = 36  # in a class name of a table
+MOST_NAMES = 10  # absent classes in a line
+MOST_LENGTH_ROWS = 12  # in the histogram of lengths
 
 
 def dataset_figures(
     dataset: DatasetIndex, splits: Mapping[str, SplitIndex], samples_N: np.ndarray, num_unlabelled: int
 ) -> dict[str, Any]:
-    """Figures of some splits of a dataset, which hold a clip at least.
+    """Return the figures of some splits, which together have at least one clip.
 
-    `samples_N` are the lengths of their clips at 16 kHz, in any order; `num_unlabelled` of them have no label.
+    Args:
+        dataset: all splits.
+        splits: those to count.
+        samples_N: the lengths of their clips at 16 kHz, in any order.
+        num_unlabelled: how many of the clips have no label.
     """
     counts = np.array([split.class_counts for split in splits.values()], dtype=np.int64).sum(0)
     return {
@@ -45,7 +50,7 @@ def dataset_figures(
 
 
 def split_figures(dataset: DatasetIndex, split: SplitIndex) -> dict[str, Any]:
-    """One row of the table of splits; `ratio` is the shards' size to that of their samples."""
+    """Return one row of the table of splits; `ratio` is the shards' size over that of their samples."""
     num_bytes = sum(shard.bytes for shard in split.shards)
     raw_bytes = round(split.seconds * SAMPLE_RATE_HZ) * 2
     return {
@@ -63,7 +68,7 @@ def split_figures(dataset: DatasetIndex, split: SplitIndex) -> dict[str, Any]:
 
 
 def length_figures(samples_N: np.ndarray) -> dict[str, Any]:
-    """Shortest, median and longest length in s, and how many clips lie in bins of equal width, [from_s, to_s)."""
+    """Return the shortest, median and longest length in s, and the clips in bins of equal width, [from_s, to_s)."""
     width = bin_width(int(samples_N.min()), int(samples_N.max()))
     first = int(samples_N.min()) // width
     counts = np.bincount(samples_N // width - first).tolist()
@@ -79,13 +84,13 @@ def length_figures(samples_N: np.ndarray) -> dict[str, Any]:
 
 
 def bin_width(shortest: int, longest: int) -> int:
-    """The least of 10, 20, 50, 100, ... ms, in samples, that needs no more than MOST_LENGTH_ROWS bins."""
+    """Return the least of 10, 20, 50, 100, ... ms, in samples, that needs at most MOST_LENGTH_ROWS bins."""
     widths = (digit * 10**power * SAMPLE_RATE_HZ // 100 for power in itertools.count() for digit in (1, 2, 5))
     return next(width for width in widths if longest // width - shortest // width < MOST_LENGTH_ROWS)
 
 
 def tables(figures: dict[str, Any], num_classes: float) -> list[str]:
-    """Figures as lines of text; of the classes, the `num_classes` most frequent and the `num_classes` rarest."""
+    """Return figures as lines of text, with the `num_classes` most frequent and the `num_classes` rarest classes."""
     lines = [f"{figures['dataset']}: format version {figures['format_version']}, {figures['classes']} classes"]
     lines += [f"made by: {figures['command']}"] if figures["command"] else []
     lines += [f"rejected: {figures['rejected']:,} clips"] if figures["rejected"] else []
@@ -98,7 +103,7 @@ def tables(figures: dict[str, Any], num_classes: float) -> list[str]:
 
 
 def duplicate_lines(counts: dict[str, int]) -> list[str]:
-    """Pairs of clips that are the same or nearly so, where there are any."""
+    """Return lines about pairs of clips that are the same, or nearly so."""
     return [
         f"{kind} duplicates: {counts[kind]:,} pairs, {counts[f'{kind}_across_splits']:,} of them across splits"
         for kind in ("exact", "near")
@@ -107,7 +112,7 @@ def duplicate_lines(counts: dict[str, int]) -> list[str]:
 
 
 def split_table(splits: dict[str, dict[str, Any]]) -> list[str]:
-    """A line for each split, and one for their sum."""
+    """Return a line for each split, and one for their sum."""
     width = max(12, *(len(name) + 2 for name in splits))
     header = f"{'split':<{width}}{'clips':>10}{'hours':>10}{'shards':>8}{'MiB':>10}{'raw MiB':>10}{'ratio':>7}"
     lines = [header + f"{'log-mel mean':>14}{'std':>9}"]
@@ -122,18 +127,18 @@ def split_table(splits: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def sizes(row: dict[str, Any]) -> str:
-    """The columns of the table of splits that can be added up, and the ratio."""
+    """Format the columns of the table of splits that can be added up, and the ratio."""
     mib, raw_mib = row["bytes"] / MIB, row["raw_bytes"] / MIB
     hours = row["seconds"] / 3600
     return f"{row['clips']:>10,}{hours:>10.2f}{row['shards']:>8,}{mib:>10.1f}{raw_mib:>10.1f}{mib / raw_mib:>7.2f}"
 
 
 def class_table(figures: dict[str, Any], most: float) -> list[str]:
-    """Classes by number of clips, of those that have any."""
+    """Return lines with the classes that have clips, ordered by their number."""
     num_clips = sum(split["clips"] for split in figures["splits"].values())
     counts = {name: count for name, count in figures["class_counts"].items() if count}
     unlabelled = figures["clips_without_label"]
-    words = f"{unlabelled:,} clips have none" if unlabelled else "every clip has one"
+    words = f"{unlabelled:,} clips have no label" if unlabelled else "every clip has a label"
     lines = [f"classes by clips: {sum(counts.values()) / num_clips:.2f} labels a clip, {words}"]
     ranked = sorted(counts.items(), key=lambda row: (-row[1], row[0]))
     rows = [(name, count, f"{count:>11,}{100 * count / num_clips:>7.1f} %") for name, count in ranked]
@@ -145,7 +150,7 @@ def class_table(figures: dict[str, Any], most: float) -> list[str]:
 
 
 def absent_table(splits: dict[str, dict[str, Any]], num_classes: int, *, all_names: bool = False) -> list[str]:
-    """The classes of the vocabulary that a split has no clip of."""
+    """Return a line for each split with the classes of the vocabulary that it lacks."""
     lines = ["absent classes"]
     for name, split in splits.items():
         absent = split["absent_classes"]
@@ -156,7 +161,7 @@ def absent_table(splits: dict[str, dict[str, Any]], num_classes: int, *, all_nam
 
 
 def length_table(lengths: dict[str, Any]) -> list[str]:
-    """Clips by length."""
+    """Return lines with the number of clips by length."""
     words = ", ".join(f"{name} {lengths[f'{name}_s']:.2f} s" for name in ("shortest", "median", "longest"))
     if len(lengths["bins"]) == 1:
         return [f"lengths: {words}"]
@@ -165,18 +170,10 @@ def length_table(lengths: dict[str, Any]) -> list[str]:
 
 
 def with_bars(rows: list[tuple[str, int, str]]) -> list[str]:
-    """Lines of name, figures and a bar, for rows of (name, count, figures); every count above 0 shows."""
+    """Format rows of (name, count, figures) as lines of name, figures and a bar; every count above 0 shows."""
     names = [shortened(name, NAME_CHARACTERS) for name, _, _ in rows]
     width, most = max(map(len, names), default=0), max((count for _, count, _ in rows), default=0)
-    bars = ["#" * math.ceil(BAR_CHARACTERS * count / most) if count else "" for _, count, _ in rows]
     return [
-        f"  {name:<{width}}{figures}  {bar}".rstrip()
-        for name, (_, _, figures), bar in zip(names, rows, bars, strict=True)
+        f"  {name:<{width}}{figures}  {bar(count / most if most else 0, BAR_CHARACTERS)}".rstrip()
+        for name, (_, count, figures) in zip(names, rows, strict=True)
     ]
-
-
-def shortened(text: str, most: int) -> str:
-    """One line of at most so many characters, cut in the middle: keys tend to differ at both ends."""
-    text = " ".join(text.split())
-    tail = (most - 3) // 2
-    return text if len(text) <= most else f"{text[: most - 3 - tail]}...{text[-tail:]}"

@@ -6,18 +6,18 @@ import io
 import os
 import re
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from asda.commands.parsing import check_range, make_parser
 from asda.commands.shard_tables import absent_table, split_figures, split_table
 from asda.data.audio.waves import MAX_SECONDS, SAMPLE_RATE_HZ
 from asda.data.labels import read_labels
 from asda.data.shards.index import DATASET_FILE, FORMAT_VERSION, MAX_SAMPLE_BYTES, DatasetIndex, Duplicates
 from asda.data.shards.read import load_dataset
-from asda.errors import UserError, exit_with_sentence
+from asda.errors import UserError
 from asda.sharding.duplicates import Pair, find_pairs
 from asda.sharding.journal import (
     DUPLICATES_FILE,
@@ -40,80 +40,75 @@ from asda.sharding.workers import Workers, worker_pool
 from asda.sharding.writer import WrittenShard, summarize_split, write_dataset, write_file, writing
 
 LONGEST_CLIP_S = MAX_SAMPLE_BYTES // (2 * SAMPLE_RATE_HZ) - 1  # what a reader accepts as one sample
-NOT_IN_COMMAND = {"--out", "--workers", "--part", "--merge", "--overwrite"}  # say how or where, not what is made
+NOT_IN_COMMAND = {"--out", "--workers", "--part", "--merge", "--overwrite"}  # they change no byte of the shards
 
-EXAMPLES = """
-examples
+EXAMPLES = """examples
   asda shards --source csv --input esc50.csv --out shards/esc50
       a table with the columns path and label; its column fold becomes the splits fold1, fold2, ...
   asda shards --source csv --input esc50.csv --out shards/esc50 --split train=1,2,3,4 --split valid=5
       the same clips, folds 1 to 4 for training and fold 5 held out
   asda shards --source csv --input all.csv --out shards/words --where language=ar --split train
-      rows of one language, and only those whose column split says train
+      rows of one language, and only those with train in their column split
   asda shards --source folder --input recordings --out shards/mine --split train=90% --split valid=10%
       one class per subfolder of recordings/; a tenth of every class held out
   asda shards --verify --out shards/mine
-      read every file of a dataset and say all that is wrong
+      read every file of a dataset, and name all that is damaged
 
-a run that was stopped, however it was: the same command goes on behind the last finished shard
+If a run was stopped, or killed, the same command resumes after the last finished shard.
 
 several machines with one disk (array jobs)
   asda shards --source csv --input all.csv --out shards/all --part 1/8
-      writes an eighth of the shards; run 1/8 to 8/8 at any time, in any order. The one that finishes last also writes
+      writes an eighth of the shards; run 1/8 to 8/8 at any time, in any order. The part that finishes last also writes
       dataset.json; or run the command with --merge instead of --part
 
---split, which may be repeated
-  NAME          where the input has splits or folds of that name, only those clips; otherwise all clips go to NAME
-  NAME=V1,V2    the clips whose split or fold is V1 or V2 go to NAME; what no --split names is left out
+--split (repeatable)
+  NAME          only the clips of this split or fold; if the input has none of that name, all clips go to NAME
+  NAME=V1,V2    clips whose split or fold is V1 or V2 go to NAME; clips that no --split names are left out
   NAME=25%      that share of every class goes to NAME; the percentages must add up to 100
-  Without --split the column split names the splits, else the column fold does (fold1, fold2, ...), else all is train.
+  Without --split, splits are named by the column split, or else by the column fold (fold1, fold2, ...); without either
+  column all clips go to train.
 """
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line; --verify needs less of it."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="asda shards",
-        description=__doc__,
-        epilog=EXAMPLES + SOURCE_HELP,
-        formatter_class=formatter,
-        allow_abbrev=False,
-    )
+    """Read these arguments; --verify takes few of them. Raises UserError."""
+    parser = make_parser("shards", __doc__ or "", EXAMPLES + SOURCE_HELP)
     add_source_arguments(parser)
-    add = parser.add_argument_group("what becomes of them").add_argument
+    add = parser.add_argument_group("what becomes of the clips").add_argument
     add("--split", action="append", default=[], metavar="NAME[=...]", help="see below")
-    add("--labels", type=Path, metavar="FILE", help="class names, one per line: fixes the ids, others are refused")
-    add("--clips-per-shard", type=int, default=256, metavar="N", help="most clips in a shard (default %(default)s)")
-    add("--max-seconds", type=float, default=MAX_SECONDS, metavar="S", help="reject longer clips (default %(default)g)")
-    verifying = argparse.ArgumentParser(prog="asda shards", description=__doc__, allow_abbrev=False)
+    add("--labels", type=Path, metavar="FILE", help="class names, one per line: fixes the ids and refuses other labels")
+    add("--clips-per-shard", type=int, default=256, metavar="N", help="most clips in a shard (default: %(default)s)")
+    add(
+        "--max-seconds", type=float, default=MAX_SECONDS, metavar="S", help="reject longer clips (default: %(default)g)"
+    )
+    verifying = make_parser("shards", __doc__ or "", "")
     for each in (parser, verifying):
         add = each.add_argument_group("where and how").add_argument
-        add("--out", required=True, type=Path, help="the folder to write, made if need be")
+        add("--out", required=True, type=Path, help="the folder to write; created if missing")
         cores = len(os.sched_getaffinity(0))
         add("--workers", type=int, default=cores, metavar="N", help="processes (default: all cores)")
-        add("--verify", action="store_true", help="check the dataset in --out; exit code 2 where anything is wrong")
+        add("--verify", action="store_true", help="check the dataset in --out; exit code 2 if anything is damaged")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--part", type=parse_part, default=(1, 1), metavar="I/N", help="write the I-th of N parts")
     either.add_argument("--merge", action="store_true", help="write dataset.json when all parts are finished")
     parser.add_argument("--overwrite", action="store_true", help="replace the dataset, or other unfinished work")
     verify = "--verify" in argv and not {"-h", "--help"} & set(argv)
-    return (verifying if verify else parser).parse_args(argv)
+    args = (verifying if verify else parser).parse_args(argv)
+    args.command = command_of(argv)
+    check_arguments(args)
+    return args
 
 
 def parse_part(text: str) -> tuple[int, int]:
-    """Read I/N."""
+    """Read I/N: the number of a part, and how many there are."""
     match = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise argparse.ArgumentTypeError(f"{text} is no part; write I/N with 1 <= I <= N, as in 3/8")
+        raise argparse.ArgumentTypeError(f"{text} must be I/N with 1 <= I <= N, as in 3/8")
     return int(match[1]), int(match[2])
 
 
 def make_shards(args: argparse.Namespace) -> None:
-    """List, plan, write, and report."""
-    check_numbers(args)
-    if args.labels and args.no_labels:
-        raise UserError("--labels and --no-labels contradict each other; give one of them")
+    """List the clips, plan the shards, write them, and report. Raises UserError."""
     labels = read_labels(args.labels) if args.labels else None
     listing = list_clips(args.source, args.input, options_from(args))
     plan = plan_shards(args, listing, labels or listing.vocabulary)
@@ -132,7 +127,7 @@ def make_shards(args: argparse.Namespace) -> None:
             claimed(plan, shards, args.command, args.overwrite) as (journal, lock),
             workers.ended_by_failure(),  # before claimed() sweeps away what they leave behind
         ):
-            if (args.out / DATASET_FILE).exists():  # the last run was stopped after its very last step but one
+            if (args.out / DATASET_FILE).exists():  # the last run was stopped before its very last step
                 journal.remove()
                 dataset = load_dataset(args.out)
             else:
@@ -142,17 +137,20 @@ def make_shards(args: argparse.Namespace) -> None:
         report(dataset, time.monotonic() - started, args.workers, left_out(listing, plan))
 
 
-def check_numbers(args: argparse.Namespace) -> None:
-    """Refuse numbers that make no shards."""
-    for name in ("clips_per_shard", "workers"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse numbers out of range and options that contradict each other. Raises UserError."""
+    check_range("--workers", args.workers, 1)
+    if args.verify:
+        return
+    if args.labels and args.no_labels:
+        raise UserError("--labels and --no-labels contradict each other; give one of them")
+    check_range("--clips-per-shard", args.clips_per_shard, 1)
     if not 0 < args.max_seconds <= LONGEST_CLIP_S:
         raise UserError(f"--max-seconds {args.max_seconds:g} must be above 0 and at most {LONGEST_CLIP_S}")
 
 
 def plan_shards(args: argparse.Namespace, listing: Listing, labels: tuple[str, ...] | None) -> Plan:
-    """Give every clip its key, its split, its label ids (sorted where no `labels` fix them) and its shard."""
+    """Give every clip its key, split, label ids and shard; ids are sorted by name if no `labels` fix them."""
     splits = assign_splits(keyed(listing.rows), [parse_split(text) for text in args.split])
     vocabulary = choose_vocabulary(splits, labels)
     tasks = {
@@ -163,9 +161,9 @@ def plan_shards(args: argparse.Namespace, listing: Listing, labels: tuple[str, .
 
 
 def command_of(argv: Sequence[str]) -> str:
-    """Return the command that makes the same dataset in one go, in the folder that it lies in.
+    """Return the command that makes the same dataset in one run, in the current folder.
 
-    Without what changes no byte of the shards, so that parts, workers and a restart change none of dataset.json either.
+    It lacks the options that change no byte of the shards: dataset.json is the same with other parts and workers.
     """
     kept: list[str] = []
     dropping = False
@@ -179,16 +177,16 @@ def command_of(argv: Sequence[str]) -> str:
 
 
 def write_shards(plan: Plan, shards: range, journal: Journal, workers: Workers) -> dict[int, WrittenShard]:
-    """Write our shards, but for those that are finished; rejected clips and progress go to stderr. By number."""
+    """Write our shards that are not finished, and return all of ours by number; progress goes to stderr."""
     tasks = plan.tasks[shards.start : shards.stop]
     if num_finished := sum(map(journal.has_record, tasks)):
-        print(f"going on: {num_finished} of {len(tasks)} shards are finished", file=sys.stderr)
+        print(f"resuming: {num_finished} of {len(tasks)} shards are finished", file=sys.stderr)
     written = workers.run(journal.produce, tasks, [len(task.clips) for task in tasks], "clip", rejections)
     return dict(zip(shards, written, strict=True))
 
 
 def rejections(shard: WrittenShard) -> list[str]:
-    """A line for every clip of a shard that could not be read."""
+    """Return a line for every clip of a shard that could not be read."""
     return [f"rejected {source}: {reason}" for source, reason in shard.rejected]
 
 
@@ -202,7 +200,7 @@ def finish(
 ) -> DatasetIndex | None:
     """Write dataset.json and the tables beside it if all shards are finished, ours and those of other parts."""
     if (plan.out / DATASET_FILE).exists() or not lock.take(one_byte(MERGE_BYTE)):
-        print(f"this part is done; another one writes {plan.out / DATASET_FILE}")
+        print(f"this part is done; another part writes {plan.out / DATASET_FILE}")
         return None
     others = [number for number in range(len(plan.tasks)) if number not in written]
     missing = [number for number in others if not journal.has_record(plan.tasks[number])]
@@ -210,12 +208,12 @@ def finish(
         unfinished = f"{len(missing)} of {len(plan.tasks)} shards are not finished"
         if args.merge:
             raise UserError(f"{unfinished}, the first is {plan.tasks[missing[0]].path.name}; run the other parts first")
-        print(f"this part is done; {unfinished}, the part that finishes last, or --merge, writes {DATASET_FILE}")
+        print(f"this part is done; {unfinished}: the part that finishes last, or --merge, writes {DATASET_FILE}")
         return None
     for number in others:
         shard = journal.read(plan.tasks[number])
         if shard is None:
-            raise UserError(f"{plan.tasks[number].path} is not what its part wrote; run that part again")
+            raise UserError(f"{plan.tasks[number].path} has changed since its part wrote it; run that part again")
         written[number] = shard
     dataset = write_tables(plan, listing, written, args.command)
     sweep(plan.out)
@@ -224,7 +222,7 @@ def finish(
 
 
 def write_tables(plan: Plan, listing: Listing, written: Mapping[int, WrittenShard], command: str) -> DatasetIndex:
-    """Write what was rejected, what is there twice, and dataset.json last."""
+    """Write the tables of rejected clips and of duplicates, and then dataset.json. Raises UserError."""
     numbers = iter(range(len(plan.tasks)))
     splits = {name: [written[next(numbers)] for _ in tasks] for name, tasks in plan.splits.items()}
     rejected = [clip for shards in splits.values() for shard in shards for clip in shard.rejected]
@@ -261,7 +259,7 @@ def count_pairs(pairs: Sequence[Pair], splits: Sequence[str]) -> Duplicates:
 
 
 def write_table(path: Path, header: tuple[str, ...], rows: Sequence[tuple]) -> None:
-    """Write a CSV if it has rows; paths keep bytes that are no UTF-8."""
+    """Write a CSV if it has rows; paths keep bytes that are not UTF-8."""
     if not rows:
         path.unlink(missing_ok=True)
         return
@@ -272,7 +270,7 @@ def write_table(path: Path, header: tuple[str, ...], rows: Sequence[tuple]) -> N
 
 
 def left_out(listing: Listing, plan: Plan) -> dict[str, int]:
-    """Why rows of the input are not in the dataset, with their numbers."""
+    """Count the rows of the input that are not in the dataset, by reason."""
     num_unnamed = len(listing.rows) - sum(len(task.clips) for task in plan.tasks)
     return listing.left_out | {"clips of splits or folds that no --split names": num_unnamed}
 
@@ -295,38 +293,30 @@ def report(dataset: DatasetIndex, seconds: float, num_workers: int, not_in: Mapp
 
 
 def report_alike(vocabulary: Sequence[str]) -> None:
-    """Warn of names that people would take for one class."""
+    """Warn of names that may mean one class."""
     first: dict[str, str] = {}
     folded = [(name, " ".join(name.casefold().split())) for name in vocabulary]
     pairs = [f"{first[plain]!r} and {name!r}" for name, plain in folded if first.setdefault(plain, name) != name]
     if pairs:
         shown = examples(pairs, len(pairs))
-        print(
-            f"WARNING: {len(pairs)} pairs of classes differ only in case or white space: {shown}; are they one class?"
-        )
+        print(f"WARNING: {len(pairs)} pairs of class names differ only in case or space: {shown}; are they one class?")
 
 
 def report_duplicates(duplicates: Duplicates, table: Path) -> None:
-    """Say what is there twice, and loudly what training would see of a held-out split."""
+    """Print the number of duplicates, with a warning about those in two splits."""
     if duplicates.exact + duplicates.near == 0:
         return
     print(f"duplicates: {duplicates.exact} exact and {duplicates.near} near pairs, listed in {table}")
     across = duplicates.exact_across_splits + duplicates.near_across_splits
     if across:
         print(
-            f"WARNING: {across} pairs of duplicates lie in two splits ({duplicates.exact_across_splits} exact, "
-            f"{duplicates.near_across_splits} near): what is held out is also trained on, see {table}"
+            f"WARNING: {across} pairs of duplicates span two splits ({duplicates.exact_across_splits} exact, "
+            f"{duplicates.near_across_splits} near): scores may be optimistic. Keep each pair in one split, or drop "
+            f"one of its clips; {table} lists them"
         )
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run, and clean up after SIGTERM as after Ctrl-C."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv)
-    args.command = command_of(argv)
+    """Parse the command line, then make a dataset or verify it."""
+    args = parse_args(sys.argv[1:] if argv is None else argv)
     verify_folder(args.out, args.workers) if args.verify else make_shards(args)
-
-
-if __name__ == "__main__":
-    exit_with_sentence(main)

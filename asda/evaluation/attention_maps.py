@@ -1,6 +1,7 @@
-"""The attention maps of a trained encoder for one clip: of a pre-training its teacher's, of a fine-tuning its own.
+"""The attention maps of a trained encoder for one clip; a pre-training's encoder is its teacher.
 
-Shapes: T frames, M mel bins, N patches, P pixels of a patch, D width, H heads, K = 1 + N tokens with CLS first.
+Shapes: T frames, F mel bins or mel patches, N patches, P pixels of a patch, D width, H heads, K = 1 + N tokens with
+CLS first.
 """
 
 from dataclasses import dataclass
@@ -26,24 +27,24 @@ ABSOLUTE, SIGNED = "|A1 - lambda A2|", "A1 - lambda A2"
 
 @dataclass(frozen=True)
 class Network:
-    """An encoder, and what makes its input."""
+    """An encoder, and the description of its input."""
 
     encoder: Encoder
     description: Description
 
     @property
     def model(self) -> ModelConfig:
-        """Its sizes and its lambda."""
+        """The sizes and the lambda of the encoder."""
         return of_asda(self.description.model)
 
     @property
     def main_map(self) -> str:
-        """The map by which the network mixes values, without its sign."""
+        """The name of the map by which the network mixes values, without its sign."""
         return ONLY if self.model.attention_lambda == "absent" else ABSOLUTE
 
 
 def load_network(path: Path) -> Network:
-    """The encoder of a run, a checkpoint or converted weights; of a pre-training the teacher's, where it is kept.
+    """Load the encoder of a run, a checkpoint or converted weights; the teacher, if there is one.
 
     Raises:
         UserError: there is no intact checkpoint, or its network has no such attention.
@@ -51,7 +52,7 @@ def load_network(path: Path) -> Network:
     folder = resolve_checkpoint(path)
     description = read_description(folder)
     if not isinstance(description.model, ModelConfig):
-        raise UserError(f"{path} holds a network of another kind, whose attention is not looked into; leave it out")
+        raise UserError(f"{path} holds a network of another kind, whose attention cannot be shown; leave it out")
     encoder = Encoder(description.model)
     encoder.load_state_dict(_weights(folder))
     return Network(encoder.eval().requires_grad_(False), description)
@@ -67,26 +68,26 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 def clip_log_mel(clip: Clip, description: Description) -> np.ndarray:
     """Raw log-mel of a clip, [T, M], filled up or cut to the frames that the network was trained on."""
-    mel_TM = np.full((description.data.frames, description.model.mel_bins), description.data.pad_log_mel, np.float32)
-    found_TM = log_mel(clip.samples)[: len(mel_TM)]
-    mel_TM[: len(found_TM)] = found_TM
-    return mel_TM
+    mel_TF = np.full((description.data.frames, description.model.mel_bins), description.data.pad_log_mel, np.float32)
+    found_TF = log_mel(clip.samples)[: len(mel_TF)]
+    mel_TF[: len(found_TF)] = found_TF
+    return mel_TF
 
 
 @torch.inference_mode()
-def block_inputs(network: Network, mel_TM: np.ndarray) -> list[Tensor]:
-    """The tokens that enter each block for raw log-mel, depth x [1, K, D]; T a multiple of the patch."""
+def block_inputs(network: Network, mel_TF: np.ndarray) -> list[Tensor]:
+    """Return the tokens that enter each block, depth x [1, K, D], for raw log-mel; T is a multiple of the patch."""
     stats, patch = network.description.data.log_mel, network.description.model.patch
-    normal_TM = torch.from_numpy((mel_TM - np.float32(stats.mean)) / np.float32(2 * stats.std))
-    patches_1NP = normal_TM.unfold(0, patch, patch).unfold(1, patch, patch).reshape(1, -1, patch**2)
+    normal_TF = torch.from_numpy((mel_TF - np.float32(stats.mean)) / np.float32(2 * stats.std))
+    patches_1NP = normal_TF.unfold(0, patch, patch).unfold(1, patch, patch).reshape(1, -1, patch**2)
     return network.encoder.layers(patches_1NP)[:-1]
 
 
 @torch.inference_mode()
 def named_maps(attention: Attention, tokens_1KD: Tensor) -> dict[str, Tensor]:
-    """The maps of one block by name, each [H, K, K] in fp64: a single one, or both, and what mixes the values.
+    """Return the maps of one block by name, each [H, K, K] in fp64: A, or A1, A2 and their difference.
 
-    Rows of A, A1 and A2 sum to 1, of the signed difference to 1 - lambda; the absolute one is left as it is.
+    Rows of A, A1 and A2 sum to 1, rows of the signed difference to 1 - lambda; the absolute one is not normalised.
     """
     first, *second = (map_1HKK[0].double() for map_1HKK in attention.maps(tokens_1KD))
     if not second:
@@ -96,13 +97,13 @@ def named_maps(attention: Attention, tokens_1KD: Tensor) -> dict[str, Tensor]:
 
 
 def attention_of(network: Network, block: int) -> Attention:
-    """The attention of a block; -1 is the last."""
+    """Return the attention of a block; -1 is the last."""
     attention = network.encoder.blocks[block].get_submodule("attn")
     assert isinstance(attention, Attention)
     return attention
 
 
 def on_patches(row_N: Tensor, network: Network) -> np.ndarray:
-    """What patches are given, as multiples of their mean, in the shape of the clip's grid: [time, mel] patches."""
+    """Return the weights of patches as multiples of their mean, in the shape of the clip's grid: [time, mel] patches."""
     columns = network.description.model.mel_bins // network.description.model.patch
     return (row_N / row_N.mean()).reshape(-1, columns).numpy()

@@ -1,10 +1,11 @@
-"""How much attention falls on context that has nothing to do with the sound: the measure of docs/attention_measure.md.
+"""Measure how much attention falls on irrelevant context; docs/attention_measure.md defines the measure.
 
-Half of each clip is replaced by half of an unrelated clip, or by noise. What the patches of the half that stayed (or
-CLS) give to the patches of the other half is counted, relative to uniform attention; and, because attention also falls
-with distance, relative to what they gave to the half that was replaced.
+Half of each clip is replaced by half of an unrelated clip, or by noise. The measure is the weight that the patches of
+the other half (or CLS) put on the replaced half, relative to uniform attention. Attention also falls with distance, so
+it is compared with the weight that they put on the same half before.
 
-Shapes: T frames, M mel bins, N patches, H heads, Q queries, K = 1 + N tokens with CLS first, B clips, L blocks.
+Shapes: T frames, F mel bins, N patches, H heads, Q queries, K = 1 + N tokens with CLS first, B clips, L blocks,
+R bootstrap samples.
 """
 
 import math
@@ -29,16 +30,16 @@ INTERVAL_PERCENT = (2.5, 97.5)
 
 
 class Mixture(NamedTuple):
-    """A clip, and the same with one half replaced; raw log-mel."""
+    """A clip, and the same clip with one half replaced; raw log-mel."""
 
-    own_TM: np.ndarray
-    mixed_TM: np.ndarray
-    replaced_first: bool  # whether the first half of the frames was replaced, or the second
+    own_TF: np.ndarray
+    mixed_TF: np.ndarray
+    replaced_first: bool  # whether the first half of the frames was replaced; otherwise the second was
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure of some clips, with a bootstrap interval over them that covers 95 %."""
+    """A figure of some clips, with its 95 % bootstrap interval over them."""
 
     value: float
     low: float
@@ -46,12 +47,13 @@ class Estimate:
 
 
 def relative_share(weights_HQN: Tensor, irrelevant_N: Tensor) -> float:
-    """The share of the weight that lies on irrelevant patches, over their share of all patches.
+    """Return the share of the weight that lies on irrelevant patches, over their share of all patches.
 
-    1 is uniform attention, 0 none at all, N / irrelevant patches all of it. Every query of every head counts alike.
+    1 is uniform attention, 0 no weight on them, and N / irrelevant patches all of it. Every query of every head counts
+    alike.
 
     Args:
-        weights_HQN: not negative; rows need not sum to 1, since only the weight on patches counts, not that on CLS.
+        weights_HQN: not negative; rows need not sum to 1: the weight on CLS does not count.
         irrelevant_N: True where a patch is irrelevant.
     """
     share_HQ = weights_HQN[..., irrelevant_N].sum(-1) / weights_HQN.sum(-1)
@@ -59,9 +61,9 @@ def relative_share(weights_HQN: Tensor, irrelevant_N: Tensor) -> float:
 
 
 def net_relative_share(weights_HQN: Tensor, irrelevant_N: Tensor) -> float:
-    """As relative_share, of weights with a sign, which may cancel out: a ratio of sums over all queries and heads.
+    """Return the relative share of signed weights, which may cancel out: a ratio of sums over all queries and heads.
 
-    It is negative where more is subtracted than added, and nan where the weights of all patches add up to nothing.
+    It is negative if more is subtracted than added, and nan if the sum over all patches is not positive.
     """
     total = float(weights_HQN.sum())
     share = float(weights_HQN[..., irrelevant_N].sum()) / total if total > 0 else math.nan
@@ -69,15 +71,15 @@ def net_relative_share(weights_HQN: Tensor, irrelevant_N: Tensor) -> float:
 
 
 def clip_shares(network: Network, mixture: Mixture, query: Query = "patches") -> dict[str, np.ndarray]:
-    """Relative shares of one mixture by map, each [L, 2]: on the half that was replaced, after and before that."""
-    after, before = (_shares(network, mel_TM, mixture, query) for mel_TM in (mixture.mixed_TM, mixture.own_TM))
+    """Return relative shares of one mixture by map, each [L, 2]: on the replaced half, after and before."""
+    after, before = (_shares(network, mel_TF, mixture, query) for mel_TF in (mixture.mixed_TF, mixture.own_TF))
     return {name: np.stack([after[name], before[name]], axis=1) for name in after}
 
 
-def _shares(network: Network, mel_TM: np.ndarray, mixture: Mixture, query: Query) -> dict[str, np.ndarray]:
-    """Of each map, [L]."""
+def _shares(network: Network, mel_TF: np.ndarray, mixture: Mixture, query: Query) -> dict[str, np.ndarray]:
+    """Return relative shares by map, each [L]."""
     found: dict[str, list[float]] = {}
-    for block, tokens_1KD in enumerate(block_inputs(network, mel_TM)):
+    for block, tokens_1KD in enumerate(block_inputs(network, mel_TF)):
         num_patches = tokens_1KD.shape[1] - 1
         irrelevant_N = tokens_1KD.new_zeros(num_patches).bool()
         half = slice(0, num_patches // 2) if mixture.replaced_first else slice(num_patches // 2, None)
@@ -90,19 +92,19 @@ def _shares(network: Network, mel_TM: np.ndarray, mixture: Mixture, query: Query
 
 
 def measure(network: Network, mixtures: Sequence[Mixture], query: Query = "patches") -> dict[str, np.ndarray]:
-    """clip_shares of all mixtures: by map [L, 2, B]."""
+    """Return the clip_shares of all mixtures: by map [L, 2, B]."""
     each = [clip_shares(network, mixture, query) for mixture in mixtures]
     return {name: np.stack([shares[name] for shares in each], axis=-1) for name in each[0]}
 
 
 def mean_estimate(values_B: np.ndarray) -> Estimate:
-    """The mean over clips, with the percentile interval of RESAMPLES bootstrap samples."""
+    """Estimate the mean over clips, with the percentile interval of RESAMPLES bootstrap samples."""
     means_R = values_B[_resampled(len(values_B))].mean(1)
     return Estimate(float(values_B.mean()), *np.percentile(means_R, INTERVAL_PERCENT).tolist())
 
 
 def ratio_estimate(above_B: np.ndarray, below_B: np.ndarray) -> Estimate:
-    """The ratio of two means over the same clips, which are drawn together."""
+    """Estimate the ratio of two means over the same clips, which are resampled together."""
     draws_RB = _resampled(len(above_B))
     ratios_R = above_B[draws_RB].mean(1) / below_B[draws_RB].mean(1)
     return Estimate(float(above_B.mean() / below_B.mean()), *np.percentile(ratios_R, INTERVAL_PERCENT).tolist())
@@ -113,41 +115,41 @@ def _resampled(num_clips: int) -> np.ndarray:
 
 
 def choose_clips(dataset: ClipDataset, num_clips: int, seed: int) -> list[Clip]:
-    """So many clips at random, or all where there are fewer."""
+    """Choose so many clips at random, or all if there are fewer."""
     chosen = np.random.default_rng(seed).permutation(len(dataset))[:num_clips]
     return read_clips(dataset, [Draw(0, int(number)) for number in chosen])
 
 
 def make_mixtures(clips: Sequence[Clip], networks: Sequence[Network], context: Context, seed: int) -> list[Mixture]:
-    """A mixture of each clip that all networks can take.
+    """Make a mixture of each clip that all networks can take.
 
-    All have as many frames as the shortest clip, at most as many as the networks were trained on. Halves meet at the
-    border of a patch, so that no patch holds both.
+    All have as many frames as the shortest clip, and at most as many as the networks were trained on. Halves meet at
+    the border of a patch, so that no patch holds both.
 
     Args:
-        clips: each is mixed with another one of them that has no label of its own.
-        networks: to compare.
+        clips: each is mixed with another one of them that shares no label with it.
+        networks: the networks to compare.
         context: another clip, or white noise as loud as the clip.
         seed: of the choices and of the noise.
 
     Raises:
-        UserError: clips are too short, or one has no other that is unrelated.
+        UserError: a clip is too short, or no other clip is unrelated to it.
     """
     frames = _common_frames(clips, networks)
     rng = np.random.default_rng(seed)
     mixtures = []
     for number, clip in enumerate(clips):
         other_S = _noise_like(clip, rng) if context == "noise" else _unrelated(clips, number, rng).samples
-        own_TM, other_TM = (log_mel(samples_S)[:frames] for samples_S in (clip.samples, other_S))
+        own_TF, other_TF = (log_mel(samples_S)[:frames] for samples_S in (clip.samples, other_S))
         replaced_first = bool(rng.integers(2))
-        halves = (other_TM, own_TM) if replaced_first else (own_TM, other_TM)
-        mixed_TM = np.concatenate([halves[0][: frames // 2], halves[1][frames // 2 :]])
-        mixtures.append(Mixture(own_TM, mixed_TM, replaced_first))
+        halves = (other_TF, own_TF) if replaced_first else (own_TF, other_TF)
+        mixed_TF = np.concatenate([halves[0][: frames // 2], halves[1][frames // 2 :]])
+        mixtures.append(Mixture(own_TF, mixed_TF, replaced_first))
     return mixtures
 
 
 def _common_frames(clips: Sequence[Clip], networks: Sequence[Network]) -> int:
-    """Frames of every mixture: two halves of whole patches."""
+    """Return the frames of every mixture: two halves of whole patches."""
     unit = 2 * math.lcm(*(network.description.model.patch for network in networks))
     shortest = min(clips, key=lambda clip: len(clip.samples))
     have, taken = num_frames(len(shortest.samples)), min(network.description.data.frames for network in networks)
@@ -162,13 +164,13 @@ def _unrelated(clips: Sequence[Clip], number: int, rng: np.random.Generator) -> 
     others = [clip for other, clip in enumerate(clips) if other != number and labels.isdisjoint(clip.labels)]
     if not others:
         raise UserError(
-            f"clip {clips[number].key} has no other among the {len(clips)} chosen that shares no label with it; take "
-            "more clips, data of several classes, or --context noise"
+            f"clip {clips[number].key} shares a label with all of the {len(clips)} clips chosen, so none is unrelated; "
+            "take more clips, data of several classes, or --context noise"
         )
     return others[rng.integers(len(others))]
 
 
 def _noise_like(clip: Clip, rng: np.random.Generator) -> np.ndarray:
-    """White noise of the clip's length and mean energy, float32 of full scale 1."""
+    """Return white noise of the clip's length and mean energy, float32 of full scale 1."""
     num = num_samples(num_frames(len(clip.samples)))
     return (rng.standard_normal(num) * clip.samples.std() / INT16_SCALE).astype(np.float32)

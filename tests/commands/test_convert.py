@@ -465,7 +465,7 @@ def test_files_of_other_kinds_are_one_sentence(shared: Path, tmp_path: Path):
         "cut.pt": "is not a whole PyTorch checkpoint",
         "cut.safetensors": "is not a whole safetensors file",
         "absent.pt": "No such file",
-        ".": "there is no",
+        ".": "is missing",
     }.items():
         assert sentence in refused(tmp_path / name, "--out", tmp_path / "out"), name
 

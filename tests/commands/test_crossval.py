@@ -13,24 +13,21 @@ from faulty_server import serving
 from launching import ROOT, TINY, environment
 from scipy import stats
 
-from asda.commands.crossval import (
-    RECORD,
-    STUDENT,
-    Cell,
-    Plan,
-    check_same_clips,
-    claim,
-    interval,
-    paired,
-    parse_args,
-    planned,
-    split_hashes,
-    table,
-)
+from asda.commands.crossval import claim, make_plan, parse_args, table
 from asda.config.run import dump_config
 from asda.data.clips import ClipDataset
 from asda.data.shards.read import load_dataset
 from asda.errors import UserError
+from asda.evaluation.folds import (
+    RECORD,
+    Cell,
+    Plan,
+    check_same_clips,
+    interval,
+    paired,
+    read_figures,
+    split_hashes,
+)
 
 CONFIG = ROOT / "configs" / "demo_finetune.json"
 
@@ -40,15 +37,17 @@ def crossval(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(list(map(str, argv)), capture_output=True, text=True, env=environment(), check=False)
 
 
-def test_the_quantiles_are_those_of_student() -> None:
-    expected = [stats.t.ppf(0.975, freedom) for freedom in range(1, len(STUDENT) + 1)]
-    np.testing.assert_allclose(STUDENT, expected, atol=0.0005)  # three digits
+@pytest.mark.parametrize("number", [2, 3, 12, 40])
+def test_the_interval_is_that_of_the_textbook(number: int) -> None:
+    values = np.random.default_rng(1).normal(size=number)
+    low, high = stats.t.interval(0.95, number - 1, loc=values.mean(), scale=stats.sem(values))
+    assert interval(values.tolist()) == pytest.approx((high - low) / 2, rel=1e-9)
 
 
-def test_the_interval_is_that_of_the_textbook() -> None:
-    values = np.random.default_rng(1).normal(size=12)
-    low, high = stats.t.interval(0.95, 11, loc=values.mean(), scale=stats.sem(values))
-    assert interval(values.tolist()) == pytest.approx((high - low) / 2, rel=0.0005 / 2.201)
+def test_the_quantiles_are_those_of_the_tables() -> None:
+    for number, quantile in ((2, 12.706), (5, 2.776), (30, 2.045)):  # printed tables give three digits
+        values = [0.0] * (number - 1) + [1.0]
+        assert interval(values) == pytest.approx(quantile * np.std(values, ddof=1) / number**0.5, rel=5e-4)
 
 
 def test_folds_are_averaged_over_seeds_before_they_deviate() -> None:
@@ -128,12 +127,12 @@ def test_a_hash_of_a_split_changes_with_the_order_of_the_classes(shards: Path, t
 @pytest.mark.parametrize("text", ["run.seed=7", "run.folder=x", "data.train=a:b", "data.valid=a:b"])
 def test_what_each_run_is_given_cannot_be_overridden(shards: Path, text: str) -> None:
     with pytest.raises(UserError, match=f"{text} would be replaced in every run; give --"):
-        planned(arguments_of(shards, text))
+        make_plan(arguments_of(shards, text))
 
 
 def test_passwords_are_not_shown(plan: Plan) -> None:
     claim(replace(plan, data="https://user:secret@host/x?sig=secret"))
-    with pytest.raises(UserError, match=r'holds runs whose data was "https://host/x", not') as caught:
+    with pytest.raises(UserError, match=r'holds runs with data "https://host/x", not') as caught:
         claim(plan)
     assert "secret" not in str(caught.value)
 
@@ -150,7 +149,7 @@ def test_runs_are_compared_with_those_on_the_same_clips_alone(plan: Plan, tmp_pa
     check_same_clips(plan, leave(tmp_path / "against", record))
     for hashes in (plan.hashes | {"train": "of other clips"}, {"test": plan.hashes["test"]}):
         against = leave(tmp_path / "against", record | {"shards": hashes})
-        with pytest.raises(UserError, match=f"{against} was judged on elsewhere, which did not have the train"):
+        with pytest.raises(UserError, match=f"{against} was evaluated on elsewhere, whose train"):
             check_same_clips(plan, against)
         check_same_clips(replace(plan, cells=(Cell("test", 1),)), against)  # what trained may be something else
 
@@ -161,10 +160,10 @@ def test_runs_are_compared_with_those_on_the_same_clips_alone(plan: Plan, tmp_pa
         ([{"fold": "test", "seed": 1, "mAP": 0.5}], "has no accuracy of test-seed1"),
         ([{"fold": "test", "seed": 1, "mAP": 0.5, "accuracy": None}], "has no accuracy of test-seed1"),
         ([{"fold": "test", "seed": 2, "mAP": 0.5, "accuracy": 0.5}], "has no finished run test-seed1"),
-        ([{"seed": 1, "mAP": 0.5}], "is not what this tool has written"),
-        ([{"fold": "test", "mAP": 0.5}], "is not what this tool has written"),
-        (["test-seed1"], "is not what this tool has written"),
-        ({"fold": "test"}, "is not what this tool has written"),
+        ([{"seed": 1, "mAP": 0.5}], "is damaged, or not written by asda crossval"),
+        ([{"fold": "test", "mAP": 0.5}], "is damaged, or not written by asda crossval"),
+        (["test-seed1"], "is damaged, or not written by asda crossval"),
+        ({"fold": "test"}, "is damaged, or not written by asda crossval"),
     ],
 )
 def test_a_record_that_lacks_what_is_compared_is_one_sentence(
@@ -172,7 +171,7 @@ def test_a_record_that_lacks_what_is_compared_is_one_sentence(
 ) -> None:
     against = leave(tmp_path / "against", {"runs": runs})
     with pytest.raises(UserError, match=sentence):
-        paired({Cell("test", 1): {"accuracy": 0.5, "mAP": 0.25}}, against)
+        paired({Cell("test", 1): {"accuracy": 0.5, "mAP": 0.25}}, read_figures(against), against)
 
 
 def arguments_of(data: object, *more: str) -> Namespace:
@@ -182,10 +181,10 @@ def arguments_of(data: object, *more: str) -> Namespace:
 def test_data_may_lie_elsewhere(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with serving(shards) as server:
-        found = planned(arguments_of(server.url))
+        found = make_plan(arguments_of(server.url))
         assert f"data.train={server.url}:train" in found.arguments(Cell("test", 1))
         with pytest.raises(UserError, match=f"--hold-out nonsense: {server.url} has the splits test, train"):
-            planned(arguments_of(server.url, "--hold-out", "nonsense"))
+            make_plan(arguments_of(server.url, "--hold-out", "nonsense"))
 
 
 @pytest.mark.parametrize(
@@ -214,7 +213,7 @@ def test_every_fold_is_held_out_once_a_seed_and_nothing_is_done_twice(shards: Pa
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
     other = crossval("--data", shards, "--out", out, *tiny, "optimizer.lr=0.1")
-    assert (other.returncode, "holds runs whose overrides was" in other.stderr) == (2, True)
+    assert (other.returncode, "holds runs with overrides" in other.stderr) == (2, True)
     unpaired = crossval("--data", shards, "--out", tmp_path / "b", "--against", out, "--hold-out", "nonsense", *tiny)
     assert (unpaired.returncode, "has the splits test, train" in unpaired.stderr) == (2, True)
 
@@ -226,7 +225,7 @@ def test_a_training_that_fails_is_one_sentence_with_its_reason(shards: Path, tmp
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "crossval.json").write_text('{"config": "a')
     torn = crossval("--data", shards, "--out", tmp_path / "torn")
-    assert (torn.returncode, "is not what this tool has written" in torn.stderr) == (2, True)
+    assert (torn.returncode, "is damaged, or not written by asda crossval" in torn.stderr) == (2, True)
     failing = ["--hold-out", "test", "objective.init_from=/nowhere", *TINY]
     done = crossval("--data", shards, "--out", tmp_path / "x", *failing)
     assert done.returncode == 2

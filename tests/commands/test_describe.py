@@ -32,7 +32,7 @@ def test_an_ast_and_what_ham_ast_adds_are_described_by_their_overlapping_patches
     printed = describe("configs/esc50_ham.json", "--classes", "50").stdout
     assert "ordinary attention (AST), 6 Conformer blocks, channel attention" in printed
     assert "encoder 85,717,248, ham 85,299,504, head 39,986" in printed
-    assert "32 x 8 patches, seen as 50 x 12 overlapping ones, 602 tokens" in printed
+    assert "32 x 8 patches, cut into 50 x 12 overlapping patches, 602 tokens" in printed
 
 
 @pytest.mark.launch
@@ -48,7 +48,7 @@ def test_a_trained_classifier_is_described_with_its_classes(finetuned: Path):
         (["nowhere.json"], "there is no config file nowhere.json"),
         (["configs"], "there is no checkpoint in configs"),
         (["configs", "model.width=3"], "configs is a folder of weights, which 'model.width=3' cannot change"),
-        (["configs/esc50_ham.json", "--classes", "-1"], "--classes -1 must be a whole number from 0 to 1099511627776"),
+        (["configs/esc50_ham.json", "--classes", "-1"], "--classes -1 must be from 0 to 1099511627776"),
         (["configs/as2m.json", "model.widht=3"], "did you mean model.width?"),
     ],
 )

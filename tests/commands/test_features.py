@@ -175,7 +175,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(
     assert found.items() <= whole.items()
     written_ns = {name: (out / name).stat().st_mtime_ns for name in found}
 
-    assert "32 clips had their features before" in succeed(*arguments, "--out", out).out
+    assert "All 32 clips are already extracted" in succeed(*arguments, "--out", out).out
     assert files_of(out) == whole
     assert written_ns == {name: (out / name).stat().st_mtime_ns for name in found}, "finished files are not touched"
     assert succeed(*arguments, "--out", out).out.startswith("0 clips in ")
@@ -222,7 +222,7 @@ def test_features_of_other_audio_of_the_same_name_are_not_taken_for_finished(
     assert done.code == 2
     first, second, last = done.err.splitlines()
     assert f"error: {recordings}/dog/b.flac: its features {tmp_path}/out/dog/b.npz cannot be read" in first
-    assert f"error: {recordings}/rain.wav: the features {tmp_path}/out/rain.npz are of other audio" in second
+    assert f"error: {recordings}/rain.wav: the features {tmp_path}/out/rain.npz were made from other audio" in second
     assert last == "error: 2 of 3 inputs cannot be used"
 
 

@@ -148,7 +148,7 @@ def test_classes_are_ranked_and_absent_ones_named(mixed):
     ]
     assert [line[0] for line in ranked] == ["dog", "a", "bird"]
     assert [line[-1].count("#") for line in ranked] == [30, 10, 5]  # 6, 2 and 1 clips
-    assert "1.00 labels a clip, 2 clips have none" in out
+    assert "1.00 labels a clip, 2 clips have no label" in out
     assert "  train: 1 of 4: cat\n" in out
     assert f"  test: 3 of 4: cat; {ODD}; bird\n" in out
     few = shown(mixed, "--classes", 1)
@@ -265,7 +265,7 @@ def test_a_key_that_two_shards_hold_is_named(damaged):
     keys = json.loads(text)["keys"]
     assert len(done.out.splitlines()) == len(keys)
     assert all(f"{name}, key {key}: {entry.name} holds it too" in done.out for key in keys)
-    assert (done.code, f"{len(keys)} keys are there twice" in done.err) == (2, True)
+    assert (done.code, f"{len(keys)} keys are repeated" in done.err) == (2, True)
 
 
 def test_tables_and_single_clips_need_no_intact_neighbours(damaged, tmp_path):
@@ -328,15 +328,15 @@ def test_a_sample_has_every_clip_at_most_once_and_every_clip_sometime(mixed):
 def test_the_columns_of_a_long_clip_are_means_of_its_frames():
     from asda.commands.pictures import PANEL_FRAMES, make_panel
 
-    level_TM = np.random.default_rng(0).normal(size=(2 * PANEL_FRAMES + 9, 128))
-    panel = make_panel(level_TM, "")
-    assert (panel.level_TM.shape, panel.num_frames) == ((PANEL_FRAMES, 128), len(level_TM))
+    level_TF = np.random.default_rng(0).normal(size=(2 * PANEL_FRAMES + 9, 128))
+    panel = make_panel(level_TF, "")
+    assert (panel.level_TF.shape, panel.num_frames) == ((PANEL_FRAMES, 128), len(level_TF))
     # The first nine columns are means of three frames, the others of two; weighted by that, their mean is the clip's,
     # up to the rounding of sums of 1209 values near 1 in float64 (1e-13).
     weights = np.full(PANEL_FRAMES, 2)
     weights[:9] = 3
-    np.testing.assert_allclose(np.average(panel.level_TM, 0, weights), level_TM.mean(0), atol=1e-12)
-    np.testing.assert_array_equal(make_panel(level_TM[:50], "").level_TM, level_TM[:50])
+    np.testing.assert_allclose(np.average(panel.level_TF, 0, weights), level_TF.mean(0), atol=1e-12)
+    np.testing.assert_array_equal(make_panel(level_TF[:50], "").level_TF, level_TF[:50])
 
 
 @pytest.mark.parametrize(
@@ -351,10 +351,10 @@ def test_the_columns_of_a_long_clip_are_means_of_its_frames():
         (["--find", "siren", "--verify"], "--find chooses clips for --list and --sheet"),
         (["--list", "--json"], "--list and --find print CSV"),
         (["--classes", "-1"], "--classes -1 must be a whole number, or all"),
-        (["--list", "--columns", "key,name"], "there is no column 'name'; choose from key,split"),
+        (["--list", "--columns", "key,name"], "unknown column 'name'; choose from key,split"),
         (["--sheet", "a.jpg"], "--sheet a.jpg must end in .png"),
         (["--sheet", "a.png", "--num", "0"], "--num 0 must be from 1 to 400"),
-        (["--sheet", "a.png", "--seed", "-1"], "--seed -1 must not be negative"),
+        (["--sheet", "a.png", "--seed", "-1"], "--seed -1 must be at least 0"),
         (["--export", "siren_003", "a.flac"], "--export a.flac must end in .wav"),
         (["--export", "siren_003", "/dev/null/a.wav"], "/dev/null: "),
     ],

@@ -149,7 +149,7 @@ def test_what_is_no_audio_or_no_tagger_is_one_sentence(tagger: Path, tmp_path: P
     cases = {
         "holds no audio file": ("--model", tagger, tmp_path / "empty"),
         "there is no checkpoint in": ("--model", tmp_path / "nowhere", sound),
-        "knows no classes": ("--model", pretrained, sound),
+        "has no classes": ("--model", pretrained, sound),
         "--top 0 must be at least 1": ("--model", tagger, "--top", 0, sound),
         "add --timeline or --picture": ("--model", tagger, "--hop", 1, sound),
         "--window 30 must be from 0.01 to 1.28 s": ("--model", tagger, "--timeline", "--window", 30, sound),
@@ -209,19 +209,19 @@ def test_the_official_clip_as_a_wav_gives_what_the_official_log_mel_gives(shared
 
     official = asda.load(tmp_path / "official")
     expected_C = official.logits_of_log_mel(front_end["normalized"][None])[0].sigmoid()
-    error_TM = (padded(official, official.log_mel(samples_S, 32_000)) - front_end["normalized"]).abs()
-    assert error_TM.max() <= MOST_LOG_MEL_ERROR / (2 * data.log_mel.std)
-    most_C = probability_bound(gains(classifier_of(tmp_path / "official"), front_end["normalized"]), error_TM)
+    error_TF = (padded(official, official.log_mel(samples_S, 32_000)) - front_end["normalized"]).abs()
+    assert error_TF.max() <= MOST_LOG_MEL_ERROR / (2 * data.log_mel.std)
+    most_C = probability_bound(gains(classifier_of(tmp_path / "official"), front_end["normalized"]), error_TF)
     errors_C = (torch.tensor([found[label] for label in labels]) - expected_C).abs()
     print(f"largest error {errors_C.max():.1e}, bounds {most_C.min():.1e} to {most_C.max():.1e}")
     assert (errors_C <= most_C).all()
 
 
-def padded(model: Model, mel_TM: torch.Tensor) -> torch.Tensor:
+def padded(model: Model, mel_TF: torch.Tensor) -> torch.Tensor:
     """A normalised log-mel, filled up to the model's frames with a raw log-mel of 0."""
     data = model.description.data
     padding = (data.pad_log_mel - data.log_mel.mean) / (2 * data.log_mel.std)
-    return torch.nn.functional.pad(mel_TM, (0, 0, 0, data.frames - len(mel_TM)), value=padding)
+    return torch.nn.functional.pad(mel_TF, (0, 0, 0, data.frames - len(mel_TF)), value=padding)
 
 
 def classifier_of(folder: Path) -> Classifier:
@@ -231,20 +231,20 @@ def classifier_of(folder: Path) -> Classifier:
     return classifier.eval()
 
 
-def gains(classifier: Classifier, mel_TM: torch.Tensor) -> torch.Tensor:
+def gains(classifier: Classifier, mel_TF: torch.Tensor) -> torch.Tensor:
     """|d logit / d log-mel| of every class and value, [C, T, M]."""
-    source = mel_TM[None, None].clone().requires_grad_()
+    source = mel_TF[None, None].clone().requires_grad_()
     logits_C = classifier(golden.patchify(source))[0]
     return torch.stack([torch.autograd.grad(logit, source, retain_graph=True)[0][0, 0].abs() for logit in logits_C])
 
 
-def probability_bound(gain_CTM: torch.Tensor, error_TM: torch.Tensor) -> torch.Tensor:
+def probability_bound(gain_CTM: torch.Tensor, error_TF: torch.Tensor) -> torch.Tensor:
     """How far a class's probability may move, [C], when the normalised log-mel is wrong by so much.
 
     To first order a logit moves by at most the sum of |derivative| x |error|, and by the rounding of the network; a
     probability by a quarter of that, the steepest slope of the sigmoid. fp32 rounds the probability to 6e-8.
     """
-    return ((gain_CTM * error_TM).sum((1, 2)) + FP32_LOGITS) / 4 + 6e-8
+    return ((gain_CTM * error_TF).sum((1, 2)) + FP32_LOGITS) / 4 + 6e-8
 
 
 def test_the_picture_is_drawn_and_its_frequency_axis_is_that_of_the_log_mel(tagger: Path, model: Model, tmp_path: Path):

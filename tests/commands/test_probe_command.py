@@ -15,6 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from tiny_tools import INPUT, write_pretrained, write_tagger
 
 import asda
+from asda.commands.probe import main, parse_args
 from asda.data.audio.waves import SAMPLE_RATE_HZ
 from asda.data.clips import ClipDataset, read_clips
 from asda.data.features.fbank import num_samples
@@ -104,23 +105,23 @@ def test_the_encoder_of_a_classifier_is_judged_too(shards: Path, tmp_path: Path)
 
 
 def test_data_may_lie_elsewhere(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from asda.commands import probe
+    from asda.commands.probe_encoders import list_sets
 
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with serving(shards) as server:
-        sets = probe._sets(probe.parse_args(["--checkpoint", "x", "--data", server.url, "--hold-out", "test"]))
+        sets = list_sets(parse_args(["--checkpoint", "x", "--data", server.url, "--hold-out", "test"]))
     assert sets == [(f"{server.url}:train", f"{server.url}:test", (f"{server.url}:train",))]
 
 
 def test_splits_of_one_label_a_clip_and_of_several_have_no_mean() -> None:
-    from asda.commands import probe
+    from asda.commands.probe_encoders import Sets, words
 
-    sets = [probe.Sets("x:a", "x:b", ("x:a",)), probe.Sets("x:b", "x:a", ("x:b",))]
+    sets = [Sets("x:a", "x:b", ("x:a",)), Sets("x:b", "x:a", ("x:b",))]
     accuracy, others = {"knn_accuracy": 0.5, "linear_accuracy": 0.75}, {"knn_mAP": 0.25, "linear_mAP": 0.5}
-    told = list(probe._told(sets, {"student": [accuracy, others]}))
+    told = list(words(sets, {"student": [accuracy, others]}))
     assert "  student   knn_mAP 0.2500  linear_mAP 0.5000" in told
     assert told[-1].startswith("no mean over the sets: ")
-    assert "+-" in list(probe._told(sets, {"student": [accuracy, accuracy]}))[-1]
+    assert "+-" in list(words(sets, {"student": [accuracy, accuracy]}))[-1]
 
 
 @pytest.mark.parametrize(
@@ -128,18 +129,16 @@ def test_splits_of_one_label_a_clip_and_of_several_have_no_mean() -> None:
     [
         (["--checkpoint", "nowhere"], "there is no checkpoint in nowhere"),
         (["--checkpoint", "{tagger}", "--weights", "teacher"], "has no teacher, which only pre-training keeps"),
-        (["--checkpoint", "{tagger}", "--neighbours", "0"], "--neighbours 0 must be 1 or more"),
-        (["--checkpoint", "{tagger}", "--data", "shards"], "name --train and --test; or --data, and --hold-out"),
-        (["--checkpoint", "{tagger}", "--hold-out", "test"], "name --train and --test; or --data, and --hold-out"),
+        (["--checkpoint", "{tagger}", "--neighbours", "0"], "--neighbours 0 must be at least 1"),
+        (["--checkpoint", "{tagger}", "--data", "shards"], "name --train and --test, or else --data, to which"),
+        (["--checkpoint", "{tagger}", "--hold-out", "test"], "name --train and --test, or else --data, to which"),
         (["--checkpoint", "{tagger}", "--hold-out", "a,b,a"], "a,b,a names a twice"),
-        (["--checkpoint", "{tagger}", "--seed", "-1"], "--seed -1 must be a whole number from 0 to 1099511627776"),
-        (["--checkpoint", "{tagger}", "--seed", f"{2**70}"], f"--seed {2**70} must be a whole number from 0 to "),
+        (["--checkpoint", "{tagger}", "--seed", "-1"], "--seed -1 must be from 0 to 1099511627776"),
+        (["--checkpoint", "{tagger}", "--seed", f"{2**70}"], f"--seed {2**70} must be from 0 to "),
         (["--checkpoint", "{tagger}", "--neighbours", "99"], r"probe.neighbours 99 exceeds the 48 clips"),
     ],
 )
 def test_wrong_probes_are_one_sentence(arguments: list[str], sentence: str, shards: Path, tmp_path: Path) -> None:
-    from asda.commands import probe
-
     tagger = write_tagger(tmp_path / "tagger")
     with pytest.raises(UserError, match=sentence):
-        probe.probe(probe.parse_args(arguments_of(shards, *[text.format(tagger=tagger) for text in arguments])))
+        main(arguments_of(shards, *[text.format(tagger=tagger) for text in arguments]))

@@ -324,8 +324,8 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path):
     folder = write_run(tmp_path / "run", finetuning())
     (folder / "metrics.jsonl").write_text("")
     text = page_of(tmp_path / "page.html", folder).words
-    assert "There is no line of training on record yet" in text
-    assert "None of the runs has been judged" in text
+    assert "No line of training is on record yet" in text
+    assert "No run has been evaluated on labels yet" in text
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders():
@@ -374,7 +374,7 @@ def test_what_is_no_run_is_one_sentence_and_no_page(judged: Path, tmp_path: Path
         "is not the folder of a run",
         "is given twice",
         "is not valid JSON",
-        "accuracy is 'good' and no number",
+        "accuracy is 'good', not a number",
     )
     for done, words in zip((no_run, twice, damaged, no_number), sentences, strict=True):
         assert (done.code, words in done.err, done.err.count("\n")) == (2, True, 1), done.err

@@ -234,7 +234,7 @@ def test_classes_that_differ_only_in_case_or_white_space_are_said(tmp_path):
         clip(tmp_path / "in" / name / "a.wav", number)
     out, _ = make("--source", "folder", "--input", tmp_path / "in", "--out", tmp_path / "out")
     (line,) = [line for line in out.splitlines() if line.startswith("WARNING: ")]
-    assert line.startswith("WARNING: 4 pairs of classes differ only in case or white space: 'Cat' and 'cat ', ")
+    assert line.startswith("WARNING: 4 pairs of class names differ only in case or space: 'Cat' and 'cat ', ")
     assert "'Dog' and 'dog', 'Owl' and 'owl' and 1 more" in line
     (tmp_path / "one/Dog").mkdir(parents=True)
     shutil.copytree(tmp_path / "in/bee", tmp_path / "one/bee")
@@ -272,7 +272,7 @@ def test_a_killed_run_leaves_no_worker_and_its_repetition_gives_the_same_bytes(e
     process.communicate(timeout=20)  # the pipes close once the last worker that inherited them has ended
     (out / "fold1-000000.tar.zst.123.tmp").write_bytes(b"left by the killed run")
     _, err = make("--source", "csv", "--input", esc10.name, "--out", out, "--clips-per-shard", 10, cwd=esc10.parent)
-    assert re.search(r"going on: \d of 8 shards are finished", err)
+    assert re.search(r"resuming: \d of 8 shards are finished", err)
     assert files_of(out) == files_of(esc10_shards)
 
 

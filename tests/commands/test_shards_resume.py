@@ -128,7 +128,7 @@ def test_merge_writes_nothing_before_all_parts_are_there(clips):
     lock = Lock(clips / "merged" / JOURNAL_FOLDER / "lock")
     lock.take(range(1 << 40, (1 << 40) + 2))  # as if another part were merging
     lock.release(range(1 << 40, (1 << 40) + 1))
-    assert "another one writes" in succeed(clips, "merged", "--part", "2/2")
+    assert "another part writes" in succeed(clips, "merged", "--part", "2/2")
     lock.close()
     succeed(clips, "merged", "--merge")
     assert files_of(clips / "merged") == files_of(clips / "whole")
@@ -311,7 +311,7 @@ def test_a_pair_that_crosses_splits_is_said_loudly(copy):
     (copy / "t.csv").write_text("\n".join(["path,label,split", *table]) + "\n")
     command = [sys.executable, forked_tool.TOOL, "--source", "csv", "--input", "t.csv", "--out", "out"]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=60)
-    assert "WARNING: 1 pairs of duplicates lie in two splits (1 exact, 0 near)" in done.stdout
+    assert "WARNING: 1 pairs of duplicates span two splits (1 exact, 0 near)" in done.stdout
     assert load_dataset(copy / "out").duplicates.exact_across_splits == 1
 
 
@@ -325,5 +325,5 @@ def test_sigterm_keeps_what_it_finished(clips):
     process.join(20)
     assert process.exitcode in (0, 130)
     if process.exitcode:
-        assert "going on: " in succeed(clips, "term")
+        assert "resuming: " in succeed(clips, "term")
     assert files_of(clips / "term") == files_of(clips / "whole")

@@ -124,8 +124,8 @@ def test_frames_of_the_first_half_are_the_first_half_of_the_patches(monkeypatch,
         return {ONLY: row_K.expand(2, len(row_K), len(row_K))}
 
     monkeypatch.setattr(attention_noise, "named_maps", on_early_frames)
-    mel_TM = np.zeros((FRAMES, TINY.mel_bins), np.float32)
-    shares = clip_shares(network("absent"), Mixture(mel_TM, mel_TM, replaced_first))
+    mel_TF = np.zeros((FRAMES, TINY.mel_bins), np.float32)
+    shares = clip_shares(network("absent"), Mixture(mel_TF, mel_TF, replaced_first))
     assert (shares[ONLY] == expected).all()
 
 
@@ -136,18 +136,18 @@ def test_a_mixture_keeps_one_half_and_takes_the_other_from_a_clip_without_common
     for number, mixture in enumerate(mixtures):
         halves_of = [slice(FRAMES // 2), slice(FRAMES // 2, FRAMES)]
         replaced, stayed = halves_of if mixture.replaced_first else halves_of[::-1]
-        own_TM = log_mel(clips[number].samples)[:FRAMES]
-        assert np.array_equal(mixture.own_TM, own_TM)
-        assert np.array_equal(mixture.mixed_TM[stayed], own_TM[stayed])
+        own_TF = log_mel(clips[number].samples)[:FRAMES]
+        assert np.array_equal(mixture.own_TF, own_TF)
+        assert np.array_equal(mixture.mixed_TF[stayed], own_TF[stayed])
         sources = [
             other
             for other, source in enumerate(clips)
-            if np.array_equal(mixture.mixed_TM[replaced], log_mel(source.samples)[:FRAMES][replaced])
+            if np.array_equal(mixture.mixed_TF[replaced], log_mel(source.samples)[:FRAMES][replaced])
         ]
         assert sources == [2] or number == 2
         assert sources != [number]
     again = make_mixtures(clips, [network()], "clip", seed=1)
-    assert all(np.array_equal(one.mixed_TM, other.mixed_TM) for one, other in zip(mixtures, again, strict=True))
+    assert all(np.array_equal(one.mixed_TF, other.mixed_TF) for one, other in zip(mixtures, again, strict=True))
 
 
 def test_noise_is_as_loud_as_the_clip():
@@ -159,7 +159,7 @@ def test_noise_is_as_loud_as_the_clip():
 
 def test_clips_are_cut_to_what_the_shortest_and_every_network_has():
     mixtures = make_mixtures([clip(0, seconds=0.7), clip(1)], [network()], "clip", seed=0)  # 68 frames: 4 patches of 16
-    assert {mixture.mixed_TM.shape for mixture in mixtures} == {(64, 128)}
+    assert {mixture.mixed_TF.shape for mixture in mixtures} == {(64, 128)}
     with pytest.raises(UserError, match="clip0 has 29 frames of 10 ms; a mixture needs 32"):
         make_mixtures([clip(0, seconds=0.31), clip(1)], [network()], "clip", seed=0)
     with pytest.raises(UserError, match="clip0 has no other among the 2 chosen"):
@@ -212,7 +212,7 @@ def test_the_tool_writes_figures_and_a_picture_of_all_runs(shards: Path, tmp_pat
                 assert all(cell["low"] <= cell["value"] <= cell["high"] for cell in cells.values())
                 assert ("unrelated / own" in cells) == (name != SIGNED)
     assert imread(out.with_suffix(".png")).ndim == 3
-    assert "more than the first, clip by clip" in done.out
+    assert "difference to the first, clip by clip" in done.out
 
 
 def test_a_figure_that_is_none_is_null_in_the_file(shards: Path, tmp_path: Path, monkeypatch):
@@ -229,8 +229,8 @@ def test_a_figure_that_is_none_is_null_in_the_file(shards: Path, tmp_path: Path,
     [
         (("--query", "cls"), "--query cls needs --context noise"),
         (("--clips", 1), "--clips 1 must be at least 2"),
-        (("--seed", -1), "--seed -1 must be a whole number from 0 to 1099511627776"),
-        (("--out", "maps.png"), "--out maps.png is where the figures go"),
+        (("--seed", -1), "--seed -1 must be from 0 to 1099511627776"),
+        (("--out", "maps.png"), "--out maps.png is for the figures"),
         (("--data", "nowhere:test"), "nowhere"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What the tests of tools share: tiny models, odd audio, a tool run in this process."""
+"""What the tests of commands share: tiny models, odd audio, a command run in this process."""
 
 import contextlib
 import importlib
@@ -6,7 +6,6 @@ import io
 import resource
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -52,23 +51,20 @@ def write_pretrained(folder: Path) -> Path:
 
 
 class Done(NamedTuple):
-    """How a tool ended."""
+    """How a command ended."""
 
     code: int
     out: str
     err: str
 
 
-def run(tool: str, *arguments: object) -> Done:
-    """Run a tool as its command line would, in this process (a fresh one takes seconds to import torch)."""
-    module: ModuleType = importlib.import_module(f"asda.commands.{tool}")
-    work = {"features": "extract", "attention": "compare", "report": "write_report", "inspect": "inspect_shards"}.get(
-        tool, tool
-    )
+def run(command: str, *arguments: object) -> Done:
+    """Run a command as its command line would, in this process (a fresh one takes seconds to import torch)."""
+    main = importlib.import_module(f"asda.commands.{command}").main
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            exit_with_sentence(lambda: getattr(module, work)(module.parse_args(list(map(str, arguments)))))
+            exit_with_sentence(lambda: main(list(map(str, arguments))))
         except SystemExit as exit:
             code = int(exit.code or 0)
     return Done(code, out.getvalue(), err.getvalue())
