@@ -33,7 +33,7 @@ def _run(argv: list[str]) -> None:
     elif name in COMMANDS:
         _run_module(COMMANDS[name][0], argv[1:])
     else:
-        raise UserError(f"unknown command {name!r}{_nearest(name)}; `asda --help` lists all commands")
+        raise UserError(f"unknown command {name!r}; {_nearest(name)}`asda --help` lists all commands")
 
 
 def _run_module(module: str, argv: list[str]) -> None:
@@ -52,7 +52,7 @@ def _nearest(name: str) -> str:
     import difflib
 
     close = difflib.get_close_matches(name, COMMANDS, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"did you mean {close[0]}? " if close else ""
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def to_png(figure: "Figure", dpi: int = 100) -> bytes:
 def show_levels(
     axes: "Axes", level_TF: np.ndarray, num_frames: int = 0, low_db: float | None = None, high_db: float | None = None
 ) -> "AxesImage":
-    """Draw log-mel levels in dB, [T, M], each frame around its centre, with ticks in seconds and in Hz.
+    """Draw log-mel levels in dB, [T, F], each frame around its centre, with ticks in seconds and in Hz.
 
     Args:
         axes: to draw into.

@@ -67,7 +67,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 
 def clip_log_mel(clip: Clip, description: Description) -> np.ndarray:
-    """Raw log-mel of a clip, [T, M], filled up or cut to the frames that the network was trained on."""
+    """Return the raw log-mel of a clip, [T, F], padded or cut to the frames that the network was trained on."""
     mel_TF = np.full((description.data.frames, description.model.mel_bins), description.data.pad_log_mel, np.float32)
     found_TF = log_mel(clip.samples)[: len(mel_TF)]
     mel_TF[: len(found_TF)] = found_TF
@@ -104,6 +104,6 @@ def attention_of(network: Network, block: int) -> Attention:
 
 
 def on_patches(row_N: Tensor, network: Network) -> np.ndarray:
-    """Return the weights of patches as multiples of their mean, in the shape of the clip's grid: [time, mel] patches."""
+    """Return the weights of patches as multiples of their mean, in the grid of the clip: [time, mel] patches."""
     columns = network.description.model.mel_bins // network.description.model.patch
     return (row_N / row_N.mean()).reshape(-1, columns).numpy()

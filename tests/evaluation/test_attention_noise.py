@@ -162,7 +162,7 @@ def test_clips_are_cut_to_what_the_shortest_and_every_network_has():
     assert {mixture.mixed_TF.shape for mixture in mixtures} == {(64, 128)}
     with pytest.raises(UserError, match="clip0 has 29 frames of 10 ms; a mixture needs 32"):
         make_mixtures([clip(0, seconds=0.31), clip(1)], [network()], "clip", seed=0)
-    with pytest.raises(UserError, match="clip0 has no other among the 2 chosen"):
+    with pytest.raises(UserError, match="clip0 shares a label with all of the 2 clips"):
         make_mixtures([clip(0, 4), clip(1, 4)], [network()], "clip", seed=0)
 
 
