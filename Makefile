@@ -1,44 +1,44 @@
-# The two commands a fresh machine needs: make demo, make test. Everything sets itself up first.
+# A fresh machine needs two commands: make demo, make test. Every target sets up .venv first.
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-faults golden lint format bench bench-data bench-step clean
 
 BIN := .venv/bin
 
-help:  ## this list
+help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-11s %s\n", $$1, $$2 }'
 
 setup:  ## make .venv from the lock
 	@tools/setup.sh
 
-demo: setup  ## the whole road on synthetic sounds, offline; or on yours: make demo AUDIO=folder (a class per subfolder)
+demo: setup  ## run the full pipeline on synthetic sounds, offline; or on yours: make demo AUDIO=folder (a subfolder per class)
 	@$(BIN)/python tools/demo.py $(if $(AUDIO),--audio "$(AUDIO)") --out demo
 
-test: setup  ## all tests
+test: setup  ## run all tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
-test-faults: setup  ## the long half of the fault matrix: 40 kills of real runs, dead ranks, lost machines (minutes)
+test-faults: setup  ## run the long half of the fault matrix: 40 kills of real runs, dead ranks, lost machines (minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
-golden: setup  ## every official number, on each attention path of a CPU (needs ../shared, see CONTRIBUTING.md)
+golden: setup  ## check every official number, on each attention path of a CPU (needs ../shared, see CONTRIBUTING.md)
 	@$(BIN)/python tests/golden_check.py $(or $(ASDA_SHARED),../shared)/golden
 
-lint: setup  ## ruff and pyright
+lint: setup  ## run ruff and pyright
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
 
-format: setup  ## let ruff rewrite
+format: setup  ## let ruff rewrite the code
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
 
-bench: setup  ## speed of the parts, side by side with baselines
+bench: setup  ## time the parts beside baselines
 	@$(BIN)/python tools/bench/bench.py
 
-bench-data: setup  ## from shards to patches and masks, beside three usual ways (three minutes)
+bench-data: setup  ## time the data pipeline, from shards to patches and masks, beside three usual ways (three minutes)
 	@$(BIN)/python tools/bench/bench.py data $(ARGS)
 
-bench-step: setup  ## one training step of the base model beside plain fp32 PyTorch (some minutes)
+bench-step: setup  ## time one training step of the base model beside plain fp32 PyTorch (some minutes)
 	@$(BIN)/python tools/bench/bench.py step $(ARGS)
 
-clean:  ## remove what make demo has written, and the caches of tests and ruff; runs and shards stay
+clean:  ## remove the demo and the caches of tests and ruff; keep runs and shards
 	rm -rf demo .pytest_cache .ruff_cache .hypothesis

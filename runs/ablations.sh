@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The paper's ablations and its open questions with a network of 0.9 M parameters: each variant is pre-trained with three seeds
-# and fine-tuned on ESC-10, every fold held out once. Tables: docs/results.md.
+# The paper's ablations, and questions it leaves open, with a network of 0.9 M parameters: each variant is pre-trained with
+# three seeds and fine-tuned on ESC-10, with every fold held out once. Tables: docs/results.md.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 all_shards
 
@@ -10,7 +10,7 @@ BASE=("${SMALL[@]}" "data.train=[$UNLABELLED]" objective.target_layers=4 objecti
     run.log_every=50 run.save_every=100000 run.eval_every=100000
     'probe={"train":"shards/esc10:fold1+fold2+fold3","test":"shards/esc10:fold4"}')
 
-# Steps of 1, 4 and 16 students that cost the FLOPs of 600 steps of 8: a student 379 MFLOP a clip, the teacher 658
+# *_equal: as many steps as cost the FLOPs of 600 steps with 8 students; a student takes 379 MFLOP a clip, the teacher 658
 VARIANTS=(
     "base"
     "one_map model.attention_lambda=absent"
@@ -36,7 +36,7 @@ for seed in 1 2 3; do
 done
 wait
 
-# Whether the better lambda depends on the task: frozen features, on others than esc10
+# Does the best lambda depend on the task? Frozen features on two tasks other than esc10
 for seed in 1 2 3; do
     for variant in "${VARIANTS[@]}"; do
         read -r name overrides <<< "$variant"

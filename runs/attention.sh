@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# How much attention falls on foreign sound, with one map and with lambda 0, 0.1, 0.3, 0.5 and learned: the teachers of
-# runs/ablations.sh on all clips of ESC-10, and the networks that were fine-tuned from them on fold 4, which they have not
-# heard; three seeds each. The measure: docs/attention_measure.md. Tables: docs/results.md.
+# How much attention falls on foreign sound, with one map and with lambda 0, 0.1, 0.3, 0.5 and learned, three seeds each: the
+# teachers of runs/ablations.sh on all clips of ESC-10, and the networks fine-tuned from them on the held-out fold 4.
+# The measure: docs/attention_measure.md. Tables: docs/results.md.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 # measure NAME DATA CLIPS RUN...

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The best small model here for ESC-10: pre-trained without labels (runs/transfer.sh), then with the labels of ESC-50's 40
-# other classes, then fine-tuned, augmented and twice as long. Chosen on us8k, never on esc10. Tables: docs/results.md.
+# The best small model for ESC-10: pre-trained without labels (runs/transfer.sh), then trained on ESC-50's 40 other classes,
+# then fine-tuned with augmentation, twice as long. Settings were chosen on us8k, never on esc10. Tables: docs/results.md.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 all_shards
 

@@ -1,5 +1,5 @@
-# What the scripts beside this one share. Each is run from the checkout, goes on where it was stopped, and does nothing
-# when all is finished. JOBS trainings run at a time, one core each: JOBS=2 is the default.
+# Functions for the scripts beside this one. Each runs in the checkout, resumes if it was stopped, and does nothing once all
+# is finished. JOBS trainings run at a time, one core each; the default is JOBS=2.
 #
 #   AUDIO=../shared/data bash runs/transfer.sh
 set -euo pipefail
@@ -22,13 +22,13 @@ all_shards() {
     for words in speech_commands arabic_sc; do shards "$words" kws/kws.csv --where "source=$words"; done
 }
 
-# beside COMMAND...: in the background, at most JOBS of them at a time; what fails says so itself
+# beside COMMAND...: run in the background, at most JOBS at a time; failures print their own message
 beside() {
-    while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || true; done  # 127: it has ended in between
+    while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || true; done  # 127: it ended meanwhile
     "$@" &
 }
 
-# train NAME CONFIG [overrides]: one training in runs/NAME beside others
+# train NAME CONFIG [overrides]: one training in runs/NAME, in the background
 train() {
     [ -e "runs/$1/finished" ] || beside train_now "$@"
 }
@@ -40,13 +40,13 @@ train_now() {
         && touch "runs/$1/finished" || echo "runs/$1 has not finished; see runs/$1/log.txt" >&2
 }
 
-# crossval NAME CONFIG DATA SPLITS SEEDS [arguments]: held-out splits and seeds, in runs/NAME
+# crossval NAME CONFIG DATA SPLITS SEEDS [arguments]: cross-validation in runs/NAME
 crossval() {
     asda crossval --config "configs/$2.json" --data "shards/$3" --hold-out "$4" --seeds "$5" --jobs "$JOBS" \
         --out "runs/$1" run.keep=1 run.eval_every=100000 run.save_every=100000 "${@:6}" | tee "runs/$1.txt"
 }
 
-# probe NAME [arguments]: features judged by asda probe, once, in runs/exp/probe-NAME.json
+# probe NAME [arguments]: evaluate frozen features once, in runs/exp/probe-NAME.json
 probe() {
     [ -f "runs/exp/probe-$1.json" ] || asda probe --out "runs/exp/probe-$1.json" "${@:2}" | tee "runs/exp/probe-$1.txt"
 }

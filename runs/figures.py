@@ -1,4 +1,4 @@
-"""The picture of docs/results.md, from what the scripts beside this file have left in runs/exp.
+"""Draw the picture of docs/results.md from runs/exp, which the scripts beside this file fill.
 
 python runs/figures.py        writes docs/results.svg; what has not been run is left out
 """
@@ -9,9 +9,9 @@ from typing import Any
 
 import tables
 
-from asda.commands import crossval
 from asda.commands.pictures import pyplot
 from asda.errors import exit_with_sentence
+from asda.evaluation.folds import interval
 
 OUT = Path("docs/results.svg")
 CHANCE = {"esc10": 10, "us8k": 10, "speech_commands": 100 / 13, "arabic_sc": 2.5}  # %
@@ -20,7 +20,7 @@ DOT = {"fmt": "o", "capsize": 3, "markersize": 5, "linewidth": 1.2}
 
 
 def draw() -> None:
-    """Three panels: with and without pre-training, what each choice changes, where attention falls."""
+    """Draw three panels: with and without pre-training, what each choice changes, where attention falls."""
     plt = pyplot("runs/figures.py")
     plt.rcParams.update({"svg.hashsalt": "asda", "svg.fonttype": "none", "font.size": 9})
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
@@ -76,8 +76,8 @@ def _attention(axes: Any) -> None:
 
 
 def _percent(shares: list[float]) -> tuple[float, float]:
-    """Mean and half of the 95 % interval."""
-    return 100 * statistics.fmean(shares), 100 * crossval.interval(shares)
+    """Return the mean and half the width of its 95 % interval, in percent."""
+    return 100 * statistics.fmean(shares), 100 * interval(shares)
 
 
 def _name_rows(axes: Any, names: list[str]) -> None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# AST, + channel attention, + Conformer blocks at a small size, from one AST that was trained on other sounds (esc50x), as the
-# paper's begin from AudioSet's. The full recipe is ham_grid.sh. Tables: docs/results.md.
+# A small AST, with channel attention and with Conformer blocks. All start from one AST trained on other sounds (esc50x); the
+# paper's start from an AST trained on AudioSet. The full recipe is ham_grid.sh. Tables: docs/results.md.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 all_shards
 

@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
-# The ablation of HAM-AST's paper: its four variants, one after the other, each trained and evaluated.
+# The ablation of HAM-AST's paper: train and evaluate its four variants, one after another.
 #
 #   bash runs/ham_grid.sh configs/esc50_ham.json
 #   bash runs/ham_grid.sh configs/spc2_ham.json objective.init_from=weights/ast run.seed=2
 #
-# Of ESC-50 that is the one fold which the configuration holds out; the paper's figures are means over five, for which
-# docs/ham_ast.md has the commands. What follows the configuration goes to all four. Runs are folders of RUNS (by default
-# runs/<configuration>); stopped ones go on with the same command. LAUNCH is the launcher: deepspeed by default, or python
-# for one rank.
+# On ESC-50 this holds out the one fold of the configuration; the paper averages over five folds, for which docs/ham_ast.md
+# has the commands. Overrides apply to all four variants. Runs are folders in RUNS (default: runs/<configuration>); the same
+# command resumes stopped ones. LAUNCH is the launcher: deepspeed by default, or python for one rank.
 set -euo pipefail
 
 config=${1:?give a configuration: configs/esc50_ham.json or configs/spc2_ham.json}
@@ -19,7 +18,7 @@ run() { # variant, Conformer blocks, channel attention, further overrides
     shift 3
     ${LAUNCH:-deepspeed} asda/train.py --config "$config" "$@" run.folder="$runs/$variant" \
         model.conformer.blocks="$blocks" model.channel_attention.enabled="$channels"
-    grep -qs '"keep_best": "[a-zA-Z]' "$runs/$variant/config.json" && best=(--best) # chosen on valid, judged on test
+    grep -qs '"keep_best": "[a-zA-Z]' "$runs/$variant/config.json" && best=(--best) # selected on valid, evaluated on test
     ${LAUNCH:-deepspeed} asda/evaluate.py --checkpoint "$runs/$variant" "${best[@]}"
 }
 

@@ -1,9 +1,9 @@
-"""The baseline of docs/results.md, without our code: scikit-learn's logistic regression on torchaudio's log-mel.
+"""The baseline of docs/results.md, without asda: scikit-learn's logistic regression on torchaudio's log-mel.
 
     python runs/logmel_baseline.py ../shared/data/env --task esc10 --out logmel.json
 
 A clip is the mean and the standard deviation over time of its 128 log-mel bins, standardised on the training clips.
-Each fold is held out once; the penalty is chosen within the others, each of which is held out too. Needs the extra dev.
+Each fold is held out once; the penalty is chosen by cross-validation over the other folds. Needs the extra dev.
 """
 
 import argparse
@@ -26,7 +26,7 @@ PENALTIES = [0.01, 0.1, 1.0]  # scikit-learn's C, its inverse
 
 
 def statistics_of(path: Path) -> np.ndarray:
-    """Mean and standard deviation of each log-mel bin, [256]."""
+    """Return the mean and the standard deviation of each log-mel bin, [256]."""
     samples_SC, rate_hz = soundfile.read(path, dtype="float32", always_2d=True)
     mono_1S = torch.from_numpy(samples_SC.mean(1)).reshape(1, -1)
     mono_1S = torchaudio.functional.resample(mono_1S, rate_hz, SAMPLE_RATE_HZ)
@@ -43,19 +43,19 @@ def statistics_of(path: Path) -> np.ndarray:
 
 
 def main() -> None:
-    """Fit and judge, a line for each fold."""
+    """Fit and evaluate; print a line for each fold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="recordings and a table of the folder's name: env/env.csv")
-    parser.add_argument("--task", required=True, help="rows of the table that have it in their column task")
+    parser.add_argument("folder", type=Path, help="recordings, and a table named like the folder: env/env.csv")
+    parser.add_argument("--task", required=True, help="use the rows with this value in the column task")
     parser.add_argument("--out", required=True, type=Path, help="JSON: the accuracy on each fold")
     args = parser.parse_args()
     path = args.folder / f"{args.folder.name}.csv"
     if not path.is_file():
-        parser.error(f"{path} is missing; name the folder of the recordings, in which the table has the folder's name")
+        parser.error(f"{path} is missing; give a folder of recordings that holds a table of the same name")
     with path.open(newline="") as table:
         rows = [row for row in csv.DictReader(table) if row["task"] == args.task]
     if not rows:
-        parser.error(f"--task {args.task}: no row of {path} has it in its column task")
+        parser.error(f"--task {args.task}: no row of {path} has this value in the column task")
     features_ND = np.stack([statistics_of(args.folder / row["path"]) for row in rows])
     labels_N, folds_N = (np.array([row[name] for row in rows]) for name in ("label", "fold"))
     shares: dict[str, float] = {}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What frozen features are worth, without fine-tuning: the teacher of runs/transfer.sh beside the same network with fresh
-# weights, and the logistic regression on log-mel statistics that a network should beat. Tables: docs/results.md.
+# Frozen features, without fine-tuning: the teacher of runs/transfer.sh, the same network with random weights, and logistic
+# regression on log-mel statistics, which a network should beat. Tables: docs/results.md.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 for task in esc10 us8k; do
     probe "$task" --checkpoint runs/exp/pretrained --data "shards/$task" --hold-out $ESC10_FOLDS --random

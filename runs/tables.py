@@ -1,4 +1,4 @@
-"""The tables of docs/results.md, from what the scripts beside this file have left in runs/exp.
+"""Print the tables of docs/results.md from runs/exp, which the scripts beside this file fill.
 
 python runs/tables.py
 """
@@ -8,8 +8,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from asda.commands import crossval
 from asda.errors import exit_with_sentence
+from asda.evaluation.folds import RECORD, Cell, interval, read_figures
 from asda.run.log import read_metrics
 
 RUNS = Path("runs/exp")
@@ -29,43 +29,43 @@ HAM = ("ham-ast", "ham-channels", "ham-conformer3", "ham-conformer6-channels")
 Row = list[str]
 
 
-def accuracies(name: str) -> dict[crossval.Cell, float] | None:
-    """Of a finished call of asda crossval."""
+def accuracies(name: str) -> dict[Cell, float] | None:
+    """Return the accuracies of a finished asda crossval by training; None if it has not been run."""
     path = RUNS / name
-    if not (path / crossval.RECORD).is_file():
+    if not (path / RECORD).is_file():
         return None
-    return {cell: figures["accuracy"] for cell, figures in crossval.read(path).items()} or None
+    return {cell: figures["accuracy"] for cell, figures in read_figures(path).items()} or None
 
 
 def read_json(name: str) -> dict | None:
-    """A file of the experiments."""
+    """Read a JSON file of runs/exp; None if it is missing."""
     return json.loads((RUNS / name).read_text()) if (RUNS / name).is_file() else None
 
 
 def rounded(share: float) -> str:
-    """In percent."""
+    """Format a share in percent."""
     return f"{100 * share:.1f}"
 
 
 def percent(values: Sequence[float]) -> str:
-    """Mean and half of the 95 % interval."""
-    return f"{100 * statistics.fmean(values):.1f} +- {100 * crossval.interval(values):.1f}"
+    """Format the mean and half the width of its 95 % interval, in percent."""
+    return f"{100 * statistics.fmean(values):.1f} +- {100 * interval(values):.1f}"
 
 
-def difference(ours: dict[crossval.Cell, float] | None, theirs: dict[crossval.Cell, float] | None) -> str:
-    """Run by run, of equal fold and seed."""
+def difference(ours: dict[Cell, float] | None, theirs: dict[Cell, float] | None) -> str:
+    """Format the mean difference, paired by fold and seed."""
     if ours is None or theirs is None:
         return ""
     return percent([ours[cell] - theirs[cell] for cell in ours])
 
 
-def told(values: dict[crossval.Cell, float] | None) -> str:
-    """The mean over folds and seeds, or that it has not been run."""
+def told(values: dict[Cell, float] | None) -> str:
+    """Format the mean over folds and seeds, or say that it has not been run."""
     return "not run" if values is None else percent(list(values.values()))
 
 
 def transfer() -> list[Row]:
-    """Pre-trained against from scratch."""
+    """Compare pre-training with training from scratch."""
     rows = [["task", "pre-trained, %", "from scratch, %", "difference", "runs each"]]
     for task in TASKS:
         ours, theirs = accuracies(f"{task}-pretrained"), accuracies(f"{task}-scratch")
@@ -74,7 +74,7 @@ def transfer() -> list[Row]:
 
 
 def scratch() -> list[Row]:
-    """From scratch, at other learning rates than the 5e-4 above."""
+    """Train from scratch at other learning rates than the 5e-4 above."""
     rows = [["esc10, learning rate", "from scratch, %", "pre-trained at 5e-4 is ahead by"]]
     ours = accuracies("esc10-pretrained") or {}
     for rate in ("0.00025", "0.0005", "0.001"):
@@ -84,7 +84,7 @@ def scratch() -> list[Row]:
 
 
 def best() -> list[Row]:
-    """The best small model on esc10, and the logistic regression on log-mel statistics of the same folds."""
+    """Compare the best small model on esc10 with logistic regression on log-mel statistics, on the same folds."""
     rows = [["esc10, accuracy in %", "mean", *FOLDS]]
     ours, baseline = accuracies("esc10-best"), read_json("logmel-esc10.json")
     if ours is None:
@@ -107,7 +107,7 @@ def _of_folds(name: str, shares: list[float]) -> Row:
 
 
 def probes() -> list[Row]:
-    """Frozen features."""
+    """Evaluate frozen features."""
     rows = [["task", "encoder", "neighbours, %", "linear, %"]]
     for task in TASKS:
         judged = (read_json(f"probe-{task}.json") or {"judged": []})["judged"]
@@ -120,7 +120,7 @@ def probes() -> list[Row]:
 
 
 def ablations() -> list[Row]:
-    """Every variant: how its pre-training went, and what came of it on esc10."""
+    """Compare all variants: their pre-training, and their accuracy on esc10."""
     head = ["variant", "frame loss", "clips/s", "peak GiB", "probe, linear, %", "esc10, %", "difference to base"]
     base = accuracies("esc10-base")
     scratch = accuracies("esc10-small-scratch")
@@ -128,13 +128,13 @@ def ablations() -> list[Row]:
     return [head, *rows, *(_ablation(name, base) for name in VARIANTS)]
 
 
-def _ablation(name: str, base: dict[crossval.Cell, float] | None) -> Row:
+def _ablation(name: str, base: dict[Cell, float] | None) -> Row:
     runs = [RUNS / f"{name}-{seed}" for seed in SEEDS]
     if not all((run / "finished").is_file() for run in runs):
         return [name, "not run", *[""] * 5]
     lines = [read_metrics(run, "train") for run in runs]
     loss = statistics.fmean(of_run[-1]["frame_loss"] for of_run in lines)
-    # A mean would keep the hour in which something else ran.
+    # The median ignores hours in which something else ran.
     pace = statistics.median(line["clips_per_s"] for of_run in lines for line in of_run)
     memory = max(line["rss_gib"] for of_run in lines for line in of_run)
     linear = [read_metrics(run, "probe")[-1]["linear_accuracy"] for run in runs]
@@ -144,7 +144,7 @@ def _ablation(name: str, base: dict[crossval.Cell, float] | None) -> Row:
 
 
 def lambdas() -> list[Row]:
-    """Frozen features of the ablations' teachers on two more tasks: whether the better lambda depends on it."""
+    """Evaluate the ablations' teachers on two more tasks: does the best lambda depend on the task?"""
     rows = [["variant", "us8k, linear, %", "difference to base", "speech_commands, linear, %", "difference to base"]]
     for name in LAMBDAS:
         row = [name]
@@ -155,20 +155,20 @@ def lambdas() -> list[Row]:
     return rows
 
 
-def _of_seeds(task: str, name: str) -> dict[crossval.Cell, float] | None:
-    """The linear layer's accuracy by seed, over all held-out sets."""
+def _of_seeds(task: str, name: str) -> dict[Cell, float] | None:
+    """Return the linear layer's accuracy by seed, averaged over all held-out sets."""
     found = {seed: read_json(f"probe-{task}-{name}-{seed}.json") for seed in SEEDS}
     if not all(found.values()):
         return None
     return {
-        crossval.Cell("all", seed): statistics.fmean(one["teacher"]["linear_accuracy"] for one in of_seed["judged"])
+        Cell("all", seed): statistics.fmean(one["teacher"]["linear_accuracy"] for one in of_seed["judged"])
         for seed, of_seed in found.items()
         if of_seed
     }
 
 
 def ham() -> list[Row]:
-    """AST and what HAM-AST adds."""
+    """Compare AST with what HAM-AST adds."""
     first = accuracies(HAM[0])
     rows = [["esc10", "accuracy, %", "difference to AST"]]
     for name in HAM:
@@ -177,7 +177,7 @@ def ham() -> list[Row]:
 
 
 def attention() -> list[Row]:
-    """Weight on foreign sound over that on the clip's own, means over blocks and then over seeds, by the map."""
+    """Measure attention to a foreign half over that to the clip's own, by map: means over blocks, then over seeds."""
     maps = ("A1, or the only map", "abs(A1 - lambda A2)")
     rows = [["variant", *(f"{network}: {of_map}" for network in NETWORKS for of_map in maps)]]
     for name in LAMBDAS:
@@ -187,7 +187,7 @@ def attention() -> list[Row]:
 
 
 def attention_of(name: str, network: str) -> list[list[float]]:
-    """The ratios of each seed: of the first map, or the only one; and of the mixture, none where there is one map."""
+    """Return the ratios of all seeds: for the first or only map, and for the difference (empty with one map)."""
     record, run = NETWORKS[network]
     found = {seed: one["runs"] for seed in SEEDS if (one := read_json(f"{record}-{seed}.json"))}
     each = [_ratios(runs[run.format(name=name, seed=seed)]) for seed, runs in found.items()]
@@ -196,11 +196,11 @@ def attention_of(name: str, network: str) -> list[list[float]]:
 
 def _mean_ratio(values: list[float]) -> str:
     mean = f"{statistics.fmean(values):.3f}" if values else ""
-    return f"{mean} +- {crossval.interval(values):.3f}" if len(values) > 1 else mean
+    return f"{mean} +- {interval(values):.3f}" if len(values) > 1 else mean
 
 
 def _ratios(maps: dict[str, list[dict[str, dict[str, float]]]]) -> list[float]:
-    """Means over blocks of `unrelated / own`: of the first map and of the mixture, or of the only map."""
+    """Return means over blocks of `unrelated / own`, for the first map and the difference, or for the only map."""
     wanted = [blocks for name, blocks in maps.items() if name != "A2" and "unrelated / own" in blocks[0]]
     return [statistics.fmean(block["unrelated / own"]["value"] for block in blocks) for blocks in wanted]
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Does pre-training pay? One pre-training on recordings of environments, one on recordings of a second each with words among
-# them, then environmental sounds and words: pre-trained against from scratch at equal budget. Tables: docs/results.md.
+# Does pre-training help? One pre-training on environmental recordings, and one on recordings of one second, some of them
+# spoken words. Then fine-tuning on both kinds: pre-trained against from scratch, with equal budgets. Tables: docs/results.md.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 all_shards
 
@@ -26,7 +26,7 @@ for task in speech_commands arabic_sc; do
         objective.init_from=runs/exp/pretrained_words --against "runs/exp/$task-scratch"
 done
 
-# Whether the start from scratch has the worse learning rate: half and twice as much
+# Is 5e-4 a bad learning rate from scratch? Half and twice as much
 for rate in 0.00025 0.001; do
     crossval "exp/esc10-scratch-$rate" real_finetune esc10 $ESC10_FOLDS 1,2,3 "${FINE[@]}" "${SCRATCH[@]}" \
         "optimizer.lr=$rate" --against runs/exp/esc10-scratch

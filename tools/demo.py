@@ -1,7 +1,7 @@
-"""The whole road on one small set of sounds: shards, pre-training, fine-tuning, evaluation, report.
+"""Run the full pipeline on a small set of sounds: shards, pre-training, fine-tuning, evaluation, report.
 
-What `make demo` runs. Without --audio it synthesises eight classes of sounds; with --audio FOLDER (one subfolder per
-class) it takes yours. Every step is the command that a user would type; they are printed as they run.
+`make demo` runs this. Without --audio it synthesises eight classes of sounds; with --audio FOLDER (one subfolder per
+class) it takes yours. Every step is a command that a user could type, and is printed before it runs.
 """
 
 import argparse
@@ -21,18 +21,18 @@ from asda.errors import UserError, exit_with_sentence
 ROOT = Path(__file__).resolve().parent.parent
 CLIPS_PER_CLASS = 120
 RANKS = 2
-MARKER = "made_by_demo.txt"  # in --out: says that everything beside it may be replaced
+MARKER = "made_by_demo.txt"  # in --out: everything beside it may be replaced
 
 
 def demo(audio: Path | None, out: Path) -> None:
-    """Run every part once, in `out`; a second run starts over."""
+    """Run every part once, in `out`; a second run starts over. Raises UserError."""
     _claim(out)
     started = time.monotonic()
     shards, pretrained, finetuned, scratch = (out / name for name in ("shards", "pretrained", "finetuned", "scratch"))
     if audio is None:
         audio = out / "audio"
         _synthesise(audio)
-        # Many clips without labels and few with: what pre-training is for.
+        # Many unlabelled clips and few labelled ones: the case for pre-training.
         splits, unlabelled, labelled = ("unlabelled=65%", "labelled=5%", "test=30%"), "unlabelled+labelled", "labelled"
     else:
         splits, unlabelled, labelled = ("train=70%", "test=30%"), "train", "train"
@@ -42,9 +42,9 @@ def demo(audio: Path | None, out: Path) -> None:
     _train("demo_pretrain.json", pretrained, f"data.train={shards}:{unlabelled}")
     data = (f"data.train={shards}:{labelled}", f"data.valid={shards}:test")
     _train("demo_finetune.json", finetuned, *data, f"objective.init_from={pretrained}")
-    _train("demo_finetune.json", scratch, *data, "objective.init_from=", "optimizer.lr=0.001")  # where it does best
+    _train("demo_finetune.json", scratch, *data, "objective.init_from=", "optimizer.lr=0.001")  # its best one
     for run in (finetuned, scratch):
-        _run(*_launch("evaluate.py"), "--checkpoint", run)
+        _run(*_launcher(), "asda.evaluate", "--checkpoint", run)
 
     report = out / "report.html"
     _asda("report", pretrained, finetuned, scratch, "--out", report)
@@ -53,7 +53,7 @@ def demo(audio: Path | None, out: Path) -> None:
 
 
 def _claim(out: Path) -> None:
-    """Mark the folder as the demo's, which empties parts of it; refuse one with files of somebody else."""
+    """Mark the folder as the demo's, which deletes parts of it. Raises UserError if it holds other files."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is not a folder; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -61,8 +61,8 @@ def _claim(out: Path) -> None:
         return
     if any(out.iterdir()):
         raise UserError(
-            f"--out {out} holds files that this demo has not written; remove it if it is an older demo's, "
-            "or choose another --out"
+            f"--out {out} holds files that this demo has not written; remove the folder if it is an older demo's, or "
+            "choose another --out"
         )
     (out / MARKER).write_text("tools/demo.py made this folder, and replaces what is in it when it runs again.\n")
 
@@ -78,26 +78,23 @@ def _asda(command: str, *arguments: object) -> None:
 
 
 def _train(config: str, run: Path, *overrides: str) -> None:
-    # The demo is about the road from the start; continuing an older demo would hide half of it.
-    shutil.rmtree(run, ignore_errors=True)
-    _run(*_launch("train.py"), "--config", ROOT / "configs" / config, f"run.folder={run}", *overrides)
+    shutil.rmtree(run, ignore_errors=True)  # or an older demo would be resumed
+    _run(*_launcher(), "asda.train", "--config", ROOT / "configs" / config, f"run.folder={run}", *overrides)
 
 
-def _launch(script: str) -> tuple[str, ...]:
-    """A DeepSpeed launch on this machine; the launcher lies beside the interpreter that runs this."""
+def _launcher() -> tuple[str, ...]:
+    """Return the start of a DeepSpeed launch; the launcher lies beside the interpreter that runs this."""
     launcher = Path(sys.executable).with_name("deepspeed")
-    return (str(launcher), "--num_accelerators", str(RANKS), str(ROOT / "asda" / script))
+    return (str(launcher), "--num_accelerators", str(RANKS), "--module")
 
 
-def _run(program: Path | str, *arguments: object) -> None:
-    command = [str(program), *map(str, arguments)]
-    if command[0].endswith(".py"):
-        command.insert(0, sys.executable)
+def _run(*arguments: object) -> None:
+    command = [*map(str, arguments)]
     print(f"\n$ {shlex.join(command)}", flush=True)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(command, check=False, env=environment)
     if done.returncode:
-        raise UserError(f"this step of the demo ended with exit code {done.returncode}; its message stands above")
+        raise UserError(f"this step of the demo ended with exit code {done.returncode}; see its message above")
 
 
 def _print_table(finetuned: Path, scratch: Path) -> None:
@@ -112,7 +109,7 @@ def _print_table(finetuned: Path, scratch: Path) -> None:
 
 def main() -> None:
     """Parse the command line and run the demo."""
-    parser = argparse.ArgumentParser(prog="tools/demo.py", description="The whole road on one small set of sounds.")
+    parser = argparse.ArgumentParser(prog="tools/demo.py", description="The full pipeline on a small set of sounds.")
     parser.add_argument("--audio", type=Path, help="your own audio, one subfolder per class (default: synthesised)")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="where everything goes (default: demo)")
     args = parser.parse_args()

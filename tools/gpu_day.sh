@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A day with a CUDA machine: is everything right there, and how fast is it? See docs/gpu.md, or --help.
+# Test and measure asda on a CUDA machine: is everything right there, and how fast is it? See docs/gpu.md, or --help.
 set -euo pipefail
 here="$(cd "$(dirname "$0")/.." && pwd)"
 python="${PYTHON:-$here/.venv/bin/python}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv from the lock: exact versions, checked hashes. Does nothing when it is already up to date.
+# Make .venv from the lock: exact versions, checked hashes. Does nothing if it is up to date.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -23,14 +23,14 @@ if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$current" ]; then
 fi
 
 free_kib=$(df -Pk . | awk 'NR == 2 { print $4 }')
-[ "$free_kib" -gt $((9 * 1024 * 1024)) ] || fail "the environment needs about 9 GiB of disk while it is made, $((free_kib / 1024)) MiB are free here"
+[ "$free_kib" -gt $((9 * 1024 * 1024)) ] || fail "making the environment takes about 9 GiB of disk, and $((free_kib / 1024)) MiB are free here"
 
 echo "setup: making .venv from requirements.lock (about 2.5 GB to download, 6 GB on disk, 2 to 5 minutes)"
 rm -rf .venv
 "$python" -m venv .venv
 pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
 pip install --require-hashes -r requirements-build.lock
-# DeepSpeed comes as source; without build isolation it is built from the locked packages and nothing else.
+# DeepSpeed comes as source; without build isolation it is built from the locked packages alone.
 pip install --require-hashes --no-build-isolation -r requirements.lock
 pip install --no-deps --no-build-isolation --editable .
 printf '%s\n' "$current" > "$stamp"

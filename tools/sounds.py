@@ -1,6 +1,6 @@
-"""Eight classes of synthetic sounds that an ear tells apart: what `make demo` trains on when it is given no audio.
+"""Eight classes of synthetic sounds that an ear tells apart; `make demo` trains on them if it is given no audio.
 
-Every clip draws its own pitch, rate, timbre and level, and lies in a background of coloured noise; no two are alike.
+Every clip has its own random pitch, rate, timbre and level, in a background of coloured noise; no two are alike.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ Synth = Callable[[np.random.Generator, np.ndarray], np.ndarray]  # (rng, time_S 
 
 
 def siren(rng: np.random.Generator, time_S: np.ndarray) -> np.ndarray:
-    """A tone that glides up and down."""
+    """Make a tone that glides up and down."""
     centre_hz, swing, rate_hz = rng.uniform(500, 1200), rng.uniform(0.2, 0.5), rng.uniform(0.4, 1.5)
     return _tone(time_S, centre_hz * (1 + swing * np.sin(_turns(time_S, rate_hz, rng))), harmonics=3)
 
 
 def bell(rng: np.random.Generator, time_S: np.ndarray) -> np.ndarray:
-    """Struck metal: inharmonic partials that die away, high ones first."""
+    """Make struck metal: inharmonic partials that die away, high ones first."""
     base_hz, samples_S = rng.uniform(250, 700), np.zeros_like(time_S)
     for strike_s in np.arange(rng.uniform(0, 0.4), SECONDS, rng.uniform(0.8, 1.6)):
         since_S = np.clip(time_S - strike_s, 0, None)
@@ -32,14 +32,14 @@ def bell(rng: np.random.Generator, time_S: np.ndarray) -> np.ndarray:
 
 
 def cricket(rng: np.random.Generator, time_S: np.ndarray) -> np.ndarray:
-    """A high trill in bursts."""
+    """Make a high trill in bursts."""
     burst_S = (time_S * rng.uniform(1.2, 3) + rng.random()) % 1 < rng.uniform(0.35, 0.6)
     pulses_S = np.clip(np.sin(_turns(time_S, rng.uniform(25, 45), rng)), 0, None)
     return burst_S * pulses_S * _tone(time_S, np.full_like(time_S, rng.uniform(3000, 5500)), harmonics=1)
 
 
 def drip(rng: np.random.Generator, time_S: np.ndarray) -> np.ndarray:
-    """Drops into water: short plinks that rise in pitch, at irregular times."""
+    """Make drops into water: short plinks that rise in pitch, at irregular times."""
     samples_S = np.zeros_like(time_S)
     for start_s in np.cumsum(rng.uniform(0.15, 0.6, 10)):
         since_S = np.clip(time_S - start_s, 0, None)
@@ -49,14 +49,14 @@ def drip(rng: np.random.Generator, time_S: np.ndarray) -> np.ndarray:
 
 
 def engine(rng: np.random.Generator, time_S: np.ndarray) -> np.ndarray:
-    """A low buzz with a beat."""
+    """Make a low buzz with a beat."""
     speed_hz = rng.uniform(35, 90) * (1 + 0.1 * np.sin(_turns(time_S, rng.uniform(0.2, 0.6), rng)))
     beat_S = 1 + 0.6 * np.sin(_turns(time_S, rng.uniform(6, 14), rng))
     return _tone(time_S, speed_hz, harmonics=25) * beat_S
 
 
 def bird(rng: np.random.Generator, time_S: np.ndarray) -> np.ndarray:
-    """Short high chirps in groups."""
+    """Make short high chirps in groups."""
     samples_S = np.zeros_like(time_S)
     for start_s in np.cumsum(rng.uniform(0.08, 0.3, 12)):
         length_s, from_hz, to_hz = rng.uniform(0.04, 0.1), rng.uniform(2500, 5000), rng.uniform(2500, 6500)
@@ -68,13 +68,13 @@ def bird(rng: np.random.Generator, time_S: np.ndarray) -> np.ndarray:
 
 
 def alarm(rng: np.random.Generator, time_S: np.ndarray) -> np.ndarray:
-    """Beeps of one pitch, on and off."""
+    """Make beeps of one pitch, on and off."""
     on_S = (time_S * rng.uniform(1.5, 4) + rng.random()) % 1 < rng.uniform(0.3, 0.6)
     return _tone(time_S, np.full_like(time_S, rng.uniform(900, 2500)), harmonics=4) * on_S
 
 
 def footsteps(rng: np.random.Generator, time_S: np.ndarray) -> np.ndarray:
-    """Dull thumps at a walking pace."""
+    """Make dull thumps at a walking pace."""
     since_S = (time_S + rng.random()) % rng.uniform(0.4, 0.75)
     thump_S = np.exp(-since_S * 25) * np.sin(2 * np.pi * rng.uniform(60, 130) * since_S)
     return thump_S + 0.3 * np.exp(-since_S * 60) * _noise(rng, time_S.size, slope=0.5)
@@ -95,7 +95,7 @@ def write_dataset(folder: Path, clips_per_class: int, seed: int) -> None:
 
 
 def synthesise(synth: Synth, rng: np.random.Generator) -> np.ndarray:
-    """One clip: the sound in a background, at a random level. [S] float in -1 .. 1."""
+    """Make one clip, float [S] in -1 .. 1: the sound in a background, at a random level."""
     time_S = np.arange(int(SECONDS * SAMPLE_RATE_HZ)) / SAMPLE_RATE_HZ
     sound_S = _unit(synth(rng, time_S))
     background_S = _unit(_noise(rng, time_S.size, slope=rng.uniform(0, 1)))
@@ -112,14 +112,14 @@ def _turns(time_S: np.ndarray, rate_hz: float, rng: np.random.Generator) -> np.n
 
 
 def _tone(time_S: np.ndarray, pitch_hz_S: np.ndarray, harmonics: int) -> np.ndarray:
-    """Harmonics that fall off as 1/n, for a pitch that may move; none above the Nyquist frequency."""
+    """Make harmonics that fall off as 1/n, for a pitch that may move; none is above the Nyquist frequency."""
     phase_S = 2 * np.pi * np.cumsum(pitch_hz_S) / SAMPLE_RATE_HZ
     audible = [n for n in range(1, harmonics + 1) if n * pitch_hz_S.max() < SAMPLE_RATE_HZ / 2]
     return np.sum([np.sin(n * phase_S) / n for n in audible], axis=0)
 
 
 def _noise(rng: np.random.Generator, num_samples: int, slope: float) -> np.ndarray:
-    """Noise whose amplitude falls as 1/f**slope."""
+    """Make noise whose amplitude falls as 1/f**slope."""
     spectrum = np.fft.rfft(rng.standard_normal(num_samples))
     spectrum /= np.maximum(1, np.arange(spectrum.size) / 20) ** slope
     return _unit(np.fft.irfft(spectrum, num_samples))

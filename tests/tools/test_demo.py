@@ -1,4 +1,4 @@
-"""tools/demo.py without the hours: which folders it takes for its own, and what it leaves alone."""
+"""tools/demo.py without its training: which folders it takes for its own, and what it leaves alone."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ def demo(monkeypatch: pytest.MonkeyPatch):
     """tools/demo.py whose steps only make their folders."""
     import demo
 
-    def step(program: Path | str, *arguments: object) -> None:
+    def step(*arguments: object) -> None:
         for text in map(str, arguments):
             if text.startswith("run.folder="):
                 Path(text.removeprefix("run.folder=")).mkdir()  # a run of an older demo would be in the way

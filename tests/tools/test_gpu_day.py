@@ -1,4 +1,4 @@
-"""The day with a GPU, rehearsed without one: plumbing, refusals, what is kept when it is cut."""
+"""The day with a GPU, run without one: plumbing, refusals, what is kept when time runs out."""
 
 import json
 import subprocess
@@ -75,7 +75,7 @@ def test_what_was_found_before_the_time_was_up_is_kept(tmp_path: Path, monkeypat
     monkeypatch.setattr(gpu_day, "PARTS", {"slow": (slow, ()), "next": (lambda day: day.run("true") or {}, ())})
     gpu_day.run_parts(day(tmp_path, seconds=0.5), ["slow", "next"], tmp_path / "day.json")
     found = json.loads((tmp_path / "day.json").read_text())
-    assert found["slow"] | {"seconds": 0} == {"rows": [1], "status": "cut", "reason": "the time was up", "seconds": 0}
+    assert found["slow"] | {"seconds": 0} == {"rows": [1], "status": "cut", "reason": "out of time", "seconds": 0}
     assert found["next"]["status"] == "cut"
 
 

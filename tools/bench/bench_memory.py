@@ -1,8 +1,7 @@
-"""What a rank holds and sends in a step of ASDA-base, by ZeRO stage: computed beside measured.
+"""Measure what a rank holds and sends in a step of ASDA-base, by ZeRO stage, beside what is computed for it.
 
-bench.py memory starts one and two ranks for every stage, lets them take two steps and looks at the second: which
-tensors are alive between the backward pass and the update, and what is given to torch.distributed. Activations are not
-among them: they are gone by then.
+`bench.py memory` starts one and two ranks for every stage. It looks at their second step: which tensors are alive
+between the backward pass and the update, and what is given to torch.distributed. Activations are freed by then.
 """
 
 import argparse
@@ -40,9 +39,10 @@ Bytes = dict[str, float]
 
 
 def computed_traffic(parameters: int, followed: int, stage: int, world: int, micro_batches: int = 1) -> Bytes:
-    """Bytes a rank of a bf16 run sends in a step, where exchanges go around a ring.
+    """Compute the bytes that a rank of a bf16 run sends in a step, if exchanges go around a ring.
 
-    A ring sends (W - 1) / W of the whole to gather or to reduce and scatter it, and twice that to reduce it everywhere.
+    A ring of W ranks sends (W - 1) / W of the whole to gather it or to reduce and scatter it, and twice that to reduce
+    it everywhere.
     """
     once = (world - 1) / world
     # In fp32 (engine.deepspeed_dict). Stages 2 and 3 exchange after every micro-batch; stage 2 reduces everywhere, as
@@ -56,7 +56,7 @@ def computed_traffic(parameters: int, followed: int, stage: int, world: int, mic
 
 
 def bench_memory(config: Path = CONFIG, overrides: Iterable[str] = ()) -> dict[str, dict[str, float]]:
-    """What the first of one or two ranks holds and sends in a step, in MB, by ZeRO stage: computed beside measured."""
+    """Return what the first of one or two ranks holds and sends in a step, in MB, by ZeRO stage."""
     rows = {}
     for world in WORLDS:
         for stage in STAGES:
@@ -72,7 +72,7 @@ def bench_memory(config: Path = CONFIG, overrides: Iterable[str] = ()) -> dict[s
 
 
 def measured(world: int, overrides: list[str], config: Path = CONFIG) -> dict[str, Any]:
-    """What the first of `world` ranks found in its second step."""
+    """Return what the first of `world` ranks measured in its second step."""
     port, script = free_port(), str(Path(__file__).resolve())
     processes = []
     for rank in range(world):
@@ -89,9 +89,9 @@ def measured(world: int, overrides: list[str], config: Path = CONFIG) -> dict[st
 
 
 def measure(config_file: Path, overrides: list[str]) -> dict[str, Any]:
-    """Two steps of a clip a rank on noise; what is held and sent in the second."""
+    """Take two steps of one clip a rank, on noise; return what is held and sent in the second."""
     world = int(os.environ["WORLD_SIZE"])
-    # The tensors in question do not depend on the number of students; the time does.
+    # The measured tensors do not depend on the number of students; the time does.
     sizes = [f"optimizer.batch={world}", "engine.micro_batch=1", "objective.students=1", "engine.precision=bf16"]
     config = load_config(config_file, [*sizes, 'data.log_mel={"mean": -4, "std": 4}', *overrides])
     processes = join_processes()
@@ -125,7 +125,7 @@ def measure(config_file: Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def held(engine: Any, objective: Pretraining) -> Bytes:
-    """Bytes of all living tensors, each piece of memory once, by the first of the kinds that it belongs to."""
+    """Return the bytes of all living tensors by kind; each piece of memory counts once."""
     seen: set[int] = set()
 
     def take(tensors: Iterable[Tensor | None]) -> float:
@@ -150,13 +150,13 @@ def held(engine: Any, objective: Pretraining) -> Bytes:
         "teacher": take(objective.teacher.parameters()),
         "averages": take(objective._ema.averages),
     }
-    # What is left: tables of positions, buffers of DeepSpeed's exchanges.
+    # The rest: tables of positions, buffers of DeepSpeed's exchanges.
     wide = [x for x in gc.get_objects() if _is_tensor(x) and x.numel() > 1 << 16]
     return kinds | {"other": take(wide)}
 
 
 def _kept_gradients(optimizer: Any) -> list[Tensor]:
-    """Gradients that DeepSpeed's stages 2 and 3 keep in places of their own until the update."""
+    """Return the gradients that DeepSpeed's stages 2 and 3 keep in their own buffers until the update."""
     by_group = getattr(optimizer, "averaged_gradients", {})
     kept = [tensor for tensors in by_group.values() for tensor in tensors]
     return [x for x in [*kept, getattr(optimizer, "grad_partitions_flat_buffer", None)] if x is not None]
@@ -166,8 +166,8 @@ def _is_tensor(x: object) -> bool:
     return issubclass(type(x), Tensor)  # isinstance would look behind weak references, some of them dead
 
 
-# Methods of a process group: share of the whole that a ring of W ranks sends, in units of (W - 1) / W, and which of the
-# arguments is the whole.
+# Methods of a process group: the share of the whole that a ring of W ranks sends, in units of (W - 1) / W, and the
+# place of the whole among the arguments.
 EXCHANGES = {
     "allreduce": (2, 0),
     "allreduce_coalesced": (2, 0),
@@ -184,7 +184,7 @@ EXCHANGES = {
 
 @contextmanager
 def counted() -> Iterator[Bytes]:
-    """Counts what this rank would send around a ring, by kind of exchange, while inside."""
+    """Count what this rank would send around a ring, by kind of exchange, while inside."""
     group_class, sent = dist.ProcessGroup, defaultdict(float)
     original = {name: getattr(group_class, name) for name in EXCHANGES if hasattr(group_class, name)}
 
@@ -215,14 +215,16 @@ def _bytes(tensors: Any) -> int:
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM."""
+    """Return the bytes of this process that are in RAM."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def main() -> None:
-    """Be one rank: measure, and print what was found as the last line."""
-    parser = argparse.ArgumentParser(prog="tools/bench/bench_memory.py", description="one rank of `bench.py memory`")
+    """Run one rank: measure, and print the findings as JSON on the last line."""
+    parser = argparse.ArgumentParser(
+        prog="tools/bench/bench_memory.py", description="Run one rank of `bench.py memory`."
+    )
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
-"""Figures of 20,000 clips x 527 classes, AudioSet's evaluation: ours, torchmetrics' exact mode and scikit-learn's.
+"""Time the metrics of AudioSet's evaluation, 20,000 clips x 527 classes: ours, torchmetrics and scikit-learn.
 
-All three compute average precision from every score, without bins, on one thread. Ours gives AUC, d-prime and the
-counts as well.
+All three compute average precision from every score, without bins, on one thread. Ours also gives AUC, d-prime and the
+counts.
 """
 
 import time
@@ -21,8 +21,8 @@ ROUNDS = 3
 
 
 def bench_metrics() -> dict[str, float]:
-    """Seconds for the figures of 20,000 x 527 scores: ours, and exact mAP of torchmetrics and scikit-learn."""
-    torch.set_num_threads(1)  # as ours; on two busy cores torchmetrics' many short sorts take five times as long
+    """Return seconds for 20,000 x 527 scores: all our metrics, and the exact mAP of torchmetrics and scikit-learn."""
+    torch.set_num_threads(1)  # like ours; on two busy cores torchmetrics' many short sorts take five times as long
     rng = np.random.default_rng(0)
     targets_NC = (rng.random((CLIPS, CLASSES)) < LABELS_A_CLIP / CLASSES).astype(np.float32)
     scores_NC = rng.standard_normal((CLIPS, CLASSES), dtype=np.float32) + 2 * targets_NC
@@ -49,7 +49,7 @@ def bench_metrics() -> dict[str, float]:
 
 
 def _in_turn(works: dict[str, Callable[[], float]]) -> tuple[dict[str, float], dict[str, float]]:
-    """What each gives, and its median seconds, run in turn after one unmeasured round."""
+    """Return the value and the median seconds of each, run in turns after one unmeasured round."""
     values: dict[str, float] = {}
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for round_number in range(ROUNDS + 1):

@@ -1,12 +1,12 @@
-"""A day with a CUDA machine: first whether everything is right there, then how fast it is. One JSON file.
+"""Test and measure asda on a CUDA machine: first whether everything is right, then how fast it is.
 
     tools/gpu_day.sh                            everything
-    tools/gpu_day.sh --minutes 20 --out x.json  what fits; what did not is named in the file
-    tools/gpu_day.sh --only machine gemm step   some parts
-    tools/gpu_day.sh --cpu                      a rehearsal: every part at a tiny size on the CPU
+    tools/gpu_day.sh --minutes 20 --out x.json  what fits; the file names what did not
+    tools/gpu_day.sh --only machine gemm step   only some parts
+    tools/gpu_day.sh --cpu                      a dry run: every part at a tiny size on the CPU
 
-Needs no network and no data: sounds are synthesised. The file is written anew after every part, so that nothing is lost
-when the machine is taken away. docs/gpu.md says what the parts do and how to read the file.
+Needs no network and no data: sounds are synthesised. The JSON file is written after every part, so that nothing is lost
+if the machine is taken away. docs/gpu.md says what the parts do and how to read the file.
 """
 
 import argparse
@@ -27,23 +27,23 @@ from asda.errors import UserError, exit_with_sentence
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA_TESTS = ("tests/models/test_triton_attention.py", "tests/data/features/test_dali.py")
-STEPS, SAVED_AT = 12, 6  # of the short runs, and where the continued one begins
-# Losses of the same run computed in another order: roundings of 2^-24 (fp32) and 2^-9 (bf16, fp16 master weights aside)
-# a value, of which a mean over many terms shows less; Adam's first steps enlarge them.
+STEPS, SAVED_AT = 12, 6  # of the short runs, and where the resumed one begins
+# Losses of the same run computed in another order: each value is rounded by 2^-24 (fp32) or 2^-9 (bf16). A mean over
+# many terms shows less of it; Adam's first steps enlarge it.
 MOST_DIFFERENCE = {"fp32": 1e-3, "bf16": 2**-7}
 MICRO_BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96)
 TINY = ["data.frames=64", "model.depth=2", "objective.target_layers=2", "objective.students=2", "optimizer.batch=8"]
-LAUNCH_S = 600  # longest a single program may take
-TAIL_CHARS = 2000  # of a program's messages that are kept when it fails
+LAUNCH_S = 600  # longest time of a single program
+TAIL_CHARS = 2000  # kept of a failed program's output
 Found = dict[str, Any]
 
 
 class OutOfTimeError(Exception):
-    """No time is left for what was to come."""
+    """No time is left."""
 
 
 class PartFailedError(Exception):
-    """A program of a part ended badly; its messages."""
+    """A program of a part failed; holds its output."""
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Day:
     found: Found = field(default_factory=dict)  # by part
 
     def run(self, *argv: object, env: dict[str, str] | None = None) -> str:
-        """Run a program; gives its output. Raises PartFailedError, OutOfTimeError."""
+        """Run a program and return its output. Raises PartFailedError and OutOfTimeError."""
         left_s = min(self.deadline - time.monotonic(), LAUNCH_S)
         if left_s <= 0:
             raise OutOfTimeError
@@ -74,17 +74,17 @@ class Day:
         return done.stdout
 
     def python(self, *argv: object, env: dict[str, str] | None = None) -> str:
-        """Run one of our scripts on this interpreter."""
+        """Run a script on this interpreter, and return its output."""
         return self.run(sys.executable, *argv, env=env)
 
     def part(self, name: str, *argv: object) -> Found:
-        """A part of gpu_parts.py."""
+        """Run a part of gpu_parts.py, and return its findings."""
         return json.loads(
             self.python("tools/bench/gpu_parts.py", name, *(["--cpu"] if self.cpu else []), *argv).splitlines()[-1]
         )
 
     def train(self, run: Path, ranks: int, *overrides: str, config: str = "demo_pretrain") -> dict[int, float]:
-        """A short run of the trainer on synthetic sounds: its losses by step. TF32 is off, so that fp32 is fp32."""
+        """Train briefly on synthetic sounds, and return the losses by step. TF32 is off, so that fp32 is fp32."""
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
         common = ["objective.decoder.noise_std=0", "optimizer.warmup_steps=2", "run.log_every=1", f"run.folder={run}"]
         common += [f"optimizer.steps={STEPS}", f"run.save_every={SAVED_AT}", "run.keep=9"]
@@ -95,15 +95,15 @@ class Day:
         return {entry["step"]: entry["loss"] for entry in self.metrics(run)}
 
     def metrics(self, run: Path) -> list[Found]:
-        """The lines of a run's log that tell of training."""
+        """Return the training lines of a run's metrics."""
         entries = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
         return [entry for entry in entries if entry.get("kind", "train") == "train" and "loss" in entry]
 
     def sounds(self) -> Path:
-        """Shards of synthetic sounds, made when first asked for."""
+        """Return shards of synthetic sounds; make them on the first call."""
         shards = self.work / "shards"
         if not shards.exists():
-            clips = 8 if self.cpu else 64  # of each of eight classes
+            clips = 8 if self.cpu else 64  # in each of eight classes
             code = (
                 "import sys, pathlib, sounds; sounds.write_dataset(pathlib.Path(sys.argv[1]), int(sys.argv[2]), seed=5)"
             )
@@ -114,26 +114,26 @@ class Day:
 
 
 def machine(day: Day) -> Found:
-    """What is here."""
+    """Describe the machine and the packages."""
     return day.part("machine")
 
 
 def tests(day: Day) -> Found:
-    """The tests that need a GPU: Triton's kernels against their definition, DALI's graph against the CPU's."""
+    """Run the tests that need a GPU: Triton's kernels against their definition, DALI on the GPU against the CPU."""
     if day.cpu:
-        return {"status": "skipped", "reason": "they skip themselves without CUDA"}
+        return {"status": "skipped", "reason": "these tests need CUDA"}
     lines = day.python("-m", "pytest", "-q", "-rA", "-k", "on_a_gpu", *CUDA_TESTS).splitlines()
     ran = [line.removeprefix("PASSED ") for line in lines if line.startswith("PASSED ")]
     return {"passed": bool(ran), "gpu_tests": ran, "summary": lines[-1]}
 
 
 def parity(day: Day) -> Found:
-    """Loss and gradients in fp32 and bf16 against fp64 on the CPU."""
+    """Compare loss and gradients in fp32 and bf16 with fp64 on the CPU."""
     return day.part("parity")
 
 
 def stages(day: Day) -> Found:
-    """Short runs of the trainer in every ZeRO stage, on one GPU and on all, beside fp32 without ZeRO on one."""
+    """Train in every ZeRO stage, on one GPU and on all; compare the losses with fp32 without ZeRO on one GPU."""
     reference = day.train(day.work / "reference", 1, "engine.precision=fp32", "engine.zero_stage=0")
     found: Found = {"passed": True, "reference_losses": list(reference.values()), "runs": {}}
     for ranks in sorted({1, max(day.gpus, 1)}):
@@ -152,13 +152,13 @@ def stages(day: Day) -> Found:
 
 
 def resume(day: Day) -> Found:
-    """A run continued from its middle beside the uninterrupted one, and that one beside itself."""
-    whole, again, continued = (day.work / name for name in ("whole", "again", "continued"))
+    """Compare a run resumed from its middle with the uninterrupted one, and that one with a repetition."""
+    whole, again, resumed_run = (day.work / name for name in ("whole", "again", "resumed"))
     losses = day.train(whole, 1)
     repeated = day.train(again, 1)
     checkpoint = f"checkpoints/step-{SAVED_AT:07d}"
-    shutil.copytree(whole / checkpoint, continued / checkpoint)
-    resumed = day.train(continued, 1)
+    shutil.copytree(whole / checkpoint, resumed_run / checkpoint)
+    resumed = day.train(resumed_run, 1)
     return {
         "passed": sorted(resumed) == list(range(SAVED_AT + 1, STEPS + 1))
         and largest_difference(resumed, losses) <= MOST_DIFFERENCE["bf16"],
@@ -169,12 +169,12 @@ def resume(day: Day) -> Found:
 
 
 def gemm(day: Day) -> Found:
-    """The rate of a large product in bf16."""
+    """Measure the rate of a large matrix product in bf16."""
     return day.part("gemm")
 
 
 def step(day: Day) -> Found:
-    """One step of configs/as2m.json on one GPU, by micro-batch, up to what fits."""
+    """Time one step of configs/as2m.json on one GPU, with larger and larger micro-batches, up to what fits."""
     rows: list[Found] = []
     day.found["step"] = found = {"rows": rows}
     rate = day.found.get("gemm", {}).get("bf16_flops_per_s")
@@ -190,11 +190,11 @@ def step(day: Day) -> Found:
 
 
 def training(day: Day) -> Found:
-    """The trainer with the network of configs/as2m.json, on all GPUs, from shards: what the whole delivers."""
+    """Train the network of configs/as2m.json on all GPUs, from shards: the throughput of the whole."""
     if day.cpu:
         day.train(day.work / "training", 1, "optimizer.steps=3")
     else:
-        # Twelve clips a GPU as published; sounds are padded to 10 s.
+        # Twelve clips a GPU, as published; sounds are padded to 10 s.
         longer = [f"optimizer.batch={12 * day.gpus}", "optimizer.steps=60", "run.log_every=10", "run.save_every=1000"]
         day.train(day.work / "training", day.gpus, *longer, config="as2m")
     last = day.metrics(day.work / "training")[-1]
@@ -203,27 +203,27 @@ def training(day: Day) -> Found:
 
 
 def data(day: Day) -> Found:
-    """Host time per clip: tools/bench/bench.py data."""
+    """Measure the host's time per clip: tools/bench/bench.py data."""
     return _benchmark(day, "data")
 
 
 def attention(day: Day) -> Found:
-    """The ways to compute attention: tools/bench/bench.py attention."""
+    """Time the ways to compute attention: tools/bench/bench.py attention."""
     return _benchmark(day, "attention")
 
 
 def _benchmark(day: Day, name: str) -> Found:
     if day.cpu:
-        return {"status": "skipped", "reason": "minutes on a CPU, and tested by itself"}
+        return {"status": "skipped", "reason": "takes minutes on a CPU"}
     return json.loads(day.python("tools/bench/bench.py", name, "--json").splitlines()[-1])
 
 
 def largest_difference(losses: dict[int, float], others: dict[int, float]) -> float:
-    """Relative, over the steps of the first."""
+    """Return the largest relative difference over the steps of the first."""
     return max(abs(losses[number] / others[number] - 1) for number in losses)
 
 
-# In this order: what tells whether it is right, then what measures, the short ones first.
+# In this order: first correctness, then speed; short parts first.
 PARTS: dict[str, tuple[Callable[[Day], Found], tuple[str, ...]]] = {
     "machine": (machine, ("torch",)),
     "parity": (parity, ("torch",)),
@@ -239,7 +239,7 @@ PARTS: dict[str, tuple[Callable[[Day], Found], tuple[str, ...]]] = {
 
 
 def run_parts(day: Day, names: list[str], out: Path) -> bool:
-    """Run parts one after another, and write the file after each; whether nothing failed."""
+    """Run parts one after another, and write the file after each. Return whether all passed."""
     for name in names:
         function, packages = PARTS[name]
         started = time.monotonic()
@@ -255,35 +255,35 @@ def run_parts(day: Day, names: list[str], out: Path) -> bool:
 
 
 def attempt(day: Day, name: str, function: Callable[[Day], Found], packages: tuple[str, ...]) -> Found:
-    """What a part found; what it lacked, how it failed, or that time ran out, with what it had found until then."""
+    """Run a part and return its findings; if it failed or ran out of time, those so far and the reason."""
     missing = [package for package in packages if not installed(package)]
     if missing:
         return {"status": "skipped", "reason": f"{', '.join(missing)} not installed"}
     try:
         return function(day)
     except OutOfTimeError:
-        return day.found.get(name, {}) | {"status": "cut", "reason": "the time was up"}
+        return day.found.get(name, {}) | {"status": "cut", "reason": "out of time"}
     except PartFailedError as failure:
         return day.found.get(name, {}) | {"status": "failed", "reason": str(failure)}
 
 
 def installed(package: str) -> bool:
-    """Whether it can be imported, without importing it."""
+    """Say whether a package can be imported, without importing it."""
     try:
         return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # of the package that it is in
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
 def write(out: Path, found: Found) -> None:
-    """The file, whole or as it was."""
+    """Write the file: a kill leaves the old one or the new one."""
     temporary = out.with_name(f".{out.name}.tmp")
     temporary.write_text(json.dumps(found, indent=2) + "\n")
     temporary.replace(out)
 
 
 def has_cuda() -> bool:
-    """Whether torch finds a CUDA device; asked in another process, so that this one holds none."""
+    """Say whether torch finds a CUDA device. Another process looks, so that this one holds no device."""
     code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
@@ -295,17 +295,19 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("gpu_day.json"), help="the file (default: gpu_day.json)")
     parser.add_argument("--minutes", type=float, default=240, help="most time in all (default: 240)")
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--cpu", "--dry-run", action="store_true", help="a rehearsal on the CPU, at a tiny size")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(PARTS), metavar="PART", help=f"parts to run: {', '.join(PARTS)}"
+    )
+    parser.add_argument("--cpu", "--dry-run", action="store_true", help="run everything on the CPU, at a tiny size")
     args = parser.parse_args()
     if not args.cpu and not has_cuda():
-        raise UserError("this machine has no CUDA device that torch can use; --cpu rehearses everything without one")
+        raise UserError("torch finds no CUDA device on this machine; add --cpu for a dry run without one")
     with tempfile.TemporaryDirectory(prefix="gpu_day-") as work:
         day = Day(args.cpu, time.monotonic() + 60 * args.minutes, Path(work))
         right = run_parts(day, args.only or list(PARTS), args.out.resolve())
     print(f"written to {args.out}")
     if not right:
-        raise UserError(f"not everything is right on this machine; {args.out} says what")
+        raise UserError(f"some parts failed on this machine; {args.out} says which and why")
 
 
 if __name__ == "__main__":

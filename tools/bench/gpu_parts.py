@@ -1,8 +1,10 @@
-"""What gpu_day.py computes itself, each part in a process of its own, so that no part inherits another's memory.
+"""The parts that gpu_day.py computes itself, each in its own process, so that none inherits another's memory.
 
     python tools/bench/gpu_parts.py parity [--cpu]
 
-prints its findings as one JSON object on the last line. Shapes: as in asda/models/pretrain.py.
+prints its findings as one JSON object on the last line.
+
+Shapes: B clips, M students, N patches, K visible patches, P pixels, D width.
 """
 
 import argparse
@@ -33,8 +35,8 @@ from asda.models.pretrain import MaskedStudents
 ROOT = Path(__file__).resolve().parents[2]
 STATS = 'data.log_mel={"mean": -4, "std": 4}'
 PACKAGES = ("torch", "deepspeed", "triton", "nvidia-dali-cuda130", "numpy")
-# Another order of the same sums has another rounding, of about the same size: an error more than so many times that of
-# the definition on the CPU is no rounding.
+# Sums in another order are rounded differently, by about as much. An error so many times that of the definition on the
+# CPU is not rounding.
 MOST_TIMES_THE_CPUS_ERROR = 4
 WARM_UP, TIMED = {"cuda": 3, "cpu": 1}, {"cuda": 10, "cpu": 2}  # calls
 TINY = ["objective.students=2", "data.frames=64", "model.depth=2", "objective.target_layers=2"]
@@ -42,7 +44,7 @@ Found = dict[str, Any]
 
 
 def machine(device: str) -> Found:
-    """What is here."""
+    """Describe the machine and the packages."""
     found: Found = {
         "python": platform.python_version(),
         "host": {"cpus": len(os.sched_getaffinity(0)), "ram_gib": _ram_gib()},
@@ -61,7 +63,7 @@ def machine(device: str) -> Found:
 
 
 def parity(device: str) -> Found:
-    """Loss and gradients of the students, by precision and attention path, against fp64 on the CPU."""
+    """Compare loss and gradients of the students, by precision and attention path, with fp64 on the CPU."""
     torch.backends.cudnn.allow_tf32 = False
     frames = 512 if device == "cuda" else 128
     config = _config("demo_pretrain.json", ["objective.decoder.noise_std=0", f"data.frames={frames}"])
@@ -77,12 +79,12 @@ def parity(device: str) -> Found:
 
 
 def gemm(device: str) -> Found:
-    """FLOP/s of a large product in bf16: the rate that all others are measured against."""
+    """Measure FLOP/s of a large matrix product in bf16: the reference of all other rates."""
     return {"bf16_flops_per_s": gemm_rate(torch.device(device), torch.bfloat16)}
 
 
 def step(device: str, micro_batch: int, tiny: bool, overrides: list[str]) -> Found:
-    """One training step on one device: teacher, students, losses, backward, clipping, optimizer, EMA."""
+    """Time a training step on one device: teacher, students, losses, backward, clipping, optimizer, EMA."""
     from asda.engine.processes import join_processes, leave_processes  # here: DeepSpeed takes seconds
     from asda.engine.zero import guarded, make_engine
     from asda.objectives import Pretraining, make_objective
@@ -120,7 +122,7 @@ def _config(name: str, overrides: list[str]) -> Config:
 
 
 def _inputs(config: Config, clips: int) -> tuple[Tensor, Tensor]:
-    """Noise for patches [B, N, P], and masks [B, M, K]; the same in every process."""
+    """Return noise as patches [B, N, P], and masks [B, M, K]; the same in every process."""
     assert isinstance(config.objective, PretrainConfig)
     rng, patch, objective = np.random.default_rng(0), config.model.patch, config.objective
     grid = (config.data.frames // patch, config.model.mel_bins // patch)
@@ -130,7 +132,7 @@ def _inputs(config: Config, clips: int) -> tuple[Tensor, Tensor]:
 
 
 def _loss_and_gradients(config: Config, dtype: torch.dtype, device: str, path: AttentionPath) -> Tensor:
-    """The loss and all gradients, in fp64 on the CPU, as one vector."""
+    """Return the loss and all gradients as one vector, in fp64 on the CPU."""
     assert isinstance(config.objective, PretrainConfig)
     torch.manual_seed(0)
     students = MaskedStudents(of_asda(config.model), config.objective).to(dtype=dtype, device=device)
@@ -148,7 +150,7 @@ def _error(found: Tensor, exact: Tensor) -> float:
 
 
 def _seconds(work: Callable[[], object], device: str) -> float:
-    """Median seconds of a call, after some that do not count."""
+    """Return the median seconds of a call, after some warm-up calls."""
     taken = []
     for number in range(WARM_UP[device] + TIMED[device]):
         started = time.perf_counter()
@@ -172,12 +174,17 @@ def _ram_gib() -> float:
 
 
 def main() -> None:
-    """Parse the command line, compute one part, print it."""
+    """Parse the command line, compute one part, and print it."""
     parser = argparse.ArgumentParser(prog="tools/bench/gpu_parts.py", description=__doc__)
     parser.add_argument("part", choices=("machine", "parity", "gemm", "step"))
-    parser.add_argument("--cpu", action="store_true", help="the same on the CPU, and tiny")
-    parser.add_argument("--micro-batch", type=int, default=1, help="clips of a step")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the step's configuration")
+    parser.add_argument("--cpu", action="store_true", help="on the CPU, at a tiny size")
+    parser.add_argument("--micro-batch", type=int, default=1, help="clips in a step")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="values that replace those of the step's configuration",
+    )
     args = parser.parse_args()
     device = "cpu" if args.cpu else "cuda"
     parts = {"machine": machine, "parity": parity, "gemm": gemm}
