@@ -78,6 +78,8 @@ def findings_in_code(path: str, source: str) -> Iterator[Finding]:
     """Yield every phrase in the docstrings and string literals of a Python file."""
     tree = ast.parse(source)
     for node, text in texts(tree):
+        if not re.search(r"\s", text):  # a key or a name, and no sentence
+            continue
         yield from findings_in_text(path, text, node.lineno)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -87,7 +89,7 @@ def findings_in_code(path: str, source: str) -> Iterator[Finding]:
 def findings_in_first_line(
     path: str, node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 ) -> Iterator[Finding]:
-    """Yield the first word of a docstring, if it is none of a plain statement."""
+    """Yield the first line of a docstring that does not begin as a plain statement does."""
     lines = (ast.get_docstring(node) or "").splitlines()
     found = re.match(FIRST_WORDS, lines[0]) if lines else None
     if found and not (found.group() == "Whether" and is_property(node)):
