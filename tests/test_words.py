@@ -21,7 +21,7 @@ PHRASES = {
     r"\b(?:what|where it|where they) (?:is|are) none\b": "say what is wrong: invalid, missing, empty, not finite",
     r"\bwhat is no\b": "say what is wrong: invalid, missing, empty, not finite",
     r"\bof then\b": "name it: 'the --labels of the first call', 'the earlier folder'",
-    r"\bthe (?:whole )?road\b": "the full pipeline",
+    r"\bthe (?:whole )?road\b(?!-)": "the full pipeline",
     r"\b[Jj]udg(?:e|es|ed|ing)\b": "evaluate, score, compare",
     r"\bhears?\b|\b(?:not|never) heard\b": "score, use, contain; '--chunks scores long clips in full'",
     r"\b(?:go|goes|going|gone|went) on\b": "resume, continue",
@@ -32,9 +32,9 @@ PHRASES = {
     r"\bchanges nothing on any\b": "all ranks skip the step",
     r"\bdone all the same\b": "unreadable files are reported and skipped",
     r"\bmap of the house\b": "repository layout",
-    r"(?m)^#+ Words$": "Glossary",
+    r"^#+ Words$": "Glossary",
     r"\bwhat is held out is also trained on\b": "near-duplicates span two splits: scores may be optimistic",
-    r"\blearning (?:\{\} ?)*a cosine\b": "lr cosine, 5e-4 to 0",
+    r"\blearning [{}]*a cosine\b": "lr cosine, 5e-4 to 0",
     r"\baccumulated x\b": "2 accumulation steps x micro-batch 8",
     r"\bno step is left\b": "run complete (80/80 steps)",
     r"\bhad their features before\b": "are already extracted",
@@ -63,12 +63,13 @@ class Finding(NamedTuple):
         return f"{self.path}:{self.line}: {self.phrase!r}; better: {self.better}"
 
 
-COMPILED = [(re.compile(pattern.replace(" ", r"\s+")), better) for pattern, better in PHRASES.items()]
+COMPILED = [(re.compile(pattern.replace(" ", r"\s+"), re.MULTILINE), better) for pattern, better in PHRASES.items()]
+ANY = re.compile("|".join(pattern.pattern for pattern, _ in COMPILED), re.MULTILINE)  # most texts have none: one look
 
 
 def findings_in_text(path: str, text: str, first_line: int = 1) -> Iterator[Finding]:
     """Yield every phrase in a text that begins on a line of a file."""
-    for pattern, better in COMPILED:
+    for pattern, better in COMPILED if ANY.search(text) else ():
         for found in pattern.finditer(text):
             line = first_line + text.count("\n", 0, found.start())
             yield Finding(path, line, " ".join(found.group().split()), better)
