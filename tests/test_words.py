@@ -14,18 +14,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What to avoid, as a regular expression whose blanks match any white space, and what to write. {} is a value of an
-# f-string.
+# What to avoid, in any case, as a regular expression whose blanks match any white space, and what to write. {} is a
+# value of an f-string.
 PHRASES = {
     r"\b(?:that|which) (?:is|are) none\b": "say what is wrong: invalid, missing, empty, not finite",
     r"\b(?:what|where it|where they) (?:is|are) none\b": "say what is wrong: invalid, missing, empty, not finite",
     r"\bwhat is no\b": "say what is wrong: invalid, missing, empty, not finite",
     r"\bof then\b": "name it: 'the --labels of the first call', 'the earlier folder'",
     r"\bthe (?:whole )?road\b(?!-)": "the full pipeline",
-    r"\b[Jj]udg(?:e|es|ed|ing)\b": "evaluate, score, compare",
+    r"\bjudg(?:e|es|ed|ing)\b": "evaluate, score, compare",
     r"\bhears?\b|\b(?:not|never) heard\b": "score, use, contain; '--chunks scores long clips in full'",
     r"\b(?:go|goes|going|gone|went) on\b": "resume, continue",
-    r"\b[Ww]hat decides\b": "settings that affect results",
+    r"\bwhat decides\b": "settings that affect results",
     r"\bat least must be, and one must not\b|\bone must not\b": "at least one patch must be visible, and one hidden",
     r"\b(?:which|that|and) chose nothing\b|\bchooses nothing\b": "which is never used for selection",
     r"\bfeatures are worth\b": "evaluate frozen features with k-NN and a linear probe",
@@ -41,13 +41,13 @@ PHRASES = {
     r"\{\} pairs of duplicates lie\b": "1 near-duplicate pair spans train and valid",
     r"\brefused within a second\b": "unknown keys fail immediately, with a suggestion",
     r"\bwhere there (?:is|are|was|were) (?:one|none|any|no)\b": "'if', 'if any', 'without'",
-    r"\bOf (?=[a-z0-9`{])": "no sentence begins with 'Of': name the subject first",
+    r"\b(?-i:Of) (?=[a-z0-9`{])": "no sentence begins with 'Of': name the subject first",
 }
 # How the first line of a docstring must not begin: verb first, or a plain noun for a class or a property.
 FIRST_WORDS = r"(?:Of|As|What|Where|Whether|The same of)\b"
 BETTER_FIRST_WORDS = "begin with a verb: Return, Count, Refuse, Yield; a property or a class may begin with a noun"
 
-DOCUMENTS = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "shards/README.md")
+DOCUMENTS = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "shards/README.md", "Makefile")
 CODE = ("asda", "tools", "runs", "docs")
 
 
@@ -63,8 +63,9 @@ class Finding(NamedTuple):
         return f"{self.path}:{self.line}: {self.phrase!r}; better: {self.better}"
 
 
-COMPILED = [(re.compile(pattern.replace(" ", r"\s+"), re.MULTILINE), better) for pattern, better in PHRASES.items()]
-ANY = re.compile("|".join(pattern.pattern for pattern, _ in COMPILED), re.MULTILINE)  # most texts have none: one look
+FLAGS = re.MULTILINE | re.IGNORECASE
+COMPILED = [(re.compile(pattern.replace(" ", r"\s+"), FLAGS), better) for pattern, better in PHRASES.items()]
+ANY = re.compile("|".join(pattern.pattern for pattern, _ in COMPILED), FLAGS)  # most texts have none: one look
 
 
 def findings_in_text(path: str, text: str, first_line: int = 1) -> Iterator[Finding]:
