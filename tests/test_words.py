@@ -194,8 +194,8 @@ class C:
     def ready(self):
         """Whether it is."""
     def late(self):
-        """Where there was one."""
+        """Where it ends."""
 '''
     found = {(one.line, one.phrase) for one in findings_in_code("x.py", source)}
     first_lines = {(1, "As X, but of Y."), (3, "Of the set of clips in the last step."), (7, "Whether it is.")}
-    assert found == first_lines | {(3, "Of"), (4, "learning {}a cosine"), (12, "Where there was one.")}
+    assert found == first_lines | {(3, "Of"), (4, "learning {}a cosine"), (12, "Where it ends.")}
