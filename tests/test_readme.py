@@ -5,6 +5,7 @@ All findings of a test come at once, with file and line.
 
 import json
 import re
+import runpy
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from asda.commands import COMMANDS
 ROOT = Path(__file__).resolve().parent.parent
 README, INDEX = ROOT / "README.md", ROOT / "docs/README.md"
 MOST_README_LINES = 200
+MOST_CORE_LINES = 4200  # of the twenty files that are training
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS = [README, *PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "shards/README.md"))]
 TEXTS = [*DOCUMENTS, ROOT / "docs/slurm.sh"]  # the changelog is left out: it names what is gone
@@ -180,3 +182,15 @@ def test_commands_of_the_configurations_name_their_own_file() -> None:
     for path in sorted((ROOT / "configs").glob("*.json")):
         command = json.loads(path.read_text())["_about"]["command"]
         assert f"configs/{path.name}" in command or command == "make demo", path
+
+
+def test_the_core_is_twenty_files_in_the_order_of_reading() -> None:
+    listed = re.findall(r"^(\d+)\. \[(asda/[^\]]+)\]\(\2\)", README.read_text(), re.MULTILINE)
+    assert [int(number) for number, _ in listed] == list(range(1, 21))
+    lines = sum(len((ROOT / name).read_text().splitlines()) for _, name in listed)
+    assert lines <= MOST_CORE_LINES, f"the core has {lines} lines"
+
+
+def test_the_picture_is_what_its_program_draws() -> None:
+    drawn = runpy.run_path(str(ROOT / "docs/road.py"))["picture"]()
+    assert (ROOT / "docs/road.svg").read_text() == drawn + "\n", "python docs/road.py > docs/road.svg"
