@@ -153,7 +153,7 @@ def source_of(command: str) -> str:
         return ""
     files = [ROOT / f"{module.replace('.', '/')}.py"]
     if module == "asda.commands.shards":  # its sources have options of their own
-        files += (ROOT / "asda/sharding/sources").glob("*.py")
+        files += [*(ROOT / "asda/sharding/sources").glob("*.py"), *(ROOT / "asda/commands").glob("*.py")]
     return "".join(file.read_text() for file in files)
 
 
