@@ -29,7 +29,7 @@ from asda.config.data import DataConfig
 from asda.data import prefetch as reader
 from asda.data.clips import Clip, ClipDataset, DamageBudget, read_clips
 from asda.data.order import Draw
-from asda.data.shards.index import DatasetIndex, hash_bytes
+from asda.data.shards.index import DatasetIndex, tagged_hash
 from asda.data.shards.read import ShardFile, load_dataset
 from asda.data.stream import training_batches
 from asda.errors import UserError
@@ -262,12 +262,12 @@ def forge(target: Target, number: int, frame: bytes, **index_values: object) -> 
         "offsets": tuple(itertools.accumulate((len(f) for f in frames[:-1]), initial=0)),
         "hashes": tuple(xxh3_64_hexdigest(f) for f in frames[:-1]),
         "bytes": len(content),
-        "hash": hash_bytes(content),
+        "hash": tagged_hash(content),
     }
     text = json.dumps(asdict(index) | forged | index_values).encode()
     (target.folder / shard.entry.index_name).write_bytes(text)
     entry = replace(
-        shard.entry, bytes=len(content), hash=hash_bytes(content), index_bytes=len(text), index_hash=hash_bytes(text)
+        shard.entry, bytes=len(content), hash=tagged_hash(content), index_bytes=len(text), index_hash=tagged_hash(text)
     )
     train = dataset.splits["train"]
     shards = tuple(entry if e.name == entry.name else e for e in train.shards)

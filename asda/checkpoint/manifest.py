@@ -15,10 +15,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
-import xxhash
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from asda.system import hash_file, sync
+from asda.system import hash_bytes, hash_file, rename_durably, sync
 
 FORMAT = 2
 READABLE_FORMATS = (1, 2)  # of a run with format 1, by DeepSpeed's pickles, only weights and configuration are read
@@ -117,7 +116,7 @@ def _read_manifest(folder: Path) -> Manifest | str:
 
 def _with_hash(fields: dict[str, Any]) -> str:
     """The one text that a manifest with these entries may have."""
-    digest = xxhash.xxh3_128_hexdigest(json.dumps(fields).encode())
+    digest = hash_bytes(json.dumps(fields).encode())
     return json.dumps({"hash": digest, **fields}, indent=2) + "\n"
 
 
@@ -161,14 +160,13 @@ def _wrong_hash(folder: Path, manifest: Manifest, names: list[str], from_disk: b
 TEMPORARY = ".tmp-"
 
 
-def commit(temporary: Path, folder: Path, manifest: Manifest) -> None:
-    """Give a temporary folder, whose files are on the disk, its manifest and its name; replaces what had the name."""
+def commit_folder(temporary: Path, folder: Path, manifest: Manifest) -> None:
+    """Give a temporary folder, whose files are on the disk, its manifest and its name; replace what had the name."""
     sync(write_manifest(temporary, manifest))
     sync(temporary)
     if folder.exists():
         remove(folder)
-    temporary.rename(folder)
-    sync(folder.parent)
+    rename_durably(temporary, folder)
 
 
 def remove(path: Path) -> None:

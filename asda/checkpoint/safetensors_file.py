@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from asda.checkpoint.manifest import FileEntry
-from asda.system import hash_bytes, write_file
+from asda.system import hash_bytes, write_past_cache
 
 DTYPES = {  # by safetensors' names
     torch.float64: "F64",
@@ -59,7 +59,7 @@ class FileImage:
     def write(self, path: Path) -> FileEntry:
         """Write the file, and wait until it is on the disk; return its size and hash. Raises OSError."""
         content = memoryview(cast(Any, self._bytes.numpy()))
-        write_file(path, content)
+        write_past_cache(path, content)
         return FileEntry(self.num_bytes, hash_bytes(content))
 
 

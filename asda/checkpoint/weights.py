@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from asda.checkpoint.manifest import MANIFEST, TEMPORARY, Manifest, commit, entry_of
+from asda.checkpoint.manifest import MANIFEST, TEMPORARY, Manifest, commit_folder, entry_of
 from asda.config.run import Description, dump_config
 from asda.errors import UserError
 from asda.system import sync
@@ -43,7 +43,7 @@ def write_weights(
         files = sorted(temporary.iterdir())
         for path in files:
             sync(path)
-        commit(temporary, folder, Manifest({path.name: entry_of(path) for path in files}))
+        commit_folder(temporary, folder, Manifest({path.name: entry_of(path) for path in files}))
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -43,12 +43,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from asda.checkpoint.manifest import TEMPORARY, FileEntry, Manifest, commit, damage, entry_of, remove
+from asda.checkpoint.manifest import TEMPORARY, FileEntry, Manifest, commit_folder, damage, entry_of, remove
 from asda.checkpoint.read import State, checkpoints_of, step_folder
 from asda.checkpoint.safetensors_file import FileImage
 from asda.config.run import Config, dump_config
 from asda.errors import UserError
-from asda.system import sync
+from asda.system import TEMPORARY_SUFFIX, sync, write_whole_file
 
 if TYPE_CHECKING:
     from asda.engine.processes import Processes  # that imports DeepSpeed, which takes seconds
@@ -188,7 +188,7 @@ class CheckpointWriter:
             if damage(folder) is None:  # saved before, at the same step of the same run
                 remove(temporary)
             else:
-                commit(temporary, folder, manifest)
+                commit_folder(temporary, folder, manifest)
                 sync(self._run)  # of which `checkpoints` may be new
             point_to(folder)
             best = step_folder(self._run, state.best_step) if state.best_step else None
@@ -216,18 +216,14 @@ class CheckpointWriter:
 
 def sweep(run: Path) -> None:
     """Remove what interrupted saves left."""
-    for leftover in (run / "checkpoints").glob(TEMPORARY + "*"):
+    checkpoints = run / "checkpoints"
+    for leftover in [*checkpoints.glob(f"{TEMPORARY}*"), *checkpoints.glob(f"*{TEMPORARY_SUFFIX}")]:
         remove(leftover)
 
 
 def point_to(folder: Path, name: str = POINTER) -> None:
     """Write the name of a checkpoint into a file beside it, `latest` or `best`."""
-    pointer = folder.with_name(name)
-    temporary = pointer.with_name(TEMPORARY + name)
-    temporary.write_text(folder.name + "\n")
-    sync(temporary)
-    os.replace(temporary, pointer)
-    sync(pointer.parent)
+    write_whole_file(folder.with_name(name), folder.name + "\n")
 
 
 def prune(run: Path, keep: int, just_written: Path | None = None, spare: Path | None = None) -> None:

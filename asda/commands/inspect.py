@@ -27,7 +27,7 @@ from asda.data.shards.read import ShardFile, load_dataset
 from asda.errors import UserError
 from asda.sharding.verify import Checked, check_shard, repeated_keys
 from asda.sharding.workers import Progress
-from asda.sharding.writer import write_file
+from asda.system import write_whole_file
 
 if TYPE_CHECKING:
     from asda.commands.pictures import Panel
@@ -326,7 +326,7 @@ def export(clip: Clip, out: Path) -> None:
     """Write the WAV of one clip, bit for bit."""
     wav, _ = read_members(clip)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_file(out, wav)
+    write_whole_file(out, wav)
     print(f"written {out}: {clip.num_samples / SAMPLE_RATE_HZ:.2f} s, {len(wav):,} bytes")
 
 
@@ -365,7 +365,7 @@ def draw_sheet(out: Path, clips: list[Clip], dataset: DatasetIndex) -> None:
     bar = tqdm(clips, unit="clip", disable=not sys.stderr.isatty(), leave=False)
     panels = [clip_panel(dataset, clip) for clip in bar]
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_file(out, draw_panels(f"{dataset.folder}: {len(clips)} clips on one colour scale", panels))
+    write_whole_file(out, draw_panels(f"{dataset.folder}: {len(clips)} clips on one colour scale", panels))
     print(f"written {out}: {len(clips)} clips")
 
 

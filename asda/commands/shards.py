@@ -24,7 +24,6 @@ from asda.sharding.journal import (
     MERGE_BYTE,
     REJECTED_FILE,
     Journal,
-    Lock,
     bytes_to_replace,
     claimed,
     one_byte,
@@ -37,7 +36,8 @@ from asda.sharding.sources.listing import examples
 from asda.sharding.space import check_space
 from asda.sharding.verify import verify_folder
 from asda.sharding.workers import Workers, worker_pool
-from asda.sharding.writer import WrittenShard, summarize_split, write_dataset, write_file, writing
+from asda.sharding.writer import WrittenShard, summarize_split, write_dataset, writing
+from asda.system import FileLock, write_whole_file
 
 LONGEST_CLIP_S = MAX_SAMPLE_BYTES // (2 * SAMPLE_RATE_HZ) - 1  # what a reader accepts as one sample
 NOT_IN_COMMAND = {"--out", "--workers", "--part", "--merge", "--overwrite"}  # they change no byte of the shards
@@ -195,7 +195,7 @@ def finish(
     listing: Listing,
     written: dict[int, WrittenShard],
     journal: Journal,
-    lock: Lock,
+    lock: FileLock,
     args: argparse.Namespace,
 ) -> DatasetIndex | None:
     """Write dataset.json and the tables beside it if all shards are finished, ours and those of other parts."""
@@ -266,7 +266,7 @@ def write_table(path: Path, header: tuple[str, ...], rows: Sequence[tuple]) -> N
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     with writing(path):
-        write_file(path, text.getvalue().encode(errors="surrogateescape"))
+        write_whole_file(path, text.getvalue().encode(errors="surrogateescape"))
 
 
 def left_out(listing: Listing, plan: Plan) -> dict[str, int]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from asda.errors import UserError
 from asda.evaluation.metrics import ByClass, by_class, confusion
+from asda.system import write_whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,7 +86,7 @@ def write_evaluation(
     if counts_CC is not None:
         found |= {"labels": vocabulary, "confusion": counts_CC.tolist()}  # rows: labels; columns: taken for
     lines_of_json = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in found.items()]
-    out.write_text("{\n" + ",\n".join(lines_of_json) + "\n}\n")
+    write_whole_file(out, "{\n" + ",\n".join(lines_of_json) + "\n}\n")
     _write_table(table, vocabulary, by_class(scores_NC, targets_NC), counts_CC)
     lines = [f"written to {out}", f"classes in {table}"]
     if counts_CC is not None:

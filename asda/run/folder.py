@@ -4,22 +4,22 @@ deepspeed and torchrun give every process RANK, WORLD_SIZE, LOCAL_RANK, MASTER_A
 of its own, from which the same follow: docs/slurm.sh is a job.
 """
 
-import fcntl
 import os
 import secrets
 import socket
 import time
 from contextlib import suppress
-from errno import EACCES, EAGAIN
 from pathlib import Path
 from typing import IO
 
 import torch.distributed as dist
 
 from asda.errors import UserError
+from asda.system import FileLock
 
 LOCK_FILE = ".lock"
 LOCK_PATIENCE_S = 20.0  # for a run that is about to end: a job that is queued again may begin before its last end
+LOOK_EVERY_S = 0.2  # at the lock
 
 
 def check_folder_is_shared(folder: Path, rank: int, world_size: int) -> None:
@@ -91,19 +91,16 @@ def claim_folder(folder: Path, rank: int, *, make: bool) -> IO[str] | None:
 def _lock(file: IO[str], folder: Path) -> str:
     """Lock the file and write who did; returns what stands against it, or nothing."""
     deadline = time.monotonic() + LOCK_PATIENCE_S
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (EAGAIN, EACCES):
-                return ""  # a file system without locks
+    try:
+        while not FileLock(file).take():
             if time.monotonic() > deadline:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 return f"{folder} is being written to by {holder}; wait for it or stop it, or give another run.folder"
-            time.sleep(0.2)
-            continue
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        return ""
+            time.sleep(LOOK_EVERY_S)
+    except OSError:
+        return ""  # a file system without locks
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return ""

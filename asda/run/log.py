@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from asda.config.run import RunConfig
 from asda.errors import UserError
+from asda.system import write_whole_file
 
 Figures = dict[str, float | int]
 NOT_FINITE = "not_finite"  # names in a line of metrics.jsonl whose values are null there: JSON has no nan or infinity
@@ -208,9 +209,7 @@ class JsonLines:
         *lines, _ = self.path.read_bytes().split(b"\n")  # behind the last newline is nothing, or half a line
         entries = [_parsed(line) for line in lines]
         kept = [line for line, entry in zip(lines, entries, strict=True) if entry is not None and entry["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(line + b"\n" for line in kept))
-        temporary.replace(self.path)
+        write_whole_file(self.path, b"".join(line + b"\n" for line in kept))
         return entries.count(None)
 
 

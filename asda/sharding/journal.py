@@ -8,8 +8,6 @@ A run that finds its own plan here goes on where the last one was stopped; any n
 among them. The folder goes when dataset.json is written.
 """
 
-import errno
-import fcntl
 import json
 import os
 import re
@@ -19,13 +17,12 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from xxhash import xxh3_128_hexdigest
-
 from asda.data.shards.index import DATASET_FILE, SHARD_SUFFIX, ShardEntry
 from asda.errors import UserError
 from asda.sharding.plan import Plan, ShardTask
 from asda.sharding.workers import report_done
-from asda.sharding.writer import TEMPORARY_SUFFIX, LogMelSums, WrittenShard, write_file, write_shard, writing
+from asda.sharding.writer import LogMelSums, WrittenShard, write_shard, writing
+from asda.system import TEMPORARY_SUFFIX, FileLock, hash_bytes, write_whole_file
 
 JOURNAL_FOLDER = ".unfinished"
 PLAN_FILE = "plan.json"
@@ -38,39 +35,6 @@ SHARD_FILES = re.compile(r"[A-Za-z0-9_]+-[0-9]{6}(\.tar\.zst|\.json)", re.ASCII)
 SETUP_BYTE, MERGE_BYTE = 1 << 40, (1 << 40) + 1  # of the lock file: behind the bytes of all shards
 ALL_SHARDS = range(SETUP_BYTE)
 DISCARDING = "discarding"  # stands for the plan's digest while old files are removed
-
-
-class Lock:
-    """Locks on ranges of bytes of a file, which end with the process however it ends, also on network file systems."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._file = path.open("ab")
-
-    def take(self, shards: range, wait: bool = False) -> bool:
-        """Lock a range; say whether it worked. A process does not stand in its own way."""
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), len(shards), shards.start)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                return False
-            raise UserError(
-                f"cannot lock {self.path}: {error.strerror}; --out must lie on a file system that has POSIX locks"
-            ) from error
-        return True
-
-    def release(self, shards: range) -> None:
-        """Unlock a range."""
-        fcntl.lockf(self._file, fcntl.LOCK_UN, len(shards), shards.start)
-
-    @property
-    def is_current(self) -> bool:
-        """Whether the file still has its name: whoever finished the work has removed it."""
-        return self.path.exists() and os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
-
-    def close(self) -> None:
-        """Unlock everything."""
-        self._file.close()
 
 
 def one_byte(position: int) -> range:
@@ -113,7 +77,7 @@ class Journal:
         content = asdict(shard) | {"plan": self.digest, "inputs": inputs, "prints": [p.hex() for p in shard.prints]}
         text = json.dumps(content, separators=(",", ":"))
         with writing(self.record_path(task)):
-            write_file(self.record_path(task), f"{xxh3_128_hexdigest(text.encode())}\n{text}\n".encode())
+            write_whole_file(self.record_path(task), f"{hash_bytes(text.encode())}\n{text}\n")
 
     def read(self, task: ShardTask, inputs: str | None = None) -> WrittenShard | None:
         """Return what was noted of a shard, or None where the shard has to be written (again).
@@ -125,7 +89,7 @@ class Journal:
             digest, text = self.record_path(task).read_text().splitlines()
         except (OSError, ValueError):
             return None
-        if xxh3_128_hexdigest(text.encode()) != digest:
+        if hash_bytes(text.encode()) != digest:
             return None
         content = json.loads(text)
         shard = _shard_from(content)
@@ -161,7 +125,7 @@ def _has_files(out: Path, entry: ShardEntry | None) -> bool:
 def inputs_digest(task: ShardTask) -> str:
     """Hash of the sizes and times of change of a shard's audio files, so that a changed file is read again."""
     paths = dict.fromkeys(clip.place.path for clip in task.clips)
-    return xxh3_128_hexdigest(repr([_size_and_time(path) for path in paths]).encode())
+    return hash_bytes(repr([_size_and_time(path) for path in paths]).encode())
 
 
 def _size_and_time(path: str) -> tuple[int, int] | None:
@@ -226,7 +190,7 @@ def _shards_of_dataset(out: Path) -> set[str]:
 
 
 @contextmanager
-def claimed(plan: Plan, shards: range, command: str, overwrite: bool) -> Iterator[tuple[Journal, Lock]]:
+def claimed(plan: Plan, shards: range, command: str, overwrite: bool) -> Iterator[tuple[Journal, FileLock]]:
     """Hold some shards of the output folder: nobody else writes them, and no dataset.json while shards change.
 
     Keeps what was finished on the same plan. Leaves no temporary files, and no folder in which nothing was finished.
@@ -243,24 +207,30 @@ def claimed(plan: Plan, shards: range, command: str, overwrite: bool) -> Iterato
         yield journal, lock
     finally:
         _leave(journal, lock, created)
-        lock.close()
+        lock.file.close()
 
 
-def _open_lock(journal: Journal) -> Lock:
+def _open_lock(journal: Journal) -> FileLock:
     """Open the lock file, and hold its setup byte."""
     while True:
         with writing(journal.folder):
             journal.folder.mkdir(parents=True, exist_ok=True)
             try:
-                lock = Lock(journal.folder / LOCK_FILE)
+                lock = FileLock((journal.folder / LOCK_FILE).open("ab"))
             except FileNotFoundError:  # another run has just finished and removed the folder
                 continue
-        if lock.take(one_byte(SETUP_BYTE), wait=True) and lock.is_current:
+        try:
+            lock.take(one_byte(SETUP_BYTE), wait=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot lock {lock.file.name}: {error.strerror}; --out must lie on a file system that has POSIX locks"
+            ) from error
+        if lock.is_current:
             return lock
-        lock.close()
+        lock.file.close()
 
 
-def _prepare(plan: Plan, journal: Journal, lock: Lock, command: str, overwrite: bool) -> None:
+def _prepare(plan: Plan, journal: Journal, lock: FileLock, command: str, overwrite: bool) -> None:
     """Make the folder one of this plan: go on, begin, or discard what is there and begin."""
     out = journal.out
     found = _planned(out)
@@ -305,7 +275,7 @@ class Planned:
 def _write_plan(journal: Journal, planned: Planned) -> None:
     with writing(journal.folder / PLAN_FILE):
         content = {"plan": planned.digest, "command": planned.command, "files": sorted(planned.files)}
-        write_file(journal.folder / PLAN_FILE, (json.dumps(content) + "\n").encode())
+        write_whole_file(journal.folder / PLAN_FILE, json.dumps(content) + "\n")
 
 
 def _planned(out: Path) -> Planned:
@@ -326,7 +296,7 @@ def _recorded(out: Path) -> set[str]:
     return _with_indexes(name.removesuffix(RECORD_SUFFIX) + SHARD_SUFFIX for name in records) | set(TABLES)
 
 
-def _leave(journal: Journal, lock: Lock, created: bool) -> None:
+def _leave(journal: Journal, lock: FileLock, created: bool) -> None:
     """Remove temporary files, and the journal if it holds nothing and nobody else is at work."""
     if not (lock.is_current and lock.take(one_byte(SETUP_BYTE), wait=True) and lock.take(ALL_SHARDS)):
         return

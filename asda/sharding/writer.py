@@ -5,7 +5,6 @@ Bytes depend on the clips alone: not on time, user, machine load, or the number 
 
 import json
 import math
-import os
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,18 +28,18 @@ from asda.data.shards.index import (
     ShardIndex,
     SplitIndex,
     class_weight,
-    hash_bytes,
     hash_dataset_file,
+    tagged_hash,
 )
 from asda.errors import UserError
 from asda.sharding.audio_ref import read_place
 from asda.sharding.duplicates import clip_prints
 from asda.sharding.plan import ClipTask, ShardTask
+from asda.system import sync_file, whole_file, write_whole_file
 
 ZSTD_LEVEL = 1  # level 3 takes 1.6 times as long for 1.2 % fewer bytes of audio, and is no faster to read
 WEIGHT_DIGITS = 6  # significant, of sample_weights
 TAR_BLOCK_BYTES = 512
-TEMPORARY_SUFFIX = ".tmp"
 
 
 class LogMelSums(NamedTuple):
@@ -84,7 +83,7 @@ def write_shard(task: ShardTask, report: Callable[[int], None] = lambda num_clip
     """
     clips: list[WrittenClip] = []
     rejected: list[tuple[str, str]] = []
-    with writing(task.path), temporary_file(task.path) as file:
+    with writing(task.path), whole_file(task.path) as file:
         frames = FrameWriter(file)
         for number, clip in enumerate(task.clips, start=1):
             try:
@@ -92,7 +91,7 @@ def write_shard(task: ShardTask, report: Callable[[int], None] = lambda num_clip
             except AudioError as error:
                 rejected.append((clip.source, str(error)))
             report(number)
-        entry = _finish(frames, task.path, clips) if clips else None
+        entry = _finish(frames, task.path, clips) if clips else file.close()
     return WrittenShard(
         entry=entry,
         num_samples=sum(clip.num_samples for clip in clips),
@@ -188,7 +187,7 @@ def add_up(sums: list[LogMelSums]) -> LogMelSums:
 
 
 def _finish(frames: FrameWriter, path: Path, clips: list[WrittenClip]) -> ShardEntry:
-    """Close the tar, write the index, and only then let both files have their names."""
+    """Close the tar and write the index; the shard gets its name after it."""
     end, _ = frames.append(TAR_END)
     index = ShardIndex(
         format_version=SHARD_FORMAT_VERSION,
@@ -202,10 +201,9 @@ def _finish(frames: FrameWriter, path: Path, clips: list[WrittenClip]) -> ShardE
         labels=tuple(clip.labels for clip in clips),
     )
     text = json.dumps(asdict(index), separators=(",", ":")).encode()
-    entry = ShardEntry(index.name, len(clips), index.bytes, index.hash, len(text), hash_bytes(text))
-    sync(frames.file)  # a full disk shows here, while neither file has its name
-    write_file(path.with_name(entry.index_name), text)
-    commit(frames.file, path)
+    entry = ShardEntry(index.name, len(clips), index.bytes, index.hash, len(text), tagged_hash(text))
+    sync_file(frames.file)  # a full disk shows here, while neither file has its name
+    write_whole_file(path.with_name(entry.index_name), text)
     return entry
 
 
@@ -240,7 +238,7 @@ def write_dataset(dataset: DatasetIndex) -> DatasetIndex:
     first = {"format_version": dataset.format_version, "hash": NO_HASH.decode()}
     text = (_rendered(first | {name: value for name, value in content.items() if name not in first}) + "\n").encode()
     digest = hash_dataset_file(text)
-    write_file(dataset.folder / DATASET_FILE, text.replace(NO_HASH, digest.encode(), 1))
+    write_whole_file(dataset.folder / DATASET_FILE, text.replace(NO_HASH, digest.encode(), 1))
     return replace(dataset, hash=digest)
 
 
@@ -255,38 +253,3 @@ def _rendered(value: object, indent: str = "") -> str:
     if isinstance(value, np.ndarray):
         return "[" + ",".join(f"{number:.{WEIGHT_DIGITS}g}" for number in value.tolist()) + "]"
     return json.dumps(value)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a whole file, or nothing."""
-    with temporary_file(path) as file:
-        file.write(content)
-        commit(file, path)
-
-
-@contextmanager
-def temporary_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that becomes `path` by commit(), and is removed otherwise."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def commit(file: BinaryIO, path: Path) -> None:
-    """Give a temporary file its name once its bytes are on the disk, and the name too."""
-    sync(file)
-    os.replace(file.name, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def sync(file: BinaryIO) -> None:
-    """Wait until the file's bytes are on the disk."""
-    file.flush()
-    os.fsync(file.fileno())

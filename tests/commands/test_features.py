@@ -144,14 +144,15 @@ def test_shards_have_the_features_and_labels_of_their_audio_files(
 DIES_WHILE_WRITING_ITS_THIRD_FILE = """
 import os, signal, sys
 from asda.commands import features
-commit, calls = features.commit, []
-def dying_commit(file, path):
-    calls.append(path)
-    if len(calls) == 3:
+from asda import system
+sync, calls = system.sync_file, []
+def dying_sync(file):
+    calls.append(file.name)
+    if len(calls) == 4:  # after the settings and two files
         file.truncate(file.tell() // 2)
         os.kill(os.getpid(), signal.SIGKILL)
-    commit(file, path)
-features.commit = dying_commit
+    sync(file)
+system.sync_file = dying_sync
 features.main()
 """
 
@@ -272,7 +273,7 @@ def test_features_whose_source_cannot_be_looked_at_any_more_are_named(
     def refusing(path: Path) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("asda.disk.hash_file", refusing)
+    monkeypatch.setattr("asda.system.hash_file", refusing)
     from asda.commands.features import hash_file
 
     with pytest.raises(AudioError, match="cannot be read: Permission denied"):
@@ -297,7 +298,7 @@ def test_the_settings_are_written_before_any_folder_of_the_features(
         assert not list(path.parent.iterdir())
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("asda.commands.features.write_file", full)
+    monkeypatch.setattr("asda.commands.features.write_whole_file", full)
     assert extract("--model", weights, "--out", tmp_path / "out", recordings).code == 2
     assert not list((tmp_path / "out").iterdir())
 

@@ -25,7 +25,7 @@ from matplotlib.image import imread
 from sounds import CLASSES, SECONDS
 from tiny_tools import Done, noise, run, wav
 
-from asda.data.shards.index import hash_bytes
+from asda.data.shards.index import tagged_hash
 from asda.data.shards.read import ShardFile, load_dataset
 from asda.sharding.writer import write_dataset
 
@@ -258,7 +258,7 @@ def test_a_key_that_two_shards_hold_is_named(damaged):
     shutil.copy(damaged / entry.name, damaged / name)
     text = (damaged / entry.index_name).read_text().replace(entry.name, name).encode()
     (damaged / "test-000001.json").write_bytes(text)
-    copy = replace(entry, name=name, index_bytes=len(text), index_hash=hash_bytes(text))
+    copy = replace(entry, name=name, index_bytes=len(text), index_hash=tagged_hash(text))
     twice = replace(test, clips=test.clips + copy.clips, shards=(*test.shards, copy), sample_weights=np.zeros(0, "f4"))
     write_dataset(replace(dataset, splits={"train": train, "test": twice}))
     done = look(damaged, "--verify")

@@ -14,7 +14,6 @@ from typing import Any
 
 from tiny_checkpoints import save, tiny_config
 
-from asda.checkpoint.manifest import TEMPORARY
 from asda.checkpoint.read import newest_checkpoint
 from asda.checkpoint.writer import POINTER
 
@@ -82,7 +81,7 @@ def trial(folder: Path, before: Path, config: Any, place: int) -> dict[str, Any]
         "warnings": warnings,
         "kept": sorted(path.name for path in after.glob("step-*")),
         "newest": getattr(newest_checkpoint(run, warnings.append), "name", None),
-        "leftovers": [path.name for path in after.glob(TEMPORARY + "*")],
+        "leftovers": [path.name for path in after.iterdir() if ".tmp" in path.name],
         "pointer": (after / POINTER).read_text().strip(),
     }
 

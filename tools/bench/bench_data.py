@@ -54,7 +54,7 @@ from asda.data.shards.index import (
     ShardEntry,
     SplitIndex,
     class_weight,
-    hash_bytes,
+    tagged_hash,
 )
 from asda.data.stream import patch_maker, training_batches, with_patches
 from asda.models.masks import visible_patches
@@ -395,7 +395,7 @@ def generate_index(folder: Path) -> Path:
     folder.mkdir()
     rng = np.random.default_rng(0)
     num_clips, num_bytes, index_bytes = BIG_SHARDS * BIG_SHARD_CLIPS, 70 * MIB, 24_000
-    digest = hash_bytes(b"")
+    digest = tagged_hash(b"")
     entries = [
         ShardEntry(f"train-{number:06d}.tar.zst", BIG_SHARD_CLIPS, num_bytes, digest, index_bytes, digest)
         for number in range(BIG_SHARDS)

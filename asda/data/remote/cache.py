@@ -14,7 +14,6 @@
   reads half a file. The next reader fetches it again.
 """
 
-import fcntl
 import os
 import re
 import shutil
@@ -26,11 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from xxhash import xxh3_128
-
 from asda.errors import UserError
+from asda.system import FileLock, hash_file
 
-READ_BYTES = 4 << 20  # per read while a whole file is hashed
 TOUCH_S = 1.0  # a use is noted at most this often for one file
 POLL_S = 0.05  # between two looks at what another process does
 PART = ".part"
@@ -44,6 +41,11 @@ class StoredFile:
     name: str
     bytes: int
     hash: str  # xxh3_128:...
+
+    @property
+    def digest(self) -> str:
+        """The digits of the hash, without its kind."""
+        return self.hash.rpartition(":")[2]
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Cache:
 
     def path(self, file: StoredFile) -> Path:
         """Where the copy is, or would be."""
-        return self.folder / file.hash.rpartition(":")[2]
+        return self.folder / file.digest
 
     def read(self, file: StoredFile, start: int, stop: int) -> bytes | None:
         """The bytes from start to stop, or None where the file is not here. Fewer bytes where it has lost some."""
@@ -130,20 +132,13 @@ class Cache:
             download(part)
             part.flush()
             with self._locked():  # or a look at the folder might see neither name
-                os.replace(self._part_path(file), self.path(file))
+                os.replace(self._part_path(file), self.path(file))  # not synced: a copy can be fetched again
 
     def drop_if_damaged(self, file: StoredFile) -> None:
         """Remove the copy, unless the whole of it has the right hash."""
-        state = xxh3_128()
-        with self._sentences():
-            try:
-                with self.path(file).open("rb") as copy:
-                    while chunk := copy.read(READ_BYTES):
-                        state.update(chunk)
-                if f"xxh3_128:{state.hexdigest()}" != file.hash:
-                    self.path(file).unlink()
-            except FileNotFoundError:
-                pass
+        with self._sentences(), suppress(FileNotFoundError):
+            if hash_file(self.path(file)) != file.digest:
+                self.path(file).unlink()
 
     def _part_path(self, file: StoredFile) -> Path:
         return self.path(file).with_name(self.path(file).name + PART)
@@ -205,7 +200,7 @@ class Cache:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         with (self.folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            FileLock(lock, between_threads=True).take(wait=True)
             yield
 
     def _free(self) -> int:
@@ -247,18 +242,15 @@ class Cache:
 
 
 def _open_locked(path: Path, *, create: bool = True) -> BinaryIO | None:
-    """Open and lock a .part; None where another holds it, or has renamed or removed it since it was opened."""
+    """Open and lock a .part; return None if another holds it, or has renamed or removed it since it was opened."""
+    flags = os.O_NOFOLLOW | (os.O_CREAT if create else 0)
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0), 0o666)
+        part = open(path, "r+b", opener=lambda name, mode: os.open(name, mode | flags, 0o666))  # noqa: SIM115
     except FileNotFoundError:
         return None
-    part = open(descriptor, "r+b")  # noqa: SIM115 - whoever gets it closes it
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-            return part
-    except (BlockingIOError, FileNotFoundError):
-        pass
+    lock = FileLock(part, between_threads=True)
+    if lock.take() and lock.is_current:
+        return part
     part.close()
     return None
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import AfterValidator, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
-from xxhash import xxh3_128
 
 from asda.errors import UserError
+from asda.system import hash_bytes
 
 FORMAT_VERSION = 2  # of dataset.json; version 1 is read too, and lacks what has a default below
 SHARD_FORMAT_VERSION = 1  # of a shard and its index
@@ -188,9 +188,9 @@ class ShardIndex:
             raise ValueError(f"its offsets do not ascend from 0 in steps of at most {MAX_SAMPLE_BYTES} bytes")
 
 
-def hash_bytes(data: bytes) -> str:
-    """xxh3_128 in the notation of the indexes."""
-    return f"xxh3_128:{xxh3_128(data).hexdigest()}"
+def tagged_hash(content: bytes) -> str:
+    """Return the hash of bytes as the indexes write it: xxh3_128 and 32 hexadecimal digits."""
+    return f"xxh3_128:{hash_bytes(content)}"
 
 
 def class_weight(count: int) -> float:
@@ -200,7 +200,7 @@ def class_weight(count: int) -> float:
 
 def hash_dataset_file(text: bytes) -> str:
     """xxh3_128 of dataset.json, taken with zeros in the place of the digits of this very hash."""
-    return hash_bytes(HASH_DIGITS.sub(NO_HASH, text, count=1))
+    return tagged_hash(HASH_DIGITS.sub(NO_HASH, text, count=1))
 
 
 def parse_dataset(text: bytes, path: Path | str) -> DatasetIndex:

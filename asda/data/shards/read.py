@@ -25,9 +25,9 @@ from asda.data.shards.index import (
     DatasetIndex,
     ShardEntry,
     ShardIndex,
-    hash_bytes,
     parse,
     parse_dataset,
+    tagged_hash,
 )
 from asda.errors import UserError
 
@@ -75,9 +75,9 @@ def load_shard_index(location: str | Path | Storage, entry: ShardEntry) -> Shard
     storage, file = open_storage(location), _index_file(entry)
     where = storage.where(file.name)
     text = storage.read_whole(file)
-    if hash_bytes(text) != file.hash and storage.renew(file):
+    if tagged_hash(text) != file.hash and storage.renew(file):
         text = storage.read_whole(file)
-    if (found := hash_bytes(text)) != file.hash:
+    if (found := tagged_hash(text)) != file.hash:
         raise UserError(
             f"shard index {where} is damaged: its hash is {found}, {DATASET_FILE} says {file.hash}; {REPAIR}"
         )

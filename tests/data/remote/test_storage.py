@@ -23,7 +23,7 @@ from asda.data.remote import cache as cache_module
 from asda.data.remote import fetch as fetch_module
 from asda.data.remote.cache import Cache, CacheConfig, StoredFile
 from asda.data.remote.storage import LocalFolder, open_storage
-from asda.data.shards.index import DatasetIndex, hash_bytes
+from asda.data.shards.index import DatasetIndex, tagged_hash
 from asda.data.shards.read import ShardFile, load_dataset
 from asda.errors import UserError
 from asda.sharding.audio_ref import Place
@@ -304,7 +304,7 @@ def test_the_bound_holds_at_every_moment_while_readers_push_each_other_out(serve
 
 
 def test_the_least_recently_used_file_goes_first(tmp_path):
-    files = [StoredFile(str(n), 10, hash_bytes(bytes([n]) * 10)) for n in range(5)]
+    files = [StoredFile(str(n), 10, tagged_hash(bytes([n]) * 10)) for n in range(5)]
     cache = Cache(tmp_path / "cache", 30)
     (cache.folder / "thesis.txt").write_text("not ours, and larger than the bound: neither counted nor removed")
 
@@ -322,7 +322,7 @@ def test_the_least_recently_used_file_goes_first(tmp_path):
 
 
 def test_a_file_that_is_removed_while_it_is_read_is_read_to_its_end(tmp_path):
-    file = StoredFile("a", 10, hash_bytes(b"0123456789"))
+    file = StoredFile("a", 10, tagged_hash(b"0123456789"))
     cache = Cache(tmp_path, 30)
     cache.fill(file, lambda part: part.write(b"0123456789") and None, threading.Event())
     with cache.path(file).open("rb") as reader:
@@ -334,13 +334,13 @@ def test_a_file_that_is_removed_while_it_is_read_is_read_to_its_end(tmp_path):
 READ_ALL = """
 import json, sys
 from asda.data.remote.cache import CacheConfig, StoredFile
-from asda.data.shards.index import hash_bytes
+from asda.data.shards.index import tagged_hash
 from asda.data.remote.storage import open_storage
 storage = open_storage(sys.argv[1], CacheConfig(sys.argv[2], timeout_s=60))
 print("open", flush=True)
 sys.stdin.readline()
 for file in (StoredFile(*fields) for fields in json.loads(sys.argv[3])):
-    assert hash_bytes(storage.read_whole(file)) == file.hash
+    assert tagged_hash(storage.read_whole(file)) == file.hash
 """
 
 
@@ -402,7 +402,7 @@ def test_a_damaged_copy_is_fetched_again_once(server, cache, frames, damage):
     copy.write_bytes({"flip": bytes(content), "truncate": content[: shard.index.offsets[2]], "empty": b""}[damage])
     assert [shard.read_frame(n) for n in range(NUM_CLIPS)] == [frames[0, n] for n in range(NUM_CLIPS)]
     assert server.requests[shard.entry.name] == 2
-    assert hash_bytes(copy.read_bytes()) == shard.entry.hash
+    assert tagged_hash(copy.read_bytes()) == shard.entry.hash
 
 
 def test_a_server_whose_shard_is_damaged_is_not_asked_for_ever(local, cache, tmp_path):

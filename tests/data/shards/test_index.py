@@ -14,8 +14,8 @@ from asda.data.shards.index import (
     LogMelStats,
     ShardEntry,
     SplitIndex,
-    hash_bytes,
     parse_dataset,
+    tagged_hash,
 )
 from asda.errors import UserError
 from asda.sharding.writer import write_dataset
@@ -25,7 +25,7 @@ WEIGHTS = np.array([1.5, 0, 123457.0, 1e-5], np.float32)
 
 @pytest.fixture
 def dataset(tmp_path) -> DatasetIndex:
-    entry = ShardEntry("train-000000.tar.zst", 4, 10, hash_bytes(b"shard"), 5, hash_bytes(b"index"))
+    entry = ShardEntry("train-000000.tar.zst", 4, 10, tagged_hash(b"shard"), 5, tagged_hash(b"index"))
     split = SplitIndex(4, 2.0, (3, 0), LogMelStats(-1.0, 2.0, 8), (entry,), (1000 / 3.01, 1e5), WEIGHTS)
     index = DatasetIndex(2, 16_000, ("a", "b"), {"train": split}, 0, tmp_path, Duplicates(1, 0, 2, 1), "python x.py")
     return write_dataset(index)
@@ -47,7 +47,7 @@ def test_what_is_written_is_read(dataset):
 def test_the_hash_is_over_the_file_with_zeros_in_its_place(dataset):
     text = (dataset.folder / "dataset.json").read_text()
     zeroed = text.replace(dataset.hash.removeprefix("xxh3_128:"), "0" * 32)
-    assert hash_bytes(zeroed.encode()) == dataset.hash == json.loads(text)["hash"]
+    assert tagged_hash(zeroed.encode()) == dataset.hash == json.loads(text)["hash"]
 
 
 def test_200_random_bit_flips_in_dataset_json_are_all_noticed(dataset):

@@ -22,7 +22,7 @@ from xxhash import xxh3_64_hexdigest, xxh3_128_hexdigest
 
 from asda.data.audio.read import read_audio
 from asda.data.audio.waves import decode_wav, encode_wav
-from asda.data.shards.index import MAX_SAMPLE_BYTES, TAR_END, DatasetIndex, hash_bytes
+from asda.data.shards.index import MAX_SAMPLE_BYTES, TAR_END, DatasetIndex, tagged_hash
 from asda.data.shards.read import ShardFile, load_dataset, load_shard_index
 from asda.errors import UserError
 from asda.sharding.audio_ref import Place
@@ -251,12 +251,12 @@ def forge(dataset: DatasetIndex, frame: bytes, **changes) -> ShardFile:
     """Replace the shard by one whose first frame is `frame`, with hashes that agree: a shard made by an attacker."""
     index = only_shard(dataset).index
     data = frame + zstandard.ZstdCompressor(write_checksum=True).compress(TAR_END)
-    forged = {"bytes": len(data), "hash": hash_bytes(data), "keys": ["clip-0"], "offsets": [0, len(frame)]}
+    forged = {"bytes": len(data), "hash": tagged_hash(data), "keys": ["clip-0"], "offsets": [0, len(frame)]}
     forged |= {"hashes": [xxh3_64_hexdigest(frame)], "num_samples": [800], "labels": [[]]}
     text = json.dumps(asdict(index) | forged | changes).encode()
     old = only_shard(dataset).entry
     entry = replace(
-        old, clips=1, bytes=len(data), hash=hash_bytes(data), index_bytes=len(text), index_hash=hash_bytes(text)
+        old, clips=1, bytes=len(data), hash=tagged_hash(data), index_bytes=len(text), index_hash=tagged_hash(text)
     )
     (dataset.folder / entry.name).write_bytes(data)
     (dataset.folder / entry.index_name).write_bytes(text)
