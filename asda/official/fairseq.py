@@ -1,12 +1,12 @@
-"""Weights in the layouts of the official EAT, ASDA and SSLAM code, as ours and back. Nothing here touches a file.
+"""Convert weights between the layouts of the official EAT, ASDA and SSLAM code and ours. Nothing here opens a file.
 
     pre-trained   {"model": {NAME: tensor, ..., "_ema": {NAME: tensor, ...}}, "cfg": {...}, ...}     fairseq
     fine-tuned    {"model": {"model." + NAME: tensor, "fc_norm...", "head..."}, "cfg": {...}, ...}   fairseq
     Hugging Face  {"model." + SHORT NAME: tensor, ...}, with or without fc_norm and head; no decoder, no teacher
 
-Our parameters are theirs under other names, but for two: the patch embedding is a matrix here and a convolution there,
-and EAT joins our qk and v to one qkv. Their file also holds the table of positions, which we compute. Sizes come from
-the shapes, what shapes cannot tell from the cfg (fairseq_settings.py); what neither tells is assumed, and said.
+Our parameters are theirs under other names, with two exceptions: the patch embedding is a matrix here and a convolution
+there, and EAT joins our qk and v to one qkv. Their file also holds the table of positions, which we compute. Sizes come
+from the shapes, or else from the cfg (fairseq_settings.py); what neither tells is assumed, and a note says so.
 
 Shapes: D width, P patch, N positions of the longest clip.
 """
@@ -62,7 +62,7 @@ OURS_TO_THEIRS = [
 NOT_OURS = ("recon_proj.", "cls_proj.", "center", IMAGE + "encoder_mask")
 FEATURES_PER_HEAD = 64  # of every published model
 MEL_BINS = 128
-# What fairseq's loader expects in a file besides weights and cfg, of a training that has not begun.
+# What fairseq's loader expects beside weights and cfg, as before the first step.
 FAIRSEQ_FRAME: Tree = {
     "args": None,
     "criterion": None,
@@ -81,18 +81,18 @@ FAIRSEQ_FRAME: Tree = {
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the user knows better than the file; None leaves it to the file."""
+    """What the user says about a file; None leaves it to the file."""
 
     heads: int | None = None
     mean: float | None = None
     std: float | None = None
     labels: tuple[str, ...] | None = None
-    preset: str | None = None  # of differential attention: its lambda is in no checkpoint
+    preset: str | None = None  # names the lambda of differential attention, which no checkpoint records
 
 
 @dataclass(frozen=True)
 class Converted:
-    """Our side of a conversion: what write_weights takes, and sentences about what was assumed or left out."""
+    """The result of a conversion: what write_weights takes, and notes on what was assumed or left out."""
 
     description: Description
     weights: dict[str, Weights]
@@ -101,14 +101,14 @@ class Converted:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a file names parameters."""
+    """The names of parameters in a file."""
 
     fine_tuned: bool
     hugging_face: bool
     joined_qkv: bool
 
     def key(self, ours: str) -> str:
-        """Their name of one of our parameters (as in MaskedStudents or Classifier), or of POSITIONS."""
+        """Return their name for one of our parameters (in MaskedStudents or Classifier), or for POSITIONS."""
         name = ours
         for prefix, theirs in OURS_TO_THEIRS:
             if ours.startswith(prefix):
@@ -127,7 +127,7 @@ def from_official(file: Mapping[str, Any], cfg: Tree, wishes: Wishes, source: st
 
     Args:
         file: what torch.load or safetensors gives: {"model": {...}, ...}, or the tensors themselves.
-        cfg: its cfg as plain data; {} when there is none.
+        cfg: its cfg as plain data; {} if there is none.
         wishes: what the user said.
         source: the file's name, for messages.
 
@@ -158,11 +158,11 @@ def from_official(file: Mapping[str, Any], cfg: Tree, wishes: Wishes, source: st
 
 
 def to_official(description: Description, weights: dict[str, Weights]) -> Tree:
-    """The checkpoint that torch.save should write for the official code: what from_official reads, in plain data.
+    """Return the checkpoint that torch.save should write for the official code; from_official reads it back.
 
     Args:
         description: of our weights.
-        weights: "model", and "teacher" where there is one.
+        weights: "model", and "teacher" if there is one.
 
     Raises:
         UserError: the official code cannot compute this model, or a part of it is missing.
@@ -180,18 +180,18 @@ def to_official(description: Description, weights: dict[str, Weights]) -> Tree:
         **FAIRSEQ_FRAME,
         "cfg": official_cfg(description),
         "model": state,
-        "asda": dump_config(description),  # which fairseq passes over; from_official reads it back
+        "asda": dump_config(description),  # fairseq ignores it; from_official reads it back
     }
 
 
 def parameters_on_meta(description: Description) -> Weights:
-    """The state of the module that a description builds, as tensors without memory."""
+    """Return the state of the module that a description builds, as tensors without memory."""
     with torch.device("meta"):
         return _module(description).state_dict()
 
 
 def official_positions(rows: int, columns: int, width: int) -> Tensor:
-    """The table of positions as the official code computes it, in fp32 throughout: [1, rows * columns, width].
+    """Compute the table of positions as the official code does, in fp32: [1, rows * columns, width].
 
     sincos_positions is the same table, computed more exactly.
     """
@@ -222,7 +222,7 @@ def _recognise(state: Tree, source: str) -> Layout:
 
 
 def _recorded(file: Mapping[str, Any], wishes: Wishes, source: str) -> Tree | None:
-    """The description that to_official left in the file, with the user's changes."""
+    """Return the description that to_official left in the file, with the user's changes."""
     if not isinstance(file.get("asda"), str):
         return None
     try:
@@ -237,14 +237,14 @@ def _recorded(file: Mapping[str, Any], wishes: Wishes, source: str) -> Tree | No
 
 
 def _inferred(state: Tree, layout: Layout, cfg: Tree, wishes: Wishes, source: str, notes: list[str]) -> Tree:
-    """A description made of shapes, of the cfg, and of the preset and size that they suggest."""
+    """Make a description from the shapes, the cfg, and the preset and size that they suggest."""
     notes += check_cfg(cfg, source)
     preset = "eat" if layout.joined_qkv else wishes.preset or "released"
     attention = {key: value for key, value in PRESETS[preset]["model"].items() if key != "mlp_ratio"}
     model = _model_tree(state, layout, cfg, wishes, source, notes) | attention
     if not layout.joined_qkv:
         notes.append(f"lambda {model['attention_lambda']} is that of preset {preset}: no checkpoint records it")
-    num_classes = _shape(state, layout, "head.weight", 2, source)[0] if layout.fine_tuned else 0
+    num_classes = shape_of(state, layout.key("head.weight"), 2, source)[0] if layout.fine_tuned else 0
     data, recipe = input_tree(cfg, num_classes, wishes.mean, wishes.std)
     if wishes.mean is None or wishes.std is None:
         notes.append(
@@ -254,7 +254,7 @@ def _inferred(state: Tree, layout: Layout, cfg: Tree, wishes: Wishes, source: st
     tree = {
         "_about": {"what": f"converted from {source}"},
         "preset": preset,
-        "size": next((size for size, of in SIZES.items() if of["model"].items() <= model.items()), DEFAULT_SIZE),
+        "size": size_of(model),
         "objective": classify_tree(cfg) if layout.fine_tuned else _pretrain_tree(state, layout, cfg, model),
         "data": data,
         "model": model,
@@ -264,7 +264,7 @@ def _inferred(state: Tree, layout: Layout, cfg: Tree, wishes: Wishes, source: st
 
 
 def validated(tree: Tree, source: str) -> Description:
-    """The description that a tree is; UserError names the first value that no model of ours has."""
+    """Check a tree and return its description. Raises UserError naming the first invalid value."""
     try:
         return Description.model_validate_json(json.dumps(tree))
     except ValidationError as error:
@@ -274,34 +274,31 @@ def validated(tree: Tree, source: str) -> Description:
 
 
 def _model_tree(state: Tree, layout: Layout, cfg: Tree, wishes: Wishes, source: str, notes: list[str]) -> Tree:
-    width = _shape(state, layout, "encoder.cls_token", 3, source)[-1]
-    patch = _shape(state, layout, "encoder.patch_embed.weight", 4, source)[-1]
-    num_positions = _shape(state, layout, POSITIONS, 3, source)[1]
-    hidden = _shape(state, layout, "encoder.blocks.0.mlp.fc1.weight", 2, source)[0]
+    width = shape_of(state, layout.key("encoder.cls_token"), 3, source)[-1]
+    patch = shape_of(state, layout.key("encoder.patch_embed.weight"), 4, source)[-1]
+    num_positions = shape_of(state, layout.key(POSITIONS), 3, source)[1]
+    hidden = shape_of(state, layout.key("encoder.blocks.0.mlp.fc1.weight"), 2, source)[0]
     heads = wishes.heads or number(model_section(cfg), "num_heads", 0)
     if not heads:
         heads = max(1, width // FEATURES_PER_HEAD)
         notes.append(f"heads of {FEATURES_PER_HEAD} features are assumed: neither the shapes nor a cfg tell (--heads)")
-    ratio = hidden / width
-    if int(width * ratio) != hidden:  # the quotient was rounded down
-        ratio = math.nextafter(ratio, math.inf)
     return {
         "width": width,
-        "depth": _count(state, layout.key("encoder.blocks.")),
+        "depth": count_numbers(state, layout.key("encoder.blocks.")),
         "heads": heads,
-        "mlp_ratio": ratio,
+        "mlp_ratio": ratio_of(hidden, width),
         "patch": patch,
         "max_time_patches": max(1, num_positions // max(1, MEL_BINS // patch)),
     }
 
 
 def _pretrain_tree(state: Tree, layout: Layout, cfg: Tree, model: Tree) -> Tree:
-    """The objective by cfg, its decoder by shapes; presets fill in the rest."""
+    """Read the objective from the cfg, its decoder from the shapes; presets fill in the rest."""
     tree = {"target_layers": model["depth"]} | pretrain_tree(cfg)
     first = state.get(layout.key("decoder.convs.0.weight"))
     if isinstance(first, Tensor) and first.ndim == 4 and 0 not in first.shape:
         tree["decoder"] = tree.get("decoder", {}) | {
-            "layers": _count(state, layout.key("decoder.convs.")),
+            "layers": count_numbers(state, layout.key("decoder.convs.")),
             "width": first.shape[0],
             "kernel": first.shape[-1],
             "groups": max(1, model["width"] // first.shape[1]),
@@ -310,7 +307,7 @@ def _pretrain_tree(state: Tree, layout: Layout, cfg: Tree, model: Tree) -> Tree:
 
 
 def labels_of(num_classes: int, given: tuple[str, ...] | None, notes: list[str]) -> tuple[str, ...]:
-    """The names of the classes: those given, AudioSet's by their number, or numbers; notes say which."""
+    """Return the names of the classes: those given, AudioSet's by their number, or numbers. Adds a note."""
     if given is not None:
         if len(given) != num_classes:
             raise UserError(f"--labels names {len(given)} classes, the checkpoint has {num_classes}; one name per line")
@@ -327,7 +324,7 @@ def labels_of(num_classes: int, given: tuple[str, ...] | None, notes: list[str])
 
 
 def _drop_strangers(state: Tree) -> list[str]:
-    """Take parts of other objectives out of `state`; a sentence about each."""
+    """Remove the parts of other objectives from `state`; return a note on each."""
     strangers = [key for key in state if key.removeprefix("model.").startswith(NOT_OURS)]
     for key in strangers:
         del state[key]
@@ -337,28 +334,29 @@ def _drop_strangers(state: Tree) -> list[str]:
 def _translate(
     state: Mapping[str, Any], description: Description, layout: Layout, source: str, has_decoder: bool
 ) -> Weights:
-    """Our parameters out of theirs, in fp32 and memory of their own."""
+    """Make our parameters from theirs, in fp32, as copies."""
     expected = parameters_on_meta(description)
     if not has_decoder:
         expected = {name: tensor for name, tensor in expected.items() if not name.startswith("decoder.")}
     complaint = misfit(_join(expected, of_asda(description.model), layout, "meta"), state)
     if complaint:
         raise UserError(f"{source} does not fit: {complaint}")
-    for key, tensor in state.items():
-        if not _is_sound(tensor):
-            raise UserError(f"{source} holds values in {key} that are not finite numbers; the checkpoint is damaged")
+    refuse_unsound(state, source)
     _check_positions(state[layout.key(POSITIONS)][0], of_asda(description.model), source)
     ours = {name: _rows(name, state[layout.key(name)], layout).reshape(t.shape) for name, t in expected.items()}
     return {name: tensor.to(torch.float32, copy=True) for name, tensor in ours.items()}
 
 
-def _is_sound(tensor: Tensor) -> bool:
-    there = tensor.is_floating_point() and tensor.layout == torch.strided and tensor.device.type == "cpu"
-    return there and bool(tensor.isfinite().all())
+def refuse_unsound(state: Mapping[str, Tensor], source: str) -> None:
+    """Refuse tensors that are not finite floating-point numbers in this machine's memory. Raises UserError."""
+    for key, tensor in state.items():
+        there = tensor.is_floating_point() and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not (there and bool(tensor.isfinite().all())):
+            raise UserError(f"{source} holds values in {key} that are not finite numbers; the checkpoint is damaged")
 
 
 def _rows(ours: str, theirs: Tensor, layout: Layout) -> Tensor:
-    """The part of a joined qkv that is ours; everything else whole."""
+    """Return our part of a joined qkv, or the whole of any other tensor."""
     if not layout.joined_qkv or ".attn." not in ours or ".proj." in ours:
         return theirs
     num_qk = len(theirs) // 3 * 2
@@ -366,7 +364,7 @@ def _rows(ours: str, theirs: Tensor, layout: Layout) -> Tensor:
 
 
 def _join(ours: Weights, model: ModelConfig, layout: Layout, device: str = "cpu") -> Weights:
-    """Their tensors out of ours, the table of positions among them."""
+    """Make their tensors from ours, with the table of positions."""
     parts: dict[str, Weights] = {}
     for name, tensor in ours.items():
         conv = (model.width, 1, model.patch, model.patch)
@@ -383,11 +381,11 @@ def _join(ours: Weights, model: ModelConfig, layout: Layout, device: str = "cpu"
 
 
 def _check_positions(theirs_ND: Tensor, model: ModelConfig, source: str) -> None:
-    """Refuse positions that are not the fixed ones, which ours always are.
+    """Refuse learned or other positions: ours are always sines and cosines.
 
     Theirs have their phases in fp32: the frequency and its product with the row are each rounded by up to 2^-24 of the
-    phase, the sine by a little. And a model that was trained in fp16 leaves a table that was rounded once more, by up
-    to 2^-11, even where the file now holds it in fp32. Another grid or formula is off by far more.
+    phase, the sine by a little. A model that was trained in fp16 has a table that was rounded once more, by up to
+    2^-11, even if the file now holds it in fp32. Another grid or formula differs by far more.
     """
     columns = model.mel_bins // model.patch
     error_ND = (theirs_ND.float() - sincos_positions(model.max_time_patches, columns, model.width)).abs()
@@ -418,7 +416,7 @@ def _fairseq_layout(description: Description) -> Layout:
 
 
 def _check_expressible(description: Description) -> None:
-    """The official code has two kinds of attention, their constants among its lines."""
+    """Refuse a model that the official code cannot compute: it has two kinds of attention with fixed constants."""
     model = description.model
     if isinstance(model, AstConfig):
         raise UserError(
@@ -437,9 +435,8 @@ def _check_expressible(description: Description) -> None:
 # ---- small readers
 
 
-def _shape(state: Tree, layout: Layout, ours: str, ndim: int, source: str) -> tuple[int, ...]:
-    """The shape of a tensor from which sizes are read."""
-    key = layout.key(ours)
+def shape_of(state: Tree, key: str, ndim: int, source: str) -> tuple[int, ...]:
+    """Return the shape of a tensor from which sizes are read. Raises UserError."""
     tensor = state.get(key)
     if not isinstance(tensor, Tensor):
         raise UserError(f"{source} does not fit: {key} is missing")
@@ -448,6 +445,17 @@ def _shape(state: Tree, layout: Layout, ours: str, ndim: int, source: str) -> tu
     return tuple(tensor.shape)
 
 
-def _count(state: Tree, prefix: str) -> int:
-    """How many numbers follow a prefix: a missing one among them is then missed by name."""
+def count_numbers(state: Tree, prefix: str) -> int:
+    """Count the different numbers after a prefix; misfit() names a missing one among them."""
     return len({number[1] for key in state if (number := re.match(re.escape(prefix) + r"(\d+)\.", key))})
+
+
+def ratio_of(hidden: int, width: int) -> float:
+    """Return the ratio from which the width makes the hidden width again, although ratios are rounded."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def size_of(model: Tree) -> str:
+    """Return the name of the size with these widths and depths."""
+    return next((size for size, of in SIZES.items() if of["model"].items() <= model.items()), DEFAULT_SIZE)

@@ -1,7 +1,7 @@
-"""The settings of the official EAT, ASDA and SSLAM code, read from a cfg and written to one.
+"""Read the settings of the official EAT, ASDA and SSLAM code from a cfg, and write them to one.
 
-A cfg is the tree that fairseq keeps beside the weights, here as plain data. What it leaves out is not in the trees
-made from it; presets.py fills that in. A fine-tuned checkpoint carries the cfg of its pre-training inside its own.
+A cfg is the tree that fairseq keeps beside the weights, here as plain data. presets.py fills in what it leaves out.
+A fine-tuned checkpoint carries the cfg of its pre-training inside its own.
 """
 
 import math
@@ -18,7 +18,7 @@ Tree = dict[str, Any]
 
 IMAGE = "modalities.image."
 DECODER = IMAGE + "decoder."
-# What the model section must say, where it says anything, for the encoder to be ours.
+# If the model section has one of these keys, it must have this value, or the encoder is not ours.
 ENCODER_CFG = {
     "layer_norm_first": False,
     "norm_eps": 1e-6,
@@ -73,7 +73,7 @@ OFFICIAL_ASDA_MLP_RATIO = 4.0  # what ASDA's configuration says; its code makes 
 
 @dataclass(frozen=True)
 class InputRecipe:
-    """What the official data code does for a dataset; it stands in that code, not in checkpoints."""
+    """What the official data code does with a dataset; the code says so, not the checkpoints."""
 
     name: str
     flag: str  # in the cfg
@@ -98,7 +98,7 @@ OTHER_INPUTS = [
 
 
 def check_cfg(cfg: Tree, source: str) -> list[str]:
-    """Sentences about how the pre-training differed from ours; UserError where the encoder would not be ours."""
+    """Return notes on how the pre-training differed from ours. Raises UserError if the encoder is not ours."""
     model = model_section(cfg)
     for key, ours in ENCODER_CFG.items():
         if _differs(_at(model, key), ours):
@@ -111,18 +111,18 @@ def check_cfg(cfg: Tree, source: str) -> list[str]:
 
 
 def model_section(cfg: Tree) -> Tree:
-    """The section of the encoder and its pre-training; {} when there is none."""
+    """Return the section of the encoder and its pre-training, or {}."""
     return _section(_pretraining(cfg), "model")
 
 
 def number(tree: Tree, dotted: str, default: Any) -> Any:
-    """A number; the default where there is none, or a reference that only fairseq can follow."""
+    """Return a number, or the default if it is missing or a reference that only fairseq can follow."""
     value = _at(tree, dotted)
     return value if _is_number(value) else default
 
 
 def pretrain_tree(cfg: Tree) -> Tree:
-    """Our objective section, without the decoder's sizes, which are in the weights."""
+    """Make our objective section, without the decoder's sizes, which are in the weights."""
     model = model_section(cfg)
     factors = [_at(model, "cls_loss"), _at(_pretraining(cfg), "dataset.batch_size"), _at(model, "clone_batch")]
     found = {
@@ -141,7 +141,7 @@ def pretrain_tree(cfg: Tree) -> Tree:
 
 
 def classify_tree(cfg: Tree) -> Tree:
-    """Our objective section of a fine-tuned checkpoint."""
+    """Make our objective section for a fine-tuned checkpoint."""
     settings = _section(cfg, "model")
     # The official classifier takes the cross-entropy for single labels, except with mixup on Speech Commands.
     mixed = number(settings, "mixup", 0.0) > 0
@@ -158,16 +158,16 @@ def classify_tree(cfg: Tree) -> Tree:
 
 
 def input_tree(cfg: Tree, num_classes: int, mean: float | None, std: float | None) -> tuple[Tree, InputRecipe]:
-    """Our data section, by the dataset that the cfg names or, without a cfg, that the number of classes suggests.
+    """Make our data section for the dataset that the cfg names or, without a cfg, the number of classes suggests.
 
     Args:
-        cfg: {} when there is none.
-        num_classes: 0 of a pre-trained checkpoint.
-        mean: of the log-mel, if the user knows it.
-        std: the same.
+        cfg: {} if there is none.
+        num_classes: 0 for a pre-trained checkpoint.
+        mean: of the log-mel, if the user gave it.
+        std: of the log-mel, if the user gave it.
 
     Returns:
-        The section, and the recipe that it follows where the user did not say otherwise.
+        The section, and the recipe that fills in what the user did not give.
     """
     sections = [_section(cfg, "model"), _section(cfg, "task"), _section(_pretraining(cfg), "task")]
     flagged = [recipe for recipe in OTHER_INPUTS if any(part.get(recipe.flag) is True for part in sections[:2])]
@@ -183,7 +183,7 @@ def input_tree(cfg: Tree, num_classes: int, mean: float | None, std: float | Non
 
 
 def _pooling(mode: Any) -> str:
-    """By name (with or without that of its class), or by number; the class token where nothing is said."""
+    """Translate a mode given by name (with or without its class) or number; the default is the class token."""
     name = "CLS_TOKEN" if mode is None else str(mode).rpartition(".")[2]
     if name.isdecimal() and 1 <= int(name) <= len(POOLINGS):
         name = list(POOLINGS)[int(name) - 1]
@@ -196,7 +196,7 @@ def _pooling(mode: Any) -> str:
 
 
 def official_cfg(description: Description) -> Tree:
-    """The cfg that fairseq rebuilds a model from, with everything that changes what it computes."""
+    """Make the cfg from which fairseq rebuilds a model, with everything that changes what it computes."""
     objective = description.objective
     if isinstance(objective, PretrainConfig):
         return _pretraining_cfg(description, objective)
@@ -248,7 +248,7 @@ def _pretraining_cfg(description: Description, objective: PretrainConfig) -> Tre
 
 
 def input_notes(description: Description) -> list[str]:
-    """Sentences about what the official data code will do otherwise: its figures stand in it, not in checkpoints."""
+    """Return notes on what the official data code does differently: its constants are not in checkpoints."""
     data, objective = description.data, description.objective
     flags = _flags(description, objective) if isinstance(objective, ClassifyConfig) else {}
     recipe = next((recipe for recipe in OTHER_INPUTS if flags.get(recipe.flag)), AUDIOSET)
@@ -266,7 +266,7 @@ def input_notes(description: Description) -> list[str]:
 
 
 def _flags(description: Description, objective: ClassifyConfig) -> dict[str, bool]:
-    """What tells the official code the dataset."""
+    """Return the flags that tell the official code the dataset."""
     log_mel = description.data.log_mel
     flags = {recipe.flag: (log_mel.mean, log_mel.std) == (recipe.mean, recipe.std) for recipe in OTHER_INPUTS[:2]}
     flags["esc50_eval"] |= objective.loss == "ce" and not flags["spcv2_eval"]  # it also chooses the cross-entropy
@@ -300,7 +300,7 @@ def _classification_cfg(description: Description, objective: ClassifyConfig, pre
 
 
 def _pretraining(cfg: Tree) -> Tree:
-    """The cfg of the pre-training."""
+    """Return the cfg of the pre-training."""
     places = (_at(cfg, "model.pretrained_model_args"), _at(cfg, "pretrained_model_args"))
     return next((inner for inner in places if isinstance(inner, dict)), cfg)
 

@@ -1,11 +1,11 @@
-"""Weights of AST in the layout of Hugging Face, as ours. Nothing here touches a file.
+"""Convert weights of AST from the layout of Hugging Face to ours. Nothing here opens a file.
 
     with a classifier   {"audio_spectrogram_transformer." + NAME: tensor, ..., "classifier...": tensor}
     without             {NAME: tensor, ...}
 
 Names are those of the published files (encoder.layer.0.attention.attention.query.weight, ...). Our queries and keys
-are one matrix; everything else has only another name. Sizes come from the shapes, what shapes cannot tell from
-config.json, and the statistics of the log-mel from preprocessor_config.json.
+are one matrix; everything else only has another name. Sizes come from the shapes or else from config.json, the
+statistics of the log-mel from preprocessor_config.json.
 """
 
 import json
@@ -17,13 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asda.checkpoint.weights import misfit, named
+from asda.checkpoint.weights import misfit
 from asda.config.model import ClassifyConfig
-from asda.config.presets import SIZES, filled
+from asda.config.presets import filled
 from asda.config.run import Description
 from asda.errors import UserError
 from asda.models.classifier import Classifier
-from asda.official.fairseq import Converted, Weights, Wishes, labels_of, validated
+from asda.official.fairseq import (
+    Converted,
+    Weights,
+    Wishes,
+    count_numbers,
+    labels_of,
+    ratio_of,
+    refuse_unsound,
+    shape_of,
+    size_of,
+    validated,
+)
 
 Tree = dict[str, Any]
 
@@ -47,7 +58,7 @@ OF_A_BLOCK = [
     ("mlp.fc1.", "intermediate.dense."),
     ("mlp.fc2.", "output.dense."),
 ]
-# What the network of config.json must be, because ours has it fixed
+# What config.json must say about the network, because ours has it fixed
 FIXED: Tree = {"num_mel_bins": 128, "hidden_act": "gelu", "qkv_bias": True}
 # By number of classes, of the published recipes: the loss; the statistics of the log-mel
 BCE_CLASSES = {527: "AudioSet", 35: "Speech Commands V2"}
@@ -56,7 +67,7 @@ AUDIOSET_LOG_MEL = (-4.2677393, 4.5689974)
 
 
 def is_ast(state: Mapping[str, Any]) -> bool:
-    """Whether these tensors are an AST's in the layout of Hugging Face."""
+    """Return whether these tensors are an AST in the layout of Hugging Face."""
     return any(key.removeprefix(PREFIX) == EMBEDDINGS + "distillation_token" for key in state)
 
 
@@ -67,8 +78,8 @@ def from_hugging_face(
 
     Args:
         state: the tensors by name.
-        config: config.json beside them; {} when there is none.
-        preprocessor: preprocessor_config.json beside them; {} when there is none.
+        config: config.json beside them; {} if there is none.
+        preprocessor: preprocessor_config.json beside them; {} if there is none.
         wishes: what the user said.
         source: the file's name, for messages.
 
@@ -83,7 +94,7 @@ def from_hugging_face(
     description = _described(theirs, config, preprocessor, wishes, source, notes)
     assert isinstance(description.objective, ClassifyConfig)
     with torch.device("meta"):
-        # Where there is no classifier, that of one class, which is left out
+        # Without a classifier one of a single class is built, and left out
         expected = Classifier(description.model, description.objective, len(description.labels) or 1).state_dict()
     if not description.labels:
         expected = {name: tensor for name, tensor in expected.items() if name.startswith("encoder.")}
@@ -95,7 +106,7 @@ def _described(
     theirs: Tree, config: Tree, preprocessor: Tree, wishes: Wishes, source: str, notes: list[str]
 ) -> Description:
     model = _model_tree(theirs, config, wishes, source, notes)
-    classes = len(_tensor(theirs, "classifier.dense.weight", 2, source)) if "classifier.dense.weight" in theirs else 0
+    classes = shape_of(theirs, "classifier.dense.weight", 2, source)[0] if "classifier.dense.weight" in theirs else 0
     published = LOG_MEL.get(classes, AUDIOSET_LOG_MEL)
     mean, std = preprocessor.get("mean", published[0]), preprocessor.get("std", published[1])
     if "mean" not in preprocessor and wishes.mean is None:
@@ -106,7 +117,7 @@ def _described(
     tree = {
         "_about": {"what": f"converted from {source}"},
         "preset": "ast",
-        "size": next((size for size, of in SIZES.items() if of["model"].items() <= model.items()), "base"),
+        "size": size_of(model),
         "objective": {"kind": "classify", "init_from": "", "loss": _loss(config, classes, notes)},
         "data": {"frames": model["frames"], "log_mel": {"mean": mean, "std": std}},
         "model": model,
@@ -116,9 +127,8 @@ def _described(
 
 
 def _model_tree(theirs: Tree, config: Tree, wishes: Wishes, source: str, notes: list[str]) -> Tree:
-    conv = _tensor(theirs, EMBEDDINGS + "patch_embeddings.projection.weight", 4, source)
-    width, _, _, patch = conv.shape
-    hidden = len(_tensor(theirs, "encoder.layer.0.intermediate.dense.weight", 2, source))
+    width, _, _, patch = shape_of(theirs, EMBEDDINGS + "patch_embeddings.projection.weight", 4, source)
+    hidden = shape_of(theirs, "encoder.layer.0.intermediate.dense.weight", 2, source)[0]
     heads = wishes.heads or _whole(config, "num_attention_heads", source)
     if not heads:
         heads = max(1, width // 64)
@@ -126,33 +136,27 @@ def _model_tree(theirs: Tree, config: Tree, wishes: Wishes, source: str, notes: 
     model = {
         "architecture": "ast",
         "width": width,
-        "depth": len({found[1] for key in theirs if (found := re.match(r"encoder\.layer\.(\d+)\.", key))}),
+        "depth": count_numbers(theirs, "encoder.layer."),
         "heads": heads,
-        "mlp_ratio": _ratio(hidden, width),
+        "mlp_ratio": ratio_of(hidden, width),
         "patch": patch,
         "time_stride": _whole(config, "time_stride", source) or 10,
         "mel_stride": _whole(config, "frequency_stride", source) or 10,
         "norm_eps": config.get("layer_norm_eps", 1e-12),
     }
-    positions = _tensor(theirs, EMBEDDINGS + "position_embeddings", 3, source).shape[1]
+    positions = shape_of(theirs, EMBEDDINGS + "position_embeddings", 3, source)[1]
     return model | {"frames": _whole(config, "max_length", source) or _frames(positions - 2, model)}
 
 
 def _frames(num_patches: int, model: Tree) -> int:
-    """Frames of a clip, the fewest that are whole patches of the data, by the number of learned positions."""
+    """Return the fewest frames that are whole patches of the data and give this number of positions."""
     bands = max(1, (FIXED["num_mel_bins"] - model["patch"]) // model["mel_stride"] + 1)
     fewest = (num_patches // bands - 1) * model["time_stride"] + model["patch"]
     return math.ceil(fewest / model["patch"]) * model["patch"]
 
 
-def _ratio(hidden: int, width: int) -> float:
-    """The quotient, of which the width makes the hidden width again."""
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
-
-
 def _whole(config: Tree, key: str, source: str) -> int:
-    """A whole number above 0; 0 where config.json has no such key."""
+    """Return a whole number above 0, or 0 if config.json has no such key. Raises UserError."""
     if key not in config:
         return 0
     value = config[key]
@@ -165,7 +169,7 @@ def _whole(config: Tree, key: str, source: str) -> int:
 
 
 def _loss(config: Tree, classes: int, notes: list[str]) -> str:
-    """What turns logits into probabilities: as config.json says, or as the published recipe of so many classes."""
+    """Return the loss that config.json names, or that of the published recipe for this number of classes."""
     kinds = {"single_label_classification": "ce", "multi_label_classification": "bce"}
     if config.get("problem_type") in kinds:
         return kinds[config["problem_type"]]
@@ -175,43 +179,32 @@ def _loss(config: Tree, classes: int, notes: list[str]) -> str:
 
 
 def _named_labels(config: Tree, classes: int) -> tuple[str, ...] | None:
-    """The class names of config.json, where it has one for each class."""
+    """Return the class names of config.json, if it has one for each class."""
     names = config.get("id2label")
     if not isinstance(names, dict) or set(names) != {str(number) for number in range(classes)}:
         return None
     return tuple(str(names[str(number)]) for number in range(classes))
 
 
-def _tensor(theirs: Tree, key: str, ndim: int, source: str) -> Tensor:
-    tensor = theirs.get(key)
-    if not isinstance(tensor, Tensor):
-        raise UserError(f"{source} does not fit: {key} is missing")
-    if tensor.ndim != ndim or 0 in tensor.shape:
-        raise UserError(f"{source} does not fit: {named(key, tensor)} should have {ndim} dimensions, none of them 0")
-    return tensor
-
-
 def _translated(theirs: Tree, expected: Weights, source: str) -> Weights:
-    """Our parameters out of theirs, in fp32 and memory of their own."""
+    """Make our parameters from theirs, in fp32, as copies."""
     keys = {name: _keys(name) for name in expected}
     wanted = {key: _theirs_of(tensor, keys[name], key) for name, tensor in expected.items() for key in keys[name]}
     if complaint := misfit(wanted, theirs):
         raise UserError(f"{source} does not fit: {complaint}")
-    for key, tensor in theirs.items():
-        if not (tensor.is_floating_point() and bool(tensor.isfinite().all())):
-            raise UserError(f"{source} holds values in {key} that are not finite numbers; the checkpoint is damaged")
+    refuse_unsound(theirs, source)
     joined = {name: torch.cat([theirs[key].float() for key in keys[name]]) for name in expected}
     return {name: tensor.reshape(expected[name].shape).contiguous() for name, tensor in joined.items()}
 
 
 def _theirs_of(ours: Tensor, keys: list[str], key: str) -> Tensor:
-    """The shape of their tensor: a share of ours where several make it; with a dimension more for the positions."""
+    """Return a tensor with the shape of theirs: a share of ours, or ours with another dimension for the positions."""
     part = ours.tensor_split(len(keys))[keys.index(key)]
     return part[None] if key.endswith("position_embeddings") else part
 
 
 def _keys(ours: str) -> list[str]:
-    """Their names of one of our parameters, in the order in which they lie in it."""
+    """Return their names for one of our parameters, in the order of its parts."""
     if block := re.match(r"encoder\.blocks\.(\d+)\.(.*)", ours):
         layer, name = f"encoder.layer.{block[1]}.", block[2]
         if name.startswith("attn.qk."):

@@ -1,9 +1,8 @@
-"""Read what torch.save has written without running any of it.
+"""Read files of torch.save without running code in them.
 
-A pickle names classes and functions and asks for them to be called. torch's weights_only reader calls none that it
-does not know. Checkpoints of fairseq also name a few classes that only hold settings (argparse.Namespace, nodes of
-omegaconf, enums); an inert stand-in takes the place of those, so that neither their code nor their modules are needed.
-Any other name is refused.
+A pickle names classes and functions and asks to call them. torch's weights_only reader calls only those that it knows.
+Checkpoints of fairseq also name a few classes that only hold settings (argparse.Namespace, nodes of omegaconf, enums).
+An inert stand-in replaces those, so that neither their code nor their modules are needed. Other names are refused.
 """
 
 import pickle
@@ -27,13 +26,13 @@ SETTINGS_BUILTINS = {"bool", "bytes", "dict", "float", "frozenset", "int", "list
 
 
 class StandIn:
-    """An object of a class that is not there: it keeps what the file gives it, and does nothing."""
+    """An object in place of one whose class is missing: it keeps what the file gives it, and does nothing."""
 
     args: tuple[Any, ...]
     state: Any
 
     def __new__(cls, *args: Any) -> Self:
-        """Pickles may ask for objects without initialising them."""
+        """Keep the arguments here, since pickles may make objects without initialising them."""
         stand_in = super().__new__(cls)
         stand_in.args, stand_in.state = args, None
         return stand_in
@@ -48,15 +47,15 @@ def empty_dict(*_: Any) -> dict[Any, Any]:
 
 
 def safe_load(path: Path) -> Any:
-    """The object in a file that torch.save wrote, on the CPU: plain data, tensors, and StandIn for settings.
+    """Return the object in a file of torch.save, on the CPU: plain data, tensors, and StandIn for settings.
 
     Args:
-        path: a checkpoint, zipped or in the format before torch 1.6. A zipped one is mapped rather than read, so that
-            an optimizer's state in it costs nothing.
+        path: a checkpoint, zipped or in the format before torch 1.6. A zipped file is mapped, not read, so that an
+            optimizer's state in it costs nothing.
 
     Raises:
-        UserError: the file is empty, damaged, no checkpoint, or names something that no checkpoint needs.
-        OSError: it cannot be opened.
+        UserError: the file is empty, damaged, not a checkpoint, or names something that no checkpoint needs.
+        OSError: the file cannot be opened.
     """
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty; fetch or copy the checkpoint again")
@@ -83,13 +82,13 @@ def safe_load(path: Path) -> Any:
 
 
 def is_settings(name: str) -> bool:
-    """Whether an object of this name ("package.module.Class") is one that the stand-in may take the place of."""
+    """Return whether the stand-in may replace an object with this name ("package.module.Class")."""
     package, _, rest = name.partition(".")
     return rest in SETTINGS_BUILTINS if package == "builtins" else package in SETTINGS_PACKAGES
 
 
 def plain(value: Any) -> Any:
-    """Settings as plain dicts, lists, numbers and strings; None where they were something else."""
+    """Turn settings into plain dicts, lists, numbers and strings, and anything else into None."""
     if isinstance(value, StandIn):
         return _plain_stand_in(value)
     if isinstance(value, dict):
@@ -116,7 +115,7 @@ def _load(path: Path) -> Any:
 
 
 def _unknown_name(error: pickle.UnpicklingError) -> str | None:
-    """The global that torch's reader stumbled over; torch leaves "builtins." out."""
+    """Return the global that torch's reader refused; torch leaves "builtins." out."""
     found = re.search(r"GLOBAL (\S+) (?:was not|whose module)", str(error))
     if found is None:
         return None
