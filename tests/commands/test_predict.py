@@ -129,7 +129,7 @@ def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path: Path, monke
         return listed(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(UserError, match=r"the folder .*closed cannot be listed: Permission denied"):
+    with pytest.raises(UserError, match=r"cannot list the folder .*closed: Permission denied"):
         audio_files([tmp_path])
 
 

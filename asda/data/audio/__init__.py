@@ -1,1 +1,1 @@
-"""Audio files to samples: find, read, resample. Training reads shards and never opens this room."""
+"""Reads audio files as 16 kHz samples. Training reads shards and never opens this room."""

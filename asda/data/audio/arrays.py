@@ -1,4 +1,4 @@
-"""Audio in memory as waves: any array or tensor that people hold audio in, to 16 kHz mono float32.
+"""Arrays and tensors of audio to 16 kHz mono float32.
 
 Shapes: S samples, C channels.
 """
@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 from torch import Tensor, from_numpy
 
-from asda.data.audio.waves import INT16_SCALE, MAX_CHANNELS, MIN_SAMPLES, RATE_BOUNDS_HZ, no_amplitudes, resample
+from asda.data.audio.waves import INT16_SCALE, MAX_CHANNELS, MIN_SAMPLES, RATE_BOUNDS_HZ, amplitude_complaint, resample
 from asda.errors import UserError
 
 Audio = Tensor | np.ndarray
 
 
 def to_wave(audio: Audio, sample_rate_hz: float, name: str = "audio") -> Tensor:
-    """The mean over the channels at 16 kHz: float32 [S], full scale 1, S >= 400.
+    """Return the mean over the channels at 16 kHz: float32 [S], full scale 1, S >= 400.
 
-    As asda.data.audio.read_wave averages and `resample` resamples, hence as the official feature extraction does.
+    It averages like asda.data.audio.read.read_wave and resamples like the official feature extraction.
 
     Args:
         audio: [S] or [channels, S], floats with full scale 1, or int16.
         sample_rate_hz: of the audio; a whole number.
-        name: of the audio, for what is said against it.
+        name: of the audio, for messages.
 
     Raises:
         UserError: the shape, the type, a sample, the length or the rate is out of bounds.
@@ -35,7 +35,7 @@ def to_wave(audio: Audio, sample_rate_hz: float, name: str = "audio") -> Tensor:
         for channel_S in audio_CS:  # one by one: a float copy of all of them may be large
             mono_S += channel_S
     mono_S /= len(audio_CS) * (INT16_SCALE if audio_CS.dtype == np.int16 else 1)
-    if complaint := no_amplitudes(mono_S):
+    if complaint := amplitude_complaint(mono_S):
         raise UserError(f"{name} {complaint}")
     wave_S = resample(mono_S, rate_hz)
     if len(wave_S) < MIN_SAMPLES:
@@ -44,14 +44,14 @@ def to_wave(audio: Audio, sample_rate_hz: float, name: str = "audio") -> Tensor:
 
 
 def to_waves(audio: Any, sample_rate_hz: float) -> list[Tensor]:
-    """`to_wave` of a clip, or of each clip of a list, all of which have the same rate."""
+    """Apply to_wave to a clip, or to each clip of a list; all have the same rate."""
     if not is_list(audio):
         return [to_wave(audio, sample_rate_hz)]
     return [to_wave(clip, sample_rate_hz, f"audio[{number}]") for number, clip in enumerate(audio)]
 
 
 def is_list(audio: Any) -> bool:
-    """Whether this is a list of clips, and not one."""
+    """Return whether this is a list of clips, not one clip."""
     return isinstance(audio, Sequence) and not isinstance(audio, str)
 
 
@@ -64,7 +64,7 @@ def _checked_rate(sample_rate_hz: Any) -> int:
 
 
 def _checked_channels(audio: Any, name: str) -> np.ndarray:
-    """Audio as [C, S], in a dtype of its own."""
+    """Return audio as [C, S], floats or int16. Raises UserError."""
     if isinstance(audio, Tensor):
         audio = audio.detach().cpu()
         audio = (audio.float() if audio.is_floating_point() else audio).numpy()

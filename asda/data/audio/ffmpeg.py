@@ -34,7 +34,7 @@ CONTAINER_SLACK_S = 1.0  # Matroska declares the length of its longest track, wh
 
 
 def has_pyav() -> bool:
-    """Whether the extra is installed."""
+    """Return whether the extra is installed."""
     return importlib.util.find_spec("av") is not None
 
 
@@ -85,7 +85,7 @@ def _decode_part(
 
 
 def _declared_frames(container: "InputContainer", stream: "AudioStream") -> tuple[int | None, int]:
-    """The length of a track as the container has it, or None, and how far that may be off, in frames."""
+    """Return the length of a track that the container declares, or None, and its possible error, in frames."""
     if container.format.name == "aac":
         return None, 0  # FFmpeg guesses one from the first bit rates
     if stream.duration and stream.time_base:

@@ -18,13 +18,13 @@ UNKNOWN_SIZE_BYTES = 0x7FFF_0000  # from here on a declared size is a streaming 
 
 
 @contextmanager
-def _opened(path: Path, max_seconds: float, segment: Segment | None) -> Iterator[tuple[soundfile.SoundFile, int]]:
-    """An audio file at the first of the frames to read, and their number, all of it plausible.
+def open_at(path: Path, max_seconds: float, segment: Segment | None) -> Iterator[tuple[soundfile.SoundFile, int]]:
+    """Open an audio file at the first frame to read; yield it and the number of frames, both checked.
 
-    What libsndfile says against the file in the block is an AudioError too.
+    Errors of libsndfile in the block become AudioError too.
     """
     try:
-        # By descriptor, because soundfile would judge a path by its extension.
+        # By descriptor, because soundfile decides by the extension of a path.
         with path.open("rb") as file, soundfile.SoundFile(file.fileno(), closefd=False) as sound:
             check_format(sound.samplerate, sound.channels)
             _check_sizes(sound)
@@ -46,15 +46,15 @@ def _check_sizes(sound: soundfile.SoundFile) -> None:
             raise AudioError(f"is truncated: a chunk declares {declared} bytes and {present} are there")
 
 
-def _decode_int16(sound: soundfile.SoundFile, num_frames: int) -> np.ndarray:
-    """The next samples of a mono 16-bit file, int16 [S]."""
+def decode_int16(sound: soundfile.SoundFile, num_frames: int) -> np.ndarray:
+    """Read the next samples of a mono 16-bit file, int16 [S]."""
     samples_S = sound.read(num_frames, dtype="int16")
     _check_whole(sound, len(samples_S), num_frames)
     return samples_S
 
 
-def _decode_mono(sound: soundfile.SoundFile, num_frames: int) -> np.ndarray:
-    """The mean over the channels of the next frames of an open file, float32 [S] at its own rate."""
+def decode_mono(sound: soundfile.SoundFile, num_frames: int) -> np.ndarray:
+    """Read the next frames of an open file and average the channels: float32 [S] at its own rate."""
     mono_S = np.empty(num_frames, np.float32)
     block = READ_AT_ONCE // sound.channels
     for start in range(0, num_frames, block):

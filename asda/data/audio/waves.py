@@ -1,8 +1,7 @@
-"""Audio files as waves: in float at their own rate, or as shards hold them, 16 kHz, mono, int16, in one kind of WAV.
+"""Bounds, resampling and the one kind of WAV that shards hold: 16 kHz, mono, int16.
 
-Reads what libsndfile reads and, with the extra `m4a`, AAC and Opus in MP4, WebM and the like. Nothing here trusts a
-header: lengths, rates and channels are bounded before a byte is decoded, and a file that holds less than it declares is
-refused. (Ogg, NIST and raw AAC files declare no length: their cut copies pass as shorter clips.)
+No header is trusted: lengths, rates and channels are bounded before a byte is decoded, and a file that holds less than
+it declares is refused. (Ogg, NIST and raw AAC files declare no length: their cut copies pass as shorter clips.)
 """
 
 import math
@@ -63,7 +62,7 @@ def check_format(rate_hz: int, num_channels: int) -> None:
 def part_of(num_frames: int, rate_hz: int, segment: Segment | None) -> tuple[int, int]:
     """Return first frame and number of frames of a segment, which ends with the file at the latest.
 
-    All of a file that lasts no longer than the segment, because it is the segment, cut by whoever downloaded it.
+    A file that lasts no longer than the segment is read whole: somebody has cut the segment from the recording already.
     """
     if segment is None or num_frames <= (segment[1] - segment[0] + CUT_SLACK_S) * rate_hz:
         return 0, num_frames
@@ -87,16 +86,16 @@ def check_length(num_frames: int, rate_hz: int, max_seconds: float) -> None:
 
 
 def mean_of_channels(audio_CS: np.ndarray) -> np.ndarray:
-    """Mean over the channels, float32 [S]. Raises AudioError where it is not finite, or far beyond full scale."""
+    """Average the channels, float32 [S]. Raises AudioError if the mean is not finite, or far beyond full scale."""
     # A sum of rows: numpy's mean over a short axis takes twenty times as long.
     mean_S = np.asarray(sum(audio_CS[1:], start=audio_CS[0]) / np.float32(len(audio_CS)))
-    if complaint := no_amplitudes(mean_S):
+    if complaint := amplitude_complaint(mean_S):
         raise AudioError(complaint)
     return mean_S
 
 
-def no_amplitudes(wave_S: np.ndarray) -> str:
-    """Why floats cannot be amplitudes of full scale 1; "" where they can."""
+def amplitude_complaint(wave_S: np.ndarray) -> str:
+    """Return why floats cannot be amplitudes with full scale 1, or ""."""
     peak = max(float(wave_S.max(initial=0)), -float(wave_S.min(initial=0)))  # nan if any of them is
     if not math.isfinite(peak):
         return "holds samples that are not finite"
@@ -105,7 +104,7 @@ def no_amplitudes(wave_S: np.ndarray) -> str:
 
 
 def resampled_length(num_samples: int, rate_hz: int) -> int:
-    """Samples at 16 kHz that so many at another rate become: the end of the wave counts as a whole sample."""
+    """Return how many samples a wave has at 16 kHz, rounded up."""
     return -(-num_samples * SAMPLE_RATE_HZ // rate_hz)
 
 
@@ -167,7 +166,7 @@ def _kernel_values(rate_hz: int) -> int:
 
 @lru_cache(maxsize=8)
 def _resampler(rate_hz: int) -> "Resample":
-    """Holds the kernel, computed in float32 as the function does for float32 waves; the class would take float64."""
+    """Keep the kernel, computed in float32 as torchaudio's function does; its class would take float64."""
     import torch
     from torchaudio.transforms import Resample
 
