@@ -1,16 +1,16 @@
-"""One kind of error for everything a user can mend, the one place that prints it, and what an exit code says.
+"""The error for everything that a user can repair, the place that prints it, and the exit codes.
 
     0    done
-    1    a mistake of ours, with its traceback
-    2    a mistake of the user's, in one sentence
-    3    another rank has gone; what it said, or its last checkpoint, tells more
-    75   stopped as it was asked to, with a checkpoint; the same command goes on (EX_TEMPFAIL of sysexits.h)
-    130, 138, 143   left at once: interrupted before training, or by a second SIGINT, SIGUSR1, SIGTERM
-    141  nobody reads what it prints any more (| head), as the shells count SIGPIPE
+    1    a bug of ours, with its traceback
+    2    an error that the user can repair, in one sentence
+    3    another rank has ended; its message or the last checkpoint tells more
+    75   stopped on request, with a checkpoint; the same command resumes (EX_TEMPFAIL of sysexits.h)
+    130, 138, 143   ended at once: interrupted before training, or by a second SIGINT, SIGUSR1, SIGTERM
+    141  stdout was closed by its reader (| head); shells give this code to SIGPIPE
 
-So ends a rank, and with it plain python and srun. `deepspeed` hands on the code of the first rank that fails, so all
-ranks of a stopped run leave with the same one; but it ends with 143 or 130 when it gets the signal itself (the ranks
-see that it has gone, save, and leave) and with 1 when its launch.py does. With torchrun every code but 0 becomes 1.
+A rank ends with these codes, and so do plain python and srun. `deepspeed` returns the code of the first rank that
+fails, so all ranks of a stopped run end with the same one. If `deepspeed` itself gets the signal, it ends with 143 or
+130 (the ranks notice, save and end); if its launch.py gets it, with 1. torchrun turns every code but 0 into 1.
 """
 
 import errno
@@ -25,10 +25,10 @@ STOPPED_EXIT = 75
 INTERRUPTED_EXIT = 130  # Ctrl-C, by the shells' convention
 UNREAD_EXIT = 141
 
-# How a write fails that nobody but the user can help. It bears no file name.
+# Failures of a write that only the user can repair. These errors carry no file name.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
-# How gloo and NCCL say that the process at the other end has gone, or does not answer.
+# How gloo and NCCL say that the process at the other end has ended, or does not answer.
 LOST_PEER_WORDS = (
     "closed by peer",
     "reset by peer",
@@ -39,24 +39,24 @@ LOST_PEER_WORDS = (
 
 
 class UserError(Exception):
-    """Says in one sentence what is wrong, where (file, shard, key, byte), the rule, and the fix."""
+    """One sentence: what is wrong, where (file, shard, key, byte), the rule, and the fix."""
 
 
 class Stopped(Exception):  # noqa: N818 (nothing went wrong)
-    """Says why a run ends before its last step, after all ranks have saved it."""
+    """Why a run ends before its last step, after all ranks have saved it."""
 
 
 def say(line: str) -> None:
-    """Print a line on stderr, with the rank where there are several."""
+    """Print a line on stderr, with the rank if there are several."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     print(f"[rank {os.environ['RANK']}] {line}" if several else line, file=sys.stderr, flush=True)
 
 
 def exit_with_sentence(main: Callable[[], None]) -> None:
-    """Run `main`; turn what may be expected to end it into one line on stderr and an exit code of the list above."""
+    """Run `main`; turn the errors that may be expected into one line on stderr and an exit code of the list above."""
     try:
         main()
-        sys.stdout.flush()  # or Python does it when it ends, where nothing can be caught
+        sys.stdout.flush()  # or Python does it at its end, when nothing can be caught
     except UserError as error:
         _leave(f"error: {error}", USER_ERROR_EXIT)
     except Stopped as stop:
@@ -73,13 +73,13 @@ def exit_with_sentence(main: Callable[[], None]) -> None:
     except RuntimeError as error:
         if not any(words in str(error).lower() for words in LOST_PEER_WORDS):
             raise
-        _leave("stopped, because another rank has gone; its message says why, unless it was killed", LOST_PEER_EXIT)
+        _leave("stopped, because another rank has ended; its message says why, unless it was killed", LOST_PEER_EXIT)
     except KeyboardInterrupt:
         _leave("interrupted", INTERRUPTED_EXIT)
 
 
 def _nobody_reads() -> bool:
-    """Whether the pipe that broke is stdout; what is still to be written there goes nowhere."""
+    """Return whether the broken pipe is stdout; if so, discard the rest of the output."""
     watch = select.poll()
     watch.register(sys.stdout, 0)
     gone = any(events & select.POLLERR for _, events in watch.poll(0))
@@ -89,7 +89,7 @@ def _nobody_reads() -> bool:
 
 
 def _give_up_stdout() -> None:
-    """Where stdout is what cannot be written, drop the rest: Python would try again when it ends."""
+    """Discard the rest of the output if stdout cannot be written: Python would try again at its end."""
     try:
         sys.stdout.flush()
     except OSError:

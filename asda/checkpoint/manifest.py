@@ -20,12 +20,12 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from asda.system import hash_bytes, hash_file, rename_durably, sync
 
 FORMAT = 2
-READABLE_FORMATS = (1, 2)  # of a run with format 1, by DeepSpeed's pickles, only weights and configuration are read
+READABLE_FORMATS = (1, 2)  # format 1 kept DeepSpeed's pickles: only its weights and configuration are read
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 << 20  # 100,000 ranks
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-# One name, or one below engine/ in format 1. A name that begins with a dot is temporary, or leads out of the folder.
+# One name, or one below engine/ in format 1. A leading dot would be a temporary file, or lead out of the folder.
 FileName = Annotated[str, Field(pattern=r"^(engine/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}$")]
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 Count = Annotated[int, Field(ge=0)]
@@ -33,7 +33,7 @@ Count = Annotated[int, Field(ge=0)]
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What a file must be."""
+    """The size and the hash that a file must have."""
 
     __pydantic_config__ = STRICT
 
@@ -62,12 +62,12 @@ def _validator() -> TypeAdapter[Manifest]:
 
 
 def entry_of(path: Path) -> FileEntry:
-    """Size and hash of a file as it can be read back."""
+    """Return the size and the hash of a file as it can be read back."""
     return FileEntry(path.stat().st_size, hash_file(path))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Path:
-    """Write manifest.json into a folder; returns its path."""
+    """Write manifest.json into a folder; return its path."""
     fields = {name: value for name, value in asdict(manifest).items() if value is not None and name != "hash"}
     path = folder / MANIFEST
     path.write_text(_with_hash(fields))
@@ -75,13 +75,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> Path:
 
 
 def damage(folder: Path, part: int = 0, parts: int = 1, *, from_disk: bool = False) -> str | None:
-    """What is wrong with a checkpoint's files; None when they match the manifest.
+    """Return what is wrong with a checkpoint's files, or None if they match the manifest.
 
     Args:
         folder: the checkpoint, or a folder of weights with a manifest.
-        part: which share of the files is read and hashed; names and sizes are checked of all.
-        parts: into how many shares the files are dealt, so that the ranks of a run check one each.
-        from_disk: read past the page cache; dearer where the files are to be loaded next.
+        part: the share of the files to read and hash; names and sizes are checked for all files.
+        parts: the number of shares, so that each rank of a run checks one.
+        from_disk: read past the page cache; slower if the files are loaded next.
     """
     manifest = _read_manifest(folder)
     if isinstance(manifest, str):
@@ -91,7 +91,7 @@ def damage(folder: Path, part: int = 0, parts: int = 1, *, from_disk: bool = Fal
 
 
 def _read_manifest(folder: Path) -> Manifest | str:
-    """The manifest, or what is wrong with it."""
+    """Return the manifest, or what is wrong with it."""
     path = folder / MANIFEST
     if folder.is_symlink() or path.is_symlink():
         return "it is a link; copy the checkpoint itself"
@@ -115,7 +115,7 @@ def _read_manifest(folder: Path) -> Manifest | str:
 
 
 def _with_hash(fields: dict[str, Any]) -> str:
-    """The one text that a manifest with these entries may have."""
+    """Return the only text that a manifest with these entries may have."""
     digest = hash_bytes(json.dumps(fields).encode())
     return json.dumps({"hash": digest, **fields}, indent=2) + "\n"
 
@@ -170,9 +170,9 @@ def commit_folder(temporary: Path, folder: Path, manifest: Manifest) -> None:
 
 
 def remove(path: Path) -> None:
-    """Take a name away in one step, so that no half of a checkpoint is ever seen, then what it stood for.
+    """Remove a file or a folder: first its name, in one step, so that nobody sees half a checkpoint.
 
-    A file that a reader holds open on a network disk outlives this, under a temporary name.
+    On a network disk a file that a reader holds open stays, under a temporary name.
     """
     if path.is_symlink() or path.is_file():
         path.unlink()

@@ -1,7 +1,7 @@
-"""A .safetensors file as it lies in memory, so that it goes to the disk without being copied once more.
+"""Build a .safetensors file in memory, so that it is written without another copy.
 
-A save beside the training takes the training's own cores, and the library's writer goes through the page cache, which
-is dear (asda/system.py). What is written here its reader reads. The format: huggingface.co/docs/safetensors#format
+A save during training takes the training's cores, and the library's writer goes through the page cache, which is slow
+(asda/system.py). The library reads these files. The format: huggingface.co/docs/safetensors#format
 """
 
 import json
@@ -17,7 +17,7 @@ from torch import Tensor
 from asda.checkpoint.manifest import FileEntry
 from asda.system import hash_bytes, write_past_cache
 
-DTYPES = {  # by safetensors' names
+DTYPE_NAMES = {  # by safetensors' names
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -31,7 +31,7 @@ class FileImage:
     """The bytes of a .safetensors file.
 
     Args:
-        tensors: give names, types and shapes; copy_from gives the numbers.
+        tensors: give names, types and shapes; copy_from copies the numbers.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]):
@@ -41,11 +41,11 @@ class FileImage:
         self._bytes[: len(self._header)] = torch.frombuffer(bytearray(self._header), dtype=torch.uint8)
 
     def is_of(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether it is an image of tensors with these names, types and shapes."""
+        """Return whether these tensors have the names, types and shapes of the image."""
         return self._header == _header(tensors)
 
     def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the numbers of the tensors; those on a GPU arrive when its current stream has come so far."""
+        """Copy the numbers of the tensors; those on a GPU arrive in the order of its current stream."""
         start = len(self._header)
         for tensor in tensors.values():
             place = self._bytes[start : start + tensor.nbytes]
@@ -64,18 +64,18 @@ class FileImage:
 
 
 def _header(tensors: Mapping[str, Tensor]) -> bytes:
-    """The length of the header, then the header: JSON, and spaces so that the tensors behind it are aligned."""
+    """Return the length of the header, then the header: JSON, and spaces that align the tensors after it."""
     entries, end = {}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
-        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % HEADER_ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
 
 
 def _memory(num_bytes: int, pinned: bool) -> Tensor:
-    """Memory that begins at a page, [num_bytes] in uint8."""
+    """Return memory that begins at a page, uint8 [num_bytes]."""
     if pinned:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
     return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)

@@ -1,8 +1,4 @@
-"""Several machines: who is who under SLURM's srun, and a run folder that all of them see and no other run writes to.
-
-deepspeed and torchrun give every process RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. srun gives numbers
-of its own, from which the same follow: docs/slurm.sh is a job.
-"""
+"""A run folder that all ranks see and no other run writes to."""
 
 import os
 import secrets
@@ -31,8 +27,8 @@ def check_folder_is_shared(folder: Path, rank: int, world_size: int) -> None:
     if world_size == 1:
         return
     lineage = [folder.absolute(), *folder.absolute().parents]
-    # The first rank writes where there is a folder already, for a refused run is to leave none; the others look in the
-    # same generation of their own.
+    # A refused run must not leave a new folder, so the first rank writes into the nearest one that exists; the others
+    # look into the same generation of their own.
     note = [(next(n for n, path in enumerate(lineage) if path.is_dir()), f".asda-{secrets.token_hex(8)}")]
     dist.broadcast_object_list(note)
     generation, name = note[0]
@@ -64,15 +60,15 @@ def claim_folder(folder: Path, rank: int, *, make: bool) -> IO[str] | None:
     """Keep other runs out of a run folder. All ranks call this together.
 
     Args:
-        folder: which.
+        folder: the run folder.
         rank: of this process.
-        make: whether a folder that is not there is made; otherwise there is nothing to be kept out of.
+        make: make the folder if it is missing; False does nothing without a folder.
 
     Returns:
-        What the first rank must keep open: the lock ends with it, and with the process however that ends.
+        A file that the first rank must keep open: the lock ends with it, and with the process however that ends.
 
     Raises:
-        UserError: on all ranks alike, when another run writes there, or nobody may.
+        UserError: on all ranks alike, if another run writes there, or the folder cannot be written.
     """
     lock, failure = None, [""]
     if rank == 0 and (make or folder.is_dir()):
@@ -89,7 +85,7 @@ def claim_folder(folder: Path, rank: int, *, make: bool) -> IO[str] | None:
 
 
 def _lock(file: IO[str], folder: Path) -> str:
-    """Lock the file and write who did; returns what stands against it, or nothing."""
+    """Lock the file and write who holds it; return the complaint if another run does, or ""."""
     deadline = time.monotonic() + LOCK_PATIENCE_S
     try:
         while not FileLock(file).take():
