@@ -8,7 +8,7 @@ import ctypes
 import fcntl
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from errno import EACCES, EAGAIN, EINVAL
 from pathlib import Path
@@ -41,7 +41,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             if file.closed:
                 return
-            sync_file(file)
+        sync(temporary)
         rename_durably(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -54,18 +54,12 @@ def rename_durably(old: Path, new: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a closed file, or the entries of a folder, are on the disk."""
+    """Wait until the bytes of a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sync_file(file: BinaryIO) -> None:
-    """Wait until the bytes of an open file are on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def write_past_cache(path: Path, content: memoryview) -> None:
@@ -103,9 +97,15 @@ def _set_direct(descriptor: int, direct: bool) -> bool:
 
 def hash_bytes(content: bytes | memoryview) -> str:
     """Return the xxh3_128 of bytes in memory, in hexadecimal digits."""
-    digest, view = xxhash.xxh3_128(), memoryview(content)
-    for start in range(0, len(view), READ_BYTES):
-        digest.update(view[start : start + READ_BYTES])
+    view = memoryview(content)
+    return hash_pieces(view[start : start + READ_BYTES] for start in range(0, len(view), READ_BYTES))
+
+
+def hash_pieces(pieces: Iterable[bytes | memoryview]) -> str:
+    """Return the xxh3_128 of bytes that come in pieces, in hexadecimal digits."""
+    digest = xxhash.xxh3_128()
+    for piece in pieces:
+        digest.update(piece)
     return digest.hexdigest()
 
 

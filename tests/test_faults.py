@@ -23,6 +23,7 @@ import pytest
 import soundfile
 import zstandard
 from fault_table import Count
+from verifying import verify_shard
 from xxhash import xxh3_64_hexdigest
 
 from asda.config.data import DataConfig
@@ -33,7 +34,6 @@ from asda.data.shards.index import DatasetIndex, tagged_hash
 from asda.data.shards.read import ShardFile, load_dataset
 from asda.data.stream import training_batches
 from asda.errors import UserError
-from asda.sharding.verify import verify_shard
 from asda.sharding.writer import write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,9 +1,12 @@
-"""Files written and read past the page cache are those that the libraries read and hash, on any disk."""
+"""Files are written whole, locked, and hashed; past the page cache they are what the libraries read, on any disk."""
 
 import errno
 import fcntl
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from asda import system as disk
-from asda.checkpoint.safetensors_file import DTYPES, FileImage
-from asda.system import BLOCK, hash_file
+from asda.checkpoint.safetensors_file import DTYPE_NAMES, FileImage
+from asda.system import BLOCK, FileLock, hash_file, whole_file, write_whole_file
 
 Patch = pytest.MonkeyPatch
 
@@ -59,7 +62,7 @@ DISKS = [as_usual, refused_at_once, refused_later, in_small_pieces]
 @pytest.mark.parametrize("a_disk", DISKS)
 @pytest.mark.parametrize("num_values", [0, 1, 900, 5_000, 300_000])
 def test_an_image_is_a_file_that_safetensors_reads(a_disk, num_values: int, tmp_path: Path, monkeypatch: Patch):
-    tensors = {f"{dtype}": torch.randn(num_values).to(dtype) for dtype in DTYPES}
+    tensors = {f"{dtype}": torch.randn(num_values).to(dtype) for dtype in DTYPE_NAMES}
     tensors |= {"scalar": torch.tensor(7.0), "turned": torch.randn(3, 5).T, 'a "name" in UTF-8: é': torch.ones(1, 2)}
     a_disk(monkeypatch)
     path = tmp_path / "image.safetensors"
@@ -98,3 +101,42 @@ def test_the_hash_of_a_file_is_that_of_its_bytes(num_bytes: int, a_disk, from_di
     (tmp_path / "file").write_bytes(content)
     a_disk(monkeypatch)
     assert hash_file(tmp_path / "file", from_disk=from_disk) == xxhash.xxh3_128_hexdigest(content)
+
+
+def test_a_whole_file_has_the_old_content_until_the_new_is_whole(tmp_path: Path):
+    path = tmp_path / "file"
+    write_whole_file(path, "old")
+    with suppress(ZeroDivisionError), whole_file(path) as file:
+        file.write(b"half")
+        assert (path.read_text(), len(list(tmp_path.iterdir()))) == ("old", 2)
+        raise ZeroDivisionError
+    with whole_file(path) as file:
+        file.write(b"given up")
+        file.close()
+    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("file", "old")]
+    with whole_file(path) as file:
+        file.write(b"new")
+    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("file", "new")]
+
+
+TAKES = "import sys; from asda.system import FileLock; f = open(sys.argv[1], 'a'); print(FileLock(f).take(range(3, 5)))"
+
+
+def test_a_range_that_is_locked_is_refused_to_other_processes_alone(tmp_path: Path):
+    path = tmp_path / "lock"
+    with path.open("a") as file:
+        lock = FileLock(file)
+        for mine, theirs in ((range(9), "False"), (range(4, 5), "False"), (range(5, 9), "True"), (range(0), "False")):
+            assert lock.take(mine)
+            assert lock.take(mine)
+            assert subprocess.check_output([sys.executable, "-c", TAKES, path], text=True).strip() == theirs
+            lock.release(range(0))
+        assert lock.is_current
+        path.unlink()
+        assert not lock.is_current
+
+
+def test_a_lock_between_threads_excludes_another_opening_of_the_file(tmp_path: Path):
+    with (tmp_path / "lock").open("a") as first, (tmp_path / "lock").open("a") as second:
+        assert FileLock(first, between_threads=True).take()
+        assert not FileLock(second, between_threads=True).take()

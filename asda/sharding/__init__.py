@@ -1,1 +1,4 @@
-"""From audio files to shards: sources -> plan -> writer, with a journal that survives kills."""
+"""Turns audio files into shards: sources -> plan -> writer, with a journal that survives kills.
+
+The same clips make the same bytes. Training reads finished shards and never opens this room.
+"""

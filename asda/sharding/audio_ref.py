@@ -1,19 +1,41 @@
-"""Where the audio of one clip lies, and how it comes from there: a file, a part of a file, or a row of an HDF5 pack."""
+"""Where the audio of one clip lies, and how it is read: from a file, a part of a file, or an HDF5 pack.
 
+A pack, which needs h5py (the extra `hdf5`), holds a data set for each clip, or one with a row for each.
+"""
+
+import importlib.util
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from asda.data.audio.read import read_audio
-from asda.data.audio.waves import MAX_SECONDS
+from asda.data.audio.waves import (
+    INT16_SCALE,
+    MAX_SECONDS,
+    SAMPLE_RATE_HZ,
+    AudioError,
+    check_format,
+    check_length,
+    mean_of_channels,
+    resample,
+    to_int16,
+)
+from asda.errors import UserError
+
+if TYPE_CHECKING:
+    import h5py
+
+OPEN_PACKS = 64  # by a process at once: PANNs' AudioSet has 43, and shuffled clips come from all of them
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """The audio of one clip. Two million of them are held at once, so it is small: `path` is a plain string.
 
-    `start_s` and `stop_s` name a segment of a longer recording. A file that lasts no longer than the segment is taken
+    `start_s` and `stop_s` name a segment of a longer recording. A file that lasts no longer than the segment is read
     whole: somebody cut it before, as most downloads of AudioSet are.
     """
 
@@ -28,12 +50,57 @@ class Place:
 def read_place(place: Place, max_seconds: float = MAX_SECONDS) -> np.ndarray:
     """Read one clip as int16 samples [S] at 16 kHz, S >= 400. Raises AudioError with the reason.
 
-    16 kHz mono 16-bit audio comes out bit for bit; see read_audio.
+    16 kHz mono 16-bit audio is returned bit for bit; see read_audio.
     """
     if place.entry:
-        # Imported here because h5py is an optional extra.
-        from asda.sharding.packs import read_entry
-
-        return read_entry(place.path, place.entry, place.row, place.sample_rate_hz, max_seconds)
+        return _read_entry(place, max_seconds)
     segment = None if place.stop_s is None else (place.start_s, place.stop_s)
     return read_audio(Path(place.path), max_seconds, segment)
+
+
+def open_pack(path: str) -> "h5py.File":
+    """Open a pack for reading. Raises UserError if h5py is missing or the file is not HDF5."""
+    if importlib.util.find_spec("h5py") is None:
+        raise UserError(f"{path} is HDF5, which needs h5py: pip install 'asda[hdf5]'")
+    import h5py
+
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened as HDF5: {error}") from None
+
+
+_kept_open = lru_cache(maxsize=OPEN_PACKS)(open_pack)  # h5py closes a pack when the cache drops it
+
+
+def _read_entry(place: Place, max_seconds: float) -> np.ndarray:
+    """Read a whole data set, or a row of one: int16, or floats with full scale 1."""
+    entry, row, rate_hz = place.entry, place.row, place.sample_rate_hz
+    try:
+        data = _data_set(_kept_open(place.path), entry)
+        shape = data.shape if row is None else data.shape[1:]
+        if len(shape) != 1:
+            raise AudioError(f"{entry} has the shape {data.shape}, which is not one clip of samples")
+        if data.dtype != np.int16 and data.dtype.kind != "f":
+            raise AudioError(f"{entry} holds {data.dtype}, neither int16 nor floats")
+        if row is not None and row >= len(data):
+            raise AudioError(f"{entry} has {len(data)} rows, and no row {row}")
+        check_format(rate_hz, 1)
+        check_length(shape[0], rate_hz, max_seconds)
+        samples_S = data[:] if row is None else data[row]
+    except (OSError, RuntimeError, UserError) as error:
+        raise AudioError(f"HDF5: {error}") from error
+    if samples_S.dtype == np.int16 and rate_hz == SAMPLE_RATE_HZ:
+        return samples_S
+    scale = INT16_SCALE if samples_S.dtype == np.int16 else 1
+    wave_S = mean_of_channels(samples_S[None].astype(np.float32) / np.float32(scale))
+    return to_int16(resample(wave_S, rate_hz))
+
+
+def _data_set(pack: "h5py.File", entry: str) -> Any:
+    import h5py
+
+    data = pack.get(entry)
+    if not isinstance(data, h5py.Dataset):
+        raise AudioError(f"the pack has no data set {entry!r}")
+    return data

@@ -18,10 +18,10 @@ from xxhash import xxh3_128_digest
 HASH_BYTES = 16
 GRID_TIMES, GRID_BANDS = 8, 32
 FINGERPRINT_BYTES = GRID_TIMES * GRID_BANDS // 8
-NO_FINGERPRINT = bytes(FINGERPRINT_BYTES)  # of silence, and of what is too short
+NO_FINGERPRINT = bytes(FINGERPRINT_BYTES)  # for silence and short clips
 MIN_FRAMES = 32  # 0.3 s, four for each step of the grid
 LOUD = 0.01  # of the loudest frame's energy, -20 dB; quieter frames at either end are padding
-FLOOR = 0.001  # of the loudest cell's energy, -30 dB: what lies far below is a codec's to change
+FLOOR = 0.001  # of the loudest cell's energy, -30 dB: codecs change what lies far below
 
 # Over the 4.1 million pairs of 2,862 real clips the bits are as good as independent (mean 128, deviation 8.3 of 256),
 # so 56 is 8.7 deviations away. Seven pairs lie within it, each of one class from one collection (most are cuts of one
@@ -46,7 +46,7 @@ def clip_prints(samples_S: np.ndarray, mel_TM: np.ndarray) -> bytes:
 
 
 def fingerprint(mel_TM: np.ndarray) -> bytes:
-    """Return 256 bits that the same recording has in common at any level; NO_FINGERPRINT where there is no sound."""
+    """Return 256 bits that a recording has in common at any level; NO_FINGERPRINT for silence or a short clip."""
     energy_TM = np.exp(mel_TM)
     energy_T = energy_TM.sum(axis=1)
     loud = np.flatnonzero(energy_T > LOUD * energy_T.max())
@@ -66,9 +66,9 @@ def _block_means(values: np.ndarray, num_blocks: int) -> np.ndarray:
 
 
 def find_pairs(prints: list[bytes]) -> list[Pair]:
-    """Find duplicates among the prints of all clips, each duplicate once with one that it equals or resembles.
+    """Find duplicates among the prints of all clips; pair each once with a clip that it equals or resembles.
 
-    k copies of a clip make k - 1 pairs. Time and memory grow as the number of clips, whatever they are.
+    k copies of a clip make k - 1 pairs. Time and memory grow linearly with the number of clips.
     """
     first_of: dict[bytes, int] = {}
     exact = [
@@ -82,7 +82,7 @@ def find_pairs(prints: list[bytes]) -> list[Pair]:
 
 
 def _near_pairs(fingerprints: list[bytes]) -> Iterator[tuple[int, int, int]]:
-    """Yield (first, second, differing bits): of all pairs found alike, as many as connect what is alike."""
+    """Yield (first, second, differing bits) for as many similar pairs as connect all similar clips."""
     bytes_N32 = np.frombuffer(b"".join(fingerprints), np.uint8).reshape(-1, FINGERPRINT_BYTES)
     found = [_neighbours(bytes_N32, table) for table in range(NUM_TABLES)]
     pairs = np.unique(np.concatenate(found), axis=0) if found else []
@@ -100,7 +100,7 @@ def _near_pairs(fingerprints: list[bytes]) -> Iterator[tuple[int, int, int]]:
 
 
 def _neighbours(bytes_N32: np.ndarray, table: int) -> np.ndarray:
-    """Sort by eight bytes of the fingerprints, and compare those that come to lie together: rows (a, b, bits).
+    """Sort the fingerprints by eight of their bytes and compare neighbours; return rows (a, b, bits).
 
     Among two million, neighbours share some 18 leading bits; two fingerprints that differ in 20 of 256 bits share them
     in a table with probability (1 - 20/256)^18 = 0.23, in one of 32 tables with 0.9998.

@@ -4,8 +4,8 @@
     .unfinished/train-000000.done.json    all that dataset.json needs to know of a finished shard
     .unfinished/lock                      byte n is locked by the process that writes shard n
 
-A run that finds its own plan here goes on where the last one was stopped; any number of runs may share the shards
-among them. The folder goes when dataset.json is written.
+A run that finds its own plan here resumes where the last one was stopped. Any number of runs may share the shards. The
+folder is removed when dataset.json is written.
 """
 
 import json
@@ -30,7 +30,7 @@ LOCK_FILE = "lock"
 RECORD_SUFFIX = ".done.json"
 DUPLICATES_FILE = "duplicates.csv"
 REJECTED_FILE = "rejected.csv"
-TABLES = (REJECTED_FILE, DUPLICATES_FILE)  # beside dataset.json, where there is anything to list
+TABLES = (REJECTED_FILE, DUPLICATES_FILE)  # beside dataset.json, if they have rows
 SHARD_FILES = re.compile(r"[A-Za-z0-9_]+-[0-9]{6}(\.tar\.zst|\.json)", re.ASCII)
 SETUP_BYTE, MERGE_BYTE = 1 << 40, (1 << 40) + 1  # of the lock file: behind the bytes of all shards
 ALL_SHARDS = range(SETUP_BYTE)
@@ -38,7 +38,7 @@ DISCARDING = "discarding"  # stands for the plan's digest while old files are re
 
 
 def one_byte(position: int) -> range:
-    """The range of a single byte."""
+    """Return the range of a single byte."""
     return range(position, position + 1)
 
 
@@ -51,36 +51,32 @@ class Journal:
 
     @property
     def folder(self) -> Path:
-        """Where it lies."""
+        """The folder of the records."""
         return self.out / JOURNAL_FOLDER
 
     def record_path(self, task: ShardTask) -> Path:
-        """Where a shard's record lies."""
+        """Return the path of a shard's record."""
         return self.folder / (task.path.name.removesuffix(SHARD_SUFFIX) + RECORD_SUFFIX)
 
     def has_record(self, task: ShardTask) -> bool:
-        """Whether a shard was finished, as far as its record's name tells."""
+        """Return whether a shard was finished, as far as its record's name tells."""
         return self.record_path(task).exists()
 
     def produce(self, number: int, task: ShardTask) -> WrittenShard:
-        """In a worker: return what was noted of a finished shard; otherwise write it, and note that."""
-        inputs = inputs_digest(task)
+        """Return what was noted of a finished shard; otherwise write it, and note that. Runs in a worker."""
+        inputs, path = inputs_digest(task), self.record_path(task)
         shard = self.read(task, inputs)
         if shard is None:
-            self.record_path(task).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             shard = write_shard(task, partial(report_done, number))
-            self.write(task, inputs, shard)
+            content = asdict(shard) | {"plan": self.digest, "inputs": inputs, "prints": [p.hex() for p in shard.prints]}
+            text = json.dumps(content, separators=(",", ":"))  # in ASCII: names of files need not be UTF-8
+            with writing(path):
+                write_whole_file(path, f"{hash_bytes(text.encode())}\n{text}\n")
         return shard
 
-    def write(self, task: ShardTask, inputs: str, shard: WrittenShard) -> None:
-        """Note that a shard is finished. Its files are on the disk by now."""
-        content = asdict(shard) | {"plan": self.digest, "inputs": inputs, "prints": [p.hex() for p in shard.prints]}
-        text = json.dumps(content, separators=(",", ":"))
-        with writing(self.record_path(task)):
-            write_whole_file(self.record_path(task), f"{hash_bytes(text.encode())}\n{text}\n")
-
     def read(self, task: ShardTask, inputs: str | None = None) -> WrittenShard | None:
-        """Return what was noted of a shard, or None where the shard has to be written (again).
+        """Return what was noted of a shard, or None if the shard has to be written (again).
 
         A record counts if it is whole, of this plan and of these `inputs` (None: of any), and the shard's two files
         have the sizes that it says.
@@ -116,14 +112,12 @@ def _shard_from(content: dict) -> WrittenShard:
 
 
 def _has_files(out: Path, entry: ShardEntry | None) -> bool:
-    if entry is None:
-        return True
-    sizes = {entry.name: entry.bytes, entry.index_name: entry.index_bytes}
+    sizes = {entry.name: entry.bytes, entry.index_name: entry.index_bytes} if entry else {}
     return all((out / name).is_file() and (out / name).stat().st_size == size for name, size in sizes.items())
 
 
 def inputs_digest(task: ShardTask) -> str:
-    """Hash of the sizes and times of change of a shard's audio files, so that a changed file is read again."""
+    """Hash the sizes and times of change of a shard's audio files, so that a changed file is read again."""
     paths = dict.fromkeys(clip.place.path for clip in task.clips)
     return hash_bytes(repr([_size_and_time(path) for path in paths]).encode())
 
@@ -137,7 +131,7 @@ def _size_and_time(path: str) -> tuple[int, int] | None:
 
 
 def refuse_finished(plan: Plan, overwrite: bool) -> None:
-    """Refuse an output folder that cannot be one, holds a dataset, or files of others where the plan's would lie."""
+    """Refuse an output folder that is a file, holds a dataset, or holds other files with the plan's names."""
     out = plan.out
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is not a folder")
@@ -156,7 +150,7 @@ def refuse_finished(plan: Plan, overwrite: bool) -> None:
 
 
 def _files_of(plan: Plan) -> set[str]:
-    """Names of all files beside dataset.json that a plan may write."""
+    """Return the names of all files beside dataset.json that a plan may write."""
     return _with_indexes(task.path.name for task in plan.tasks) | set(TABLES)
 
 
@@ -165,14 +159,14 @@ def _with_indexes(shards: Iterable[str]) -> set[str]:
 
 
 def bytes_to_replace(out: Path, digest: str) -> int:
-    """Bytes of a dataset, or of the unfinished work on another plan, that --overwrite will free."""
+    """Count the bytes of a dataset, or of the unfinished work on another plan, that --overwrite will free."""
     if not out.is_dir() or _planned(out).digest == digest:
         return 0
     return sum(path.stat().st_size for path in _owned(out))
 
 
 def _owned(out: Path) -> list[Path]:
-    """The files that are those of dataset.json, or of the unfinished work; whatever else lies there is the user's."""
+    """Return the files of dataset.json, or of the unfinished work; everything else there is the user's."""
     names = _planned(out).files | _shards_of_dataset(out)
     if (out / DATASET_FILE).exists():
         names.update(TABLES)
@@ -180,7 +174,7 @@ def _owned(out: Path) -> list[Path]:
 
 
 def _shards_of_dataset(out: Path) -> set[str]:
-    """Names of the files that dataset.json lists; none where it cannot be read."""
+    """Return the names of the files that dataset.json lists; none if it cannot be read."""
     try:
         splits = json.loads((out / DATASET_FILE).read_bytes())["splits"].values()
         names = _with_indexes(shard["name"] for split in splits for shard in split["shards"])
@@ -231,7 +225,7 @@ def _open_lock(journal: Journal) -> FileLock:
 
 
 def _prepare(plan: Plan, journal: Journal, lock: FileLock, command: str, overwrite: bool) -> None:
-    """Make the folder one of this plan: go on, begin, or discard what is there and begin."""
+    """Make the folder one of this plan: resume, begin, or discard what is there and begin."""
     out = journal.out
     found = _planned(out)
     if found.digest == journal.digest:
@@ -267,7 +261,7 @@ def _discard(journal: Journal, old: list[Path]) -> None:
 class Planned:
     """What plan.json says."""
 
-    digest: str = ""  # of the plan; "" where there is no plan
+    digest: str = ""  # of the plan; "" if there is no plan
     command: str = ""
     files: set[str] = field(default_factory=set)  # of --out that are its own, once they are there
 
@@ -279,11 +273,10 @@ def _write_plan(journal: Journal, planned: Planned) -> None:
 
 
 def _planned(out: Path) -> Planned:
-    """The unfinished work in a folder. Where plan.json names no files, those of finished shards are known."""
+    """Return the unfinished work in a folder. If plan.json is damaged, the files of finished shards are known."""
     try:
         content = json.loads((out / JOURNAL_FOLDER / PLAN_FILE).read_bytes())
-        names = content["files"] if "files" in content else _recorded(out)
-        files = {name for name in names if SHARD_FILES.fullmatch(name) or name in TABLES}
+        files = {name for name in content["files"] if SHARD_FILES.fullmatch(name) or name in TABLES}
         return Planned(content["plan"], content["command"], files)
     except FileNotFoundError:
         return Planned()
@@ -309,7 +302,7 @@ def _leave(journal: Journal, lock: FileLock, created: bool) -> None:
 
 
 def sweep(out: Path, shards: set[str] | None = None) -> None:
-    """Remove the temporary files of this run, or of one that was killed: of some shards, or of everything."""
+    """Remove the temporary files of this run, or of one that was killed, for some shards or for all."""
     for folder in (out, out / JOURNAL_FOLDER):
         for path in folder.glob(f"*{TEMPORARY_SUFFIX}") if folder.is_dir() else ():
             name, _, _ = path.name.removesuffix(TEMPORARY_SUFFIX).rpartition(".")  # drops the process id

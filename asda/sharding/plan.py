@@ -1,4 +1,4 @@
-"""From rows to shards, before any audio is read: keys, splits, vocabulary, order. Pure functions of their arguments.
+"""Turn rows into shards before any audio is read: keys, splits, vocabulary, order. All functions are pure.
 
 Nothing here depends on the order in which the source lists its rows, so the same clips make the same shards.
 """
@@ -18,11 +18,11 @@ import asda
 from asda.data.shards.index import SHARD_SUFFIX
 from asda.errors import UserError
 from asda.sharding.audio_ref import Place
-from asda.sharding.sources import Row
+from asda.sharding.sources.listing import Row
 
 MAX_KEY_CHARS = 95  # a ustar header has 100 bytes for "<key>.json"
 KEY_HASH_CHARS = 8  # hex digits that tell colliding keys apart
-UNNAMED_SPLIT = "train"  # where a source has no splits and none is asked for
+UNNAMED_SPLIT = "train"  # if a source has no splits and no --split is given
 SPLIT_NAME = re.compile(r"[A-Za-z0-9_]+", re.ASCII)
 SHARE = re.compile(r"\d+(\.\d+)?%", re.ASCII)
 
@@ -62,9 +62,9 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of everything that decides about bytes, but for the audio: see `inputs_digest` in journal.py.
+        """Hash of everything that determines the bytes, except the audio: see `inputs_digest` in journal.py.
 
-        The folders of input and output do not count, so they may be moved or be spelled in another way.
+        The folders of input and output do not count, so they may be moved or spelled differently.
         """
         state = xxh3_128(json.dumps([asda.__version__, self.vocabulary]).encode())
         for task in self.tasks:
@@ -76,7 +76,7 @@ class Plan:
         return state.hexdigest()
 
     def part(self, number: int, num_parts: int) -> range:
-        """The shards of part 1 <= number <= num_parts; each part gets its share of the clips, give or take a shard."""
+        """Return the shards of part 1 <= number <= num_parts; the parts differ by at most one shard."""
         bounds = [len(self.tasks) * part // num_parts for part in (number - 1, number)]
         return range(*bounds)
 
@@ -104,7 +104,7 @@ def parse_split(text: str) -> SplitRule:
         return SplitRule(text, name)
     if choice.endswith("%"):
         if not SHARE.fullmatch(choice) or not 0 < (share := Fraction(choice[:-1])) <= 100:
-            raise UserError(f"--split {text}: {choice} is no percentage above 0 and up to 100, as in valid=12.5%")
+            raise UserError(f"--split {text}: {choice} must be a percentage above 0 and at most 100, as in valid=12.5%")
         return SplitRule(text, name, share=share / 100)
     values = tuple(value.strip() for value in choice.split(","))
     if not all(values):
@@ -119,10 +119,10 @@ def check_split_name(name: str, where: str) -> None:
 
 
 def keyed(rows: list[Row]) -> dict[str, Row]:
-    """Give every row its key; the keys ascend by xxh3_64(key), which mixes the clips whatever their origin.
+    """Give every row its key; sort the keys by xxh3_64(key), which mixes the clips whatever their origin.
 
-    A key is the relative path without its extension, other characters replaced by "_". Where that is ambiguous or too
-    long, all the rows concerned get a hash of their relative path instead of being told apart by their order.
+    A key is the relative path without its extension, with "_" for all but letters, digits, - and _. If that is
+    ambiguous or too long, all rows concerned get a hash of their relative path: keys do not depend on the rows' order.
     """
     stems = [re.sub(r"[^A-Za-z0-9_-]", "_", os.path.splitext(row.relative)[0]) for row in rows]
     num_rows = Counter(stems)
@@ -189,10 +189,10 @@ def _split_of_group(groups: set[str], rules: list[SplitRule]) -> dict[str, str]:
 
 
 def _by_shares(keys: dict[str, Row], rules: list[SplitRule]) -> dict[str, dict[str, Row]]:
-    """Deal the clips, class after class, always to the split that lags most behind its share.
+    """Deal the clips, class after class, always to the split that is furthest below its share.
 
-    A class is a set of labels. Since the dealing does not begin anew with each class, the whole is divided as exactly
-    as each class, even where most sets of labels are unique.
+    A class is a set of labels. The dealing does not restart with each class, so the whole is divided as exactly as each
+    class, even if most sets of labels are unique.
     """
     if sum(rule.share for rule in rules) != 1:
         total = float(100 * sum(rule.share for rule in rules))
@@ -206,7 +206,7 @@ def _by_shares(keys: dict[str, Row], rules: list[SplitRule]) -> dict[str, dict[s
         num_clips[lagging.name] += 1
         chosen[key] = lagging.name
     if empty := [name for name, count in num_clips.items() if count == 0]:
-        raise UserError(f"--split {empty[0]} would get none of the {len(keys)} clips; raise its percentage")
+        raise UserError(f"--split {empty[0]} gets no clip of {len(keys)}; raise its percentage")
     return {rule.name: {key: row for key, row in keys.items() if chosen[key] == rule.name} for rule in rules}
 
 
@@ -214,7 +214,7 @@ def choose_vocabulary(splits: dict[str, dict[str, Row]], fixed: tuple[str, ...] 
     """Return the sorted labels of all splits, or the fixed ones.
 
     Raises:
-        UserError: a label is not among the fixed ones, or its bytes are no text, as those of a folder's name may be.
+        UserError: a label is not among the fixed ones, or is not text, as a folder's name may be.
     """
     rows = [row for split in splits.values() for row in split.values()]
     if fixed is None:
@@ -232,7 +232,7 @@ def choose_vocabulary(splits: dict[str, dict[str, Row]], fixed: tuple[str, ...] 
 
 
 def _is_text(name: str) -> bool:
-    """Whether all of it can be written down; bytes of a file name that are no UTF-8 are lone surrogates in Python."""
+    """Return whether a name is UTF-8; Python turns other bytes of a file name into lone surrogates."""
     return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 

@@ -1,4 +1,4 @@
-"""Is there room for the shards? Measured on a sample of the clips before anything is written."""
+"""Check that the shards will fit on the disk, by a sample of the clips, before anything is written."""
 
 import shutil
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from asda.sharding.workers import Workers
 from asda.sharding.writer import compressed_bytes
 
 NUM_SAMPLED = 64  # clips; their order is a fixed shuffle, so every n-th is a fair sample
-MARGIN = 1.1  # the mean of 64 clips is off by 5 % or so where their lengths differ as widely as their mean
+MARGIN = 1.1  # the mean of 64 clips is off by about 5 % if their lengths differ by as much as their mean
 INDEX_BYTES = 512  # for each clip in a shard's index, in dataset.json, and in the record of a finished shard
 LARGEST_RATIO = 1.02  # bytes of a compressed clip by those of its samples, at worst: noise
 MIB, GIB = 1 << 20, 1 << 30
 
 
 def check_space(workers: Workers, out: Path, tasks: Sequence[ShardTask], freed_bytes: int) -> None:
-    """Refuse to begin where the shards will not fit; `freed_bytes` will come free before they are written."""
+    """Refuse to begin if the shards will not fit; `freed_bytes` will be freed before they are written."""
     clips = [clip for task in tasks for clip in task.clips]
     if not clips:
         return
@@ -41,7 +41,7 @@ def _size(num_bytes: float) -> str:
 
 
 def _estimate(workers: Workers, clips: Sequence[ClipTask], max_seconds: float) -> float:
-    """Bytes that the clips will take, from a sample; those that cannot be read take none."""
+    """Estimate the bytes of the clips from a sample; clips that cannot be read take none."""
     sample = clips[:: -(-len(clips) // NUM_SAMPLED)]
     sizes = list(workers.pool.map(compressed_bytes, sample, repeat(max_seconds), chunksize=4))
     return len(clips) * (MARGIN * sum(sizes) / len(sizes) + INDEX_BYTES)

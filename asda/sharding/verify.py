@@ -1,36 +1,41 @@
-"""What is wrong in a folder of shards: everything, not only what a reader would stumble over first."""
+"""What is wrong in a dataset of shards: everything, not only what a reader would stumble over first."""
 
 import io
 import json
 import sys
 import tarfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import zstandard
-from xxhash import xxh3_128
+from tqdm import tqdm
 
 from asda.data.audio.waves import AudioError, decode_wav
+from asda.data.remote.cache import CacheConfig
+from asda.data.remote.storage import LocalFolder, open_storage
 from asda.data.shards.index import (
     DATASET_FILE,
     MAX_SAMPLE_BYTES,
     REPAIR,
     SHARD_SUFFIX,
     TAR_END,
-    DatasetIndex,
     ShardEntry,
 )
-from asda.data.shards.read import BadFrameError, ShardFile, _decompress, load_dataset, load_shard_index
+from asda.data.shards.read import BadFrameError, ShardFile, decompress, load_dataset, load_shard_index
 from asda.errors import UserError
 from asda.sharding.workers import report_done, worker_pool
+from asda.system import hash_pieces
 
 TAR_SUFFIXES = (".tar", SHARD_SUFFIX)
 BLOCK_BYTES = 512  # of a tar
 EXTENDED_HEADERS = b"xgLK"  # pax and GNU members that describe the next member
 READ_BYTES = 1 << 20
+MIB = 1 << 20
+
+open_once = lru_cache(maxsize=1)(open_storage)
 
 
 @dataclass(frozen=True)
@@ -42,38 +47,62 @@ class Checked:
     keys: tuple[str, ...] = ()
 
 
-def verify_folder(folder: Path, num_workers: int) -> None:
-    """Check every file of a dataset; print all that is wrong, shard by shard. Raises UserError if anything is."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder")
-    problems: list[str] = []
-    listed: list[tuple[DatasetIndex, ShardEntry]] = []
+def verify_dataset(
+    location: str | Path, num_workers: int, splits: Iterable[str] = (), cache: CacheConfig | None = None
+) -> None:
+    """Check every file of a dataset; print each problem on stdout, or that all is intact.
+
+    Args:
+        location: a folder or a URL.
+        num_workers: processes that share the work.
+        splits: check only these. By default all, and in a folder also tars that dataset.json does not list.
+        cache: keeps copies of remote shards.
+
+    Raises:
+        UserError: something is wrong; says how many shards.
+    """
+    splits, entries, vocabulary = list(dict.fromkeys(splits)), [], ()
+    unreadable = None
     try:
-        dataset = load_dataset(folder, [])
-        light = replace(dataset, splits={})  # goes to a worker with every shard
-        listed = [(light, shard) for split in dataset.splits.values() for shard in split.shards]
+        dataset = load_dataset(location, splits or None, cache, tolerant=True)
+        entries = [entry for name in splits or dataset.splits for entry in dataset.splits[name].shards]
+        vocabulary = dataset.vocabulary
     except UserError as error:
-        problems.append(str(error))
-    names = {entry.name for _, entry in listed}
-    others = sorted(p for p in folder.iterdir() if p.name.endswith(TAR_SUFFIXES) and p.name not in names)
-    with worker_pool(num_workers, len(listed) + len(others)) as workers:
-        found = workers.run(check_listed, listed, [entry.clips for _, entry in listed], "clip", _lines)
-        found += workers.run(check_unlisted, others, [1] * len(others), "file", _lines)
-    problems += repeated_keys(found)
-    for line in problems:
-        print(line, file=sys.stderr)
-    num_wrong = sum(bool(checked.problems) for checked in found)
-    if problems or num_wrong:
-        raise UserError(f"{num_wrong} of {len(found)} shards in {folder} are wrong; all that was found stands above")
-    print(f"{len(found)} shards with {sum(len(checked.keys) for checked in found)} clips are right, to the last bit")
+        unreadable = error
+    unlisted = [] if splits else _tars(location, {entry.name for entry in entries})
+    if unreadable and not unlisted:
+        raise unreadable
+    if unreadable:
+        print(unreadable)
+    with worker_pool(num_workers, len(entries) + len(unlisted)) as workers:
+        check = partial(check_listed, location, cache, vocabulary)
+        found = workers.run(check, entries, [entry.clips for entry in entries], "clip", _print_problems)
+        found += workers.run(check_unlisted, unlisted, [1] * len(unlisted), "file", _print_problems)
+    repeated = list(_repeated_keys(found))
+    print(*repeated, sep="\n", end="\n" if repeated else "")
+    if num_wrong := sum(bool(checked.problems) for checked in found):
+        raise UserError(f"{location}: {num_wrong} of {len(found)} shards are damaged or not listed; {REPAIR}")
+    if repeated:
+        raise UserError(f"{location}: {len(repeated)} keys are there twice; make the dataset again with asda shards")
+    num_clips, num_mib = sum(entry.clips for entry in entries), sum(entry.bytes for entry in entries) / MIB
+    print(f"{location}: {num_clips:,} clips in {len(entries):,} shards, {num_mib:,.1f} MiB, are intact")
 
 
-def _lines(checked: Checked) -> list[str]:
-    return [f"{checked.name}: {problem}" for problem in checked.problems]
+def _tars(location: Any, listed: set[str]) -> list[Path]:
+    """Return the tars of a local folder that are not listed."""
+    storage = open_storage(location)
+    if not isinstance(storage, LocalFolder) or not storage.folder.is_dir():
+        return []
+    return sorted(p for p in storage.folder.iterdir() if p.name.endswith(TAR_SUFFIXES) and p.name not in listed)
 
 
-def repeated_keys(found: Sequence[Checked]) -> Iterator[str]:
-    """A line for every key that an earlier shard holds too."""
+def _print_problems(checked: Checked) -> None:
+    for problem in checked.problems:
+        tqdm.write(problem, file=sys.stdout)
+
+
+def _repeated_keys(found: Iterable[Checked]) -> Iterator[str]:
+    """Yield a line for every key that an earlier shard holds too."""
     seen: dict[str, str] = {}
     for checked in found:
         for key in checked.keys:
@@ -81,55 +110,106 @@ def repeated_keys(found: Sequence[Checked]) -> Iterator[str]:
                 yield f"{checked.name}, key {key}: {seen[key]} holds it too; a key is unique in its dataset"
 
 
-def check_listed(number: int, job: tuple[DatasetIndex, ShardEntry]) -> Checked:
-    """check_shard in a worker process."""
-    checked = check_shard(*job)
-    report_done(number, job[1].clips)
-    return checked
-
-
-def check_shard(dataset: DatasetIndex, entry: ShardEntry) -> Checked:
-    """Check a shard of dataset.json: its index, its clips one by one, and the file as a whole."""
-    shard = ShardFile(dataset.folder, entry)
+def check_listed(
+    location: str | Path, cache: CacheConfig | None, vocabulary: tuple[str, ...], number: int, entry: ShardEntry
+) -> Checked:
+    """Check a shard of dataset.json, in a worker."""
+    shard = ShardFile(open_once(location, cache), entry)
+    problems = list(shard_problems(shard, vocabulary))
+    report_done(number, entry.clips)
     try:
-        index = load_shard_index(shard.storage, entry)
-    except UserError as error:
-        return Checked(entry.name, [str(error)])
-    problems = []
+        return Checked(entry.name, problems, shard.index.keys)
+    except UserError:  # about the index, which is among the problems
+        return Checked(entry.name, problems)
+
+
+def check_unlisted(_: int, path: Path) -> Checked:
+    """Check a tar that dataset.json does not list, made by whatever program."""
+    unlisted = f"{path} is not listed in a {DATASET_FILE}, so nothing vouches for it"
+    return Checked(path.name, [unlisted, *tar_problems(path)])
+
+
+def shard_problems(shard: ShardFile, vocabulary: tuple[str, ...]) -> Iterator[str]:
+    """Yield what is wrong with a shard: its index, its size, each clip, its end frame, the hash of the file."""
     try:
-        verify_shard(dataset, entry)
+        end = load_shard_index(shard.storage, shard.entry).offsets[-1]
     except UserError as error:
-        problems = [str(error), *_unreadable_clips(shard, len(index.keys))]
-        if isinstance(shard.path, Path):
-            problems += tar_problems(shard.path)
-    return Checked(entry.name, list(dict.fromkeys(problems)), index.keys)
-
-
-def _unreadable_clips(shard: ShardFile, num_clips: int) -> Iterator[str]:
-    for number in range(num_clips):
+        yield str(error)
+        return
+    try:
+        shard.storage.check_sizes([shard.file])
+    except UserError as error:
+        yield str(error)
+    try:
+        end_frame = shard.storage.read(shard.file, end, shard.entry.bytes)
+    except UserError as error:  # nothing can be read
+        yield str(error)
+        return
+    for number in range(shard.entry.clips):
         try:
-            shard.read_frame(number)
+            _check_clip(shard, number, vocabulary)
         except UserError as error:
             yield str(error)
+    yield from _end_problems(shard, end_frame)
+    if (found := hash_pieces(_pieces(shard))) != shard.file.digest:
+        yield f"shard {shard.path} is damaged: its hash is {found}, not {shard.file.digest}; {REPAIR}"
 
 
-def check_unlisted(number: int, path: Path) -> Checked:
-    """Check a tar that no dataset.json vouches for, made by whatever program."""
-    vouching = f"{path} is not listed in a {DATASET_FILE}, so nothing vouches for it"
-    return Checked(path.name, [vouching, *tar_problems(path)])
+def _end_problems(shard: ShardFile, end_frame: bytes) -> Iterator[str]:
+    where = f"shard {shard.path} is damaged in its end frame ({len(end_frame)} bytes)"
+    try:
+        if decompress(end_frame) != TAR_END:
+            yield f"{where}: it does not hold two zero blocks; {REPAIR}"
+    except (BadFrameError, zstandard.ZstdError) as error:
+        yield f"{where}: {error}; {REPAIR}"
 
 
-def tar_problems(path: Path | str) -> list[str]:
-    """Check that a tar, plain or through zstd, is a sequence of whole clips: <key>.<audio> and <key>.json together.
+def _pieces(shard: ShardFile) -> Iterator[bytes]:
+    for start in range(0, shard.entry.bytes, READ_BYTES):
+        yield shard.storage.read(shard.file, start, min(start + READ_BYTES, shard.entry.bytes))
 
-    Python's tarfile takes damage for the end of the archive; this walk does not.
-    """
+
+def _check_clip(shard: ShardFile, number: int, vocabulary: tuple[str, ...]) -> None:
+    """Compare the tar members of one clip with its row in the index. Raises UserError."""
+    wav, described = read_members(shard, number)
+    ids = shard.index.labels[number]
+    labels = [vocabulary[label] for label in ids if label < len(vocabulary)]
+    found = (len(decode_wav(wav)), described.get("labels"))
+    if found != (shard.index.num_samples[number], labels) or len(labels) < len(ids):
+        raise UserError(f"{_members(shard, number)} are not what the index says; {REPAIR}")
+
+
+def read_members(shard: ShardFile, number: int) -> tuple[bytes, dict[str, Any]]:
+    """Return the WAV of a clip and what its JSON says. Raises UserError if the frame is damaged."""
+    key = shard.index.keys[number]
+    frame = shard.read_frame(number)
+    try:
+        members = list(tar_members(io.BytesIO(frame + TAR_END)))
+        names = [name for name, _ in members]
+        if names != [f"{key}.wav", f"{key}.json"]:
+            raise AudioError(f"they are {', '.join(names) or 'none'}, not {key}.wav and {key}.json")
+        (_, wav), (_, text) = members
+        decode_wav(wav)
+        described = json.loads(text)
+        if not isinstance(described, dict):
+            raise AudioError("the JSON is not an object")
+    except (tarfile.TarError, ValueError) as error:
+        raise UserError(f"{_members(shard, number)} cannot be used: {error}; {REPAIR}") from None
+    return wav, described
+
+
+def _members(shard: ShardFile, number: int) -> str:
+    return f"shard {shard.path}, key {shard.index.keys[number]}: its members"
+
+
+def tar_problems(path: Path) -> list[str]:
+    """Check that a tar, plain or through zstd, is a sequence of whole clips: <key>.<audio> and <key>.json together."""
     problems: list[str] = []
     seen: dict[str, set[str]] = {}
     last = ""
     try:
-        with ExitStack() as stack:
-            for name in _member_names(_opened(Path(path), stack)):
+        with path.open("rb") as file:
+            for name, _ in tar_members(_plain(file, path)):
                 key, _, extension = name.partition(".")
                 if key != last and key in seen:
                     problems.append(f"{path}, key {key}: it comes again after other clips")
@@ -147,33 +227,32 @@ def tar_problems(path: Path | str) -> list[str]:
     return problems
 
 
-def _opened(path: Path, stack: ExitStack) -> BinaryIO:
-    file = stack.enter_context(path.open("rb"))
+def _plain(file: BinaryIO, path: Path) -> Any:
     if not path.name.endswith(SHARD_SUFFIX):
         return file
     decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_SAMPLE_BYTES)
-    return stack.enter_context(decompressor.stream_reader(file, read_across_frames=True))  # pyright: ignore
+    return decompressor.stream_reader(file, read_across_frames=True, closefd=False)
 
 
-def _member_names(stream: BinaryIO) -> Iterator[str]:
-    """Yield the names of a tar's files. Raises TarError unless every block is in order, up to the end of the stream."""
+def tar_members(stream: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """Yield (name, content) of a tar's files.
+
+    Raises TarError unless every block is in order, up to the end of the stream; Python's tarfile takes damage for it.
+    """
     while (header := _read(stream, BLOCK_BYTES)) != bytes(BLOCK_BYTES):
         member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        _skip(stream, -(-member.size // BLOCK_BYTES) * BLOCK_BYTES)
+        if not 0 <= member.size <= MAX_SAMPLE_BYTES:
+            raise tarfile.TarError(f"{member.name} has {member.size} bytes, which is not 0 to {MAX_SAMPLE_BYTES}")
+        content = _read(stream, -(-member.size // BLOCK_BYTES) * BLOCK_BYTES)
         if member.type in EXTENDED_HEADERS:
             continue
         if not member.isreg():
-            raise tarfile.TarError(f"{member.name} is no plain file")
-        yield member.name
+            raise tarfile.TarError(f"{member.name} is not a plain file")
+        yield member.name, content[: member.size]
     _read(stream, BLOCK_BYTES)
     while rest := stream.read(READ_BYTES):
         if any(rest):
             raise tarfile.TarError("something follows the two zero blocks of its end")
-
-
-def _skip(stream: BinaryIO, num_bytes: int) -> None:
-    for start in range(0, num_bytes, READ_BYTES):
-        _read(stream, min(READ_BYTES, num_bytes - start))
 
 
 def _read(stream: BinaryIO, num_bytes: int) -> bytes:
@@ -185,49 +264,3 @@ def _read(stream: BinaryIO, num_bytes: int) -> bytes:
     if num_bytes:
         raise tarfile.TarError("it ends without the two zero blocks of a tar's end")
     return b"".join(pieces)
-
-
-def verify_shard(dataset: DatasetIndex, entry: ShardEntry) -> None:
-    """Read everything in a shard: index, frames, members, end frame, hash of the whole file. Raises UserError."""
-    shard = ShardFile(dataset.folder, entry)
-    index = load_shard_index(shard.storage, entry)
-    shard.storage.check_sizes([shard.file])
-    for number, key in enumerate(index.keys):
-        _check_members(shard, number, key, dataset.vocabulary)
-    end = index.offsets[-1]
-    where = f"shard {shard.path} is damaged in its end frame (bytes {end} to {entry.bytes})"
-    try:
-        if _decompress(shard.storage.read(shard.file, end, entry.bytes)) != TAR_END:
-            raise UserError(f"{where}: it does not hold two zero blocks; {REPAIR}")
-    except (BadFrameError, zstandard.ZstdError) as error:
-        raise UserError(f"{where}: {error}; {REPAIR}") from error
-    if (found := _hash_of(shard)) != entry.hash:
-        raise UserError(
-            f"shard {shard.path} is damaged: its hash is {found}, {DATASET_FILE} says {entry.hash}; {REPAIR}"
-        )
-
-
-def _check_members(shard: ShardFile, number: int, key: str, vocabulary: tuple[str, ...]) -> None:
-    """Compare the tar members of one clip with its row in the index."""
-    where = f"shard {shard.path}, key {key}: its members"
-    members = io.BytesIO(shard.read_frame(number) + TAR_END)
-    try:
-        with tarfile.open(fileobj=members) as tar:
-            contents = [(member.name, tar.extractfile(member)) for member in tar]
-        names = [name for name, _ in contents]
-        if names != [f"{key}.wav", f"{key}.json"]:
-            raise UserError(f"{where} are {', '.join(names) or 'none'}, not {key}.wav and {key}.json; {REPAIR}")
-        wav, text = (file.read() if file else b"" for _, file in contents)
-        labels = [vocabulary[label] for label in shard.index.labels[number]]
-        found = (len(decode_wav(wav)), json.loads(text)["labels"])
-    except (tarfile.TarError, AudioError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{where} cannot be read ({error}); {REPAIR}") from error
-    if found != (shard.index.num_samples[number], labels):
-        raise UserError(f"{where} are not what the index says; {REPAIR}")
-
-
-def _hash_of(shard: ShardFile) -> str:
-    state, size = xxh3_128(), shard.entry.bytes
-    for low in range(0, size, READ_BYTES):
-        state.update(shard.storage.read(shard.file, low, min(low + READ_BYTES, size)))
-    return f"xxh3_128:{state.hexdigest()}"

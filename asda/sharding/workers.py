@@ -1,4 +1,4 @@
-"""Worker processes that never outlive their work, and how far they are."""
+"""Worker processes that never outlive their work, and their progress."""
 
 import multiprocessing
 import os
@@ -30,7 +30,7 @@ _counts: Any = None  # in a worker: units done of each task
 
 @contextmanager
 def worker_pool(num_workers: int, num_tasks: int) -> Iterator["Workers"]:
-    """Start processes, when there is work for them, that end with the block, at once if it fails."""
+    """Start processes when there is work for them; they end with the block, at once if it fails."""
     os.environ.update(ONE_THREAD)  # read when a worker imports numpy
     context = multiprocessing.get_context("spawn")  # a fork would copy locks held by other threads
     counts = context.RawArray("q", max(num_tasks, 1))  # each has one writer, so it needs no lock
@@ -44,7 +44,7 @@ def worker_pool(num_workers: int, num_tasks: int) -> Iterator["Workers"]:
 
 
 def _start_worker(counts: Any) -> None:
-    """Prepare a worker process: Ctrl-C is its parent's to handle, and it never outlives its parent."""
+    """Prepare a worker process: leave Ctrl-C to its parent, and end with it."""
     global _counts
     _counts = counts
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -58,7 +58,7 @@ def _end_with_parent() -> None:
 
 
 def report_done(task: int, num_units: int) -> None:
-    """In a worker: say how many units of a task are done."""
+    """Report from a worker how many units of a task are done."""
     _counts[task] = num_units
 
 
@@ -71,7 +71,7 @@ class Workers:
 
     @contextmanager
     def ended_by_failure(self) -> Iterator[None]:
-        """End all processes before a failure of the block goes on, so that whoever cleans up does so behind them."""
+        """End all processes before a failure of the block is raised further, so that cleaning up comes after them."""
         try:
             yield
         except BaseException as error:
@@ -80,7 +80,7 @@ class Workers:
             self.pool.shutdown(cancel_futures=True)  # waits for them
             if isinstance(error, BrokenProcessPool):
                 raise UserError(
-                    "a worker process was killed, most often for want of memory; use fewer --workers"
+                    "a worker process was killed, probably because memory ran out; use fewer --workers"
                 ) from None
             raise
 
@@ -90,37 +90,36 @@ class Workers:
         tasks: Sequence[Task],
         units: Sequence[int],
         unit: str,
-        told: Callable[[Result], Sequence[str]],
+        tell: Callable[[Result], None],
     ) -> list[Result]:
         """Return function(number, task) for all tasks, in their order; show progress on stderr meanwhile.
 
         Args:
-            function: calls report_done(number, n) as it goes, n <= units[number].
+            function: calls report_done(number, n) meanwhile, n <= units[number].
             tasks: its second arguments.
-            units: how much each task holds.
-            unit: of what, in the singular.
-            told: lines to print about a result, as soon as it is there.
+            units: the units of work in each task.
+            unit: their name, in the singular.
+            tell: prints what there is to say about a result, by tqdm.write, as soon as it is there.
         """
         self._counts[:] = 0
         futures = {self.pool.submit(function, number, task): number for number, task in enumerate(tasks)}
         results: dict[int, Result] = {}
         waiting: set[Future[Result]] = set(futures)
-        progress = Progress(sum(units), unit)
+        progress = ProgressBar(sum(units), unit)
         while waiting:
             done, waiting = wait(waiting, LOOK_EVERY_S, FIRST_COMPLETED)
             for future in done:
                 number = futures.pop(future)
                 results[number] = future.result()
                 self._counts[number] = units[number]
-                for line in told(results[number]):
-                    tqdm.write(line, file=sys.stderr)
+                tell(results[number])
             progress.show(int(self._counts.sum()))
         progress.close()
         return [results[number] for number in range(len(tasks))]
 
 
-class Progress:
-    """How far we are: a bar on a terminal, a line now and then elsewhere."""
+class ProgressBar:
+    """Shows progress: a bar on a terminal, a line every 10 s elsewhere."""
 
     def __init__(self, total: int, unit: str):
         self.total, self.unit = total, unit
@@ -129,14 +128,14 @@ class Progress:
         self._done = 0
 
     def show(self, done: int) -> None:
-        """Say that `done` units of the total are done."""
+        """Show that `done` units of the total are done."""
         self._bar.update(done - self._done)
         self._done = done
         if time.monotonic() - self._reported > REPORT_EVERY_S:
             self._print()
 
     def close(self) -> None:
-        """Say how far we came."""
+        """Show the last state."""
         self._bar.close()
         if self.total:
             self._print()

@@ -1,6 +1,6 @@
-"""Writing shards: each is complete under its name or not there at all. The format is specified in shards/README.md.
+"""Write shards, each whole or not at all. The format is specified in shards/README.md.
 
-Bytes depend on the clips alone: not on time, user, machine load, or the number of workers.
+The bytes depend on the clips alone: not on time, user, machine load, or the number of workers.
 """
 
 import json
@@ -23,7 +23,7 @@ from asda.data.shards.index import (
     SHARD_FORMAT_VERSION,
     TAR_END,
     DatasetIndex,
-    LogMelStats,
+    LogMelMoments,
     ShardEntry,
     ShardIndex,
     SplitIndex,
@@ -35,7 +35,7 @@ from asda.errors import UserError
 from asda.sharding.audio_ref import read_place
 from asda.sharding.duplicates import clip_prints
 from asda.sharding.plan import ClipTask, ShardTask
-from asda.system import sync_file, whole_file, write_whole_file
+from asda.system import sync, whole_file, write_whole_file
 
 ZSTD_LEVEL = 1  # level 3 takes 1.6 times as long for 1.2 % fewer bytes of audio, and is no faster to read
 WEIGHT_DIGITS = 6  # significant, of sample_weights
@@ -52,7 +52,7 @@ class LogMelSums(NamedTuple):
 
 
 class WrittenClip(NamedTuple):
-    """One clip's row in the shard's index, and what the split's statistics and the search for duplicates need."""
+    """One clip's row in the shard's index, with what the statistics and the search for duplicates need."""
 
     key: str
     offset: int
@@ -65,7 +65,7 @@ class WrittenClip(NamedTuple):
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """What became of a ShardTask; `entry` is None where no clip could be read, and no file was written then."""
+    """The result of a ShardTask; `entry` is None if no clip could be read, and no file was written."""
 
     entry: ShardEntry | None
     num_samples: int  # of all clips
@@ -77,9 +77,9 @@ class WrittenShard:
 
 
 def write_shard(task: ShardTask, report: Callable[[int], None] = lambda num_clips: None) -> WrittenShard:
-    """Read, encode and write the clips of one shard, then its index. Raises UserError where writing fails.
+    """Read, encode and write the clips of one shard, then its index. Raises UserError if writing fails.
 
-    Calls `report` after each clip with the number of those that are done.
+    Calls `report` after each clip with the number of clips that are done.
     """
     clips: list[WrittenClip] = []
     rejected: list[tuple[str, str]] = []
@@ -105,7 +105,7 @@ def write_shard(task: ShardTask, report: Callable[[int], None] = lambda num_clip
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say in one sentence that a file cannot be written."""
+    """Turn errors of the disk into a UserError that names the file."""
     try:
         yield
     except OSError as error:
@@ -154,7 +154,7 @@ def clip_members(clip: ClipTask, samples_S: np.ndarray) -> bytes:
 
 
 def compressed_bytes(clip: ClipTask, max_seconds: float) -> int:
-    """Bytes that a clip takes in a shard; 0 if it cannot be read."""
+    """Return the bytes that a clip takes in a shard; 0 if it cannot be read."""
     try:
         members = clip_members(clip, read_place(clip.place, max_seconds))
     except AudioError:
@@ -202,13 +202,14 @@ def _finish(frames: FrameWriter, path: Path, clips: list[WrittenClip]) -> ShardE
     )
     text = json.dumps(asdict(index), separators=(",", ":")).encode()
     entry = ShardEntry(index.name, len(clips), index.bytes, index.hash, len(text), tagged_hash(text))
-    sync_file(frames.file)  # a full disk shows here, while neither file has its name
+    frames.file.flush()
+    sync(Path(frames.file.name))  # a full disk shows here, while neither file has its name
     write_whole_file(path.with_name(entry.index_name), text)
     return entry
 
 
 def summarize_split(shards: list[WrittenShard], num_classes: int) -> SplitIndex:
-    """Gather the statistics of a split, which holds at least one clip."""
+    """Gather the statistics of a split with at least one clip."""
     labels = [ids for shard in shards for ids in shard.labels]
     flat = np.array([label for ids in labels for label in ids], np.int64)
     counts = np.bincount(flat, minlength=num_classes).tolist()
@@ -220,7 +221,7 @@ def summarize_split(shards: list[WrittenShard], num_classes: int) -> SplitIndex:
         clips=len(labels),
         seconds=sum(shard.num_samples for shard in shards) / SAMPLE_RATE_HZ,
         class_counts=tuple(counts),
-        log_mel=LogMelStats(mean, std, sums.num_frames),
+        log_mel=LogMelMoments(mean, std, sums.num_frames),
         shards=tuple(shard.entry for shard in shards if shard.entry),
         class_weights=weights,
         sample_weights=np.array([_sample_weight(ids, weights) for ids in labels] if any(labels) else [], np.float32),
@@ -243,7 +244,7 @@ def write_dataset(dataset: DatasetIndex) -> DatasetIndex:
 
 
 def _rendered(value: object, indent: str = "") -> str:
-    """JSON with a line for every field and every shard, and none for every number."""
+    """Return JSON with a line for every field and every shard, but not for every number."""
     deeper = indent + " "
     if isinstance(value, dict) and value:
         lines = [f"{deeper}{json.dumps(name)}: {_rendered(item, deeper)}" for name, item in value.items()]

@@ -144,15 +144,14 @@ def test_shards_have_the_features_and_labels_of_their_audio_files(
 DIES_WHILE_WRITING_ITS_THIRD_FILE = """
 import os, signal, sys
 from asda.commands import features
-from asda import system
-sync, calls = system.sync_file, []
-def dying_sync(file):
-    calls.append(file.name)
+replace, calls = os.replace, []
+def dying_replace(old, new):
+    calls.append(new)
     if len(calls) == 4:  # after the settings and two files
-        file.truncate(file.tell() // 2)
+        os.truncate(old, os.path.getsize(old) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
-    sync(file)
-system.sync_file = dying_sync
+    replace(old, new)
+os.replace = dying_replace
 features.main()
 """
 

@@ -15,14 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from verifying import verify_shard
 
 from asda.commands import shards as command
 from asda.data.audio.waves import encode_wav
 from asda.data.shards.index import DatasetIndex
 from asda.data.shards.read import ShardFile, load_dataset
 from asda.errors import UserError, exit_with_sentence
-from asda.sharding.sources import SourceOptions, list_clips
-from asda.sharding.verify import verify_shard
+from asda.sharding.sources import list_source
+from asda.sharding.sources.listing import SourceOptions
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "make_shards.py"
 
@@ -145,8 +146,8 @@ def test_a_flat_folder_and_no_labels_make_clips_without_labels(tmp_path):
     clip(tmp_path / "flat/a.wav")
     clip(tmp_path / "mixed/a.wav")
     clip(tmp_path / "mixed/x/b.FLAC")
-    flat = list_clips("folder", [tmp_path / "flat"], SourceOptions())
-    mixed = list_clips("folder", [tmp_path / "mixed"], SourceOptions(use_labels=False))
+    flat = list_source("folder", [tmp_path / "flat"], SourceOptions())
+    mixed = list_source("folder", [tmp_path / "mixed"], SourceOptions(use_labels=False))
     assert [(row.relative, row.labels) for row in flat.rows] == [("a.wav", ())]
     assert [(row.relative, row.labels) for row in mixed.rows] == [("a.wav", ()), ("x/b.FLAC", ())]
 
@@ -202,7 +203,7 @@ def test_names_do_not_depend_on_how_the_table_is_spelled(tmp_path, monkeypatch):
     (tmp_path / "data/in/deep").mkdir()
     monkeypatch.chdir(tmp_path / "data/in")
     for spelled in (tmp_path / "data/t.csv", tmp_path / "data/in/../t.csv", Path("../t.csv"), Path("deep/../../t.csv")):
-        rows = list_clips("csv", [spelled], SourceOptions()).rows
+        rows = list_source("csv", [spelled], SourceOptions()).rows
         assert [row.relative for row in rows] == ["in/a.wav", "in/b.wav"]
         assert os.path.samefile(rows[0].place.path, tmp_path / "data/in/a.wav")
 
@@ -213,7 +214,7 @@ def test_the_audio_of_a_table_behind_a_link_is_that_of_its_real_folder(tmp_path)
     table(tmp_path / "real/t.csv", "path", "a.wav", str(tmp_path / "a.wav"))
     (tmp_path / "real/sub").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real/sub")
-    places = [row.place for row in list_clips("csv", [tmp_path / "link/../t.csv"], SourceOptions()).rows]
+    places = [row.place for row in list_source("csv", [tmp_path / "link/../t.csv"], SourceOptions()).rows]
     for place, meant in zip(places, (tmp_path / "real/a.wav", tmp_path / "a.wav"), strict=True):
         assert os.path.samefile(place.path, meant)
 
@@ -225,7 +226,7 @@ def test_one_file_under_two_names_is_refused(tmp_path, other):
         table(tmp_path / folder / "t.csv", "path", first, other.format(tmp_path))
         (tmp_path / folder / "deep").mkdir()
         with pytest.raises(UserError, match=r"t\.csv line 3 lists .*in/a\.wav again, after .*t\.csv line 2"):
-            list_clips("csv", [tmp_path / folder / "deep" / ".." / "t.csv"], SourceOptions())
+            list_source("csv", [tmp_path / folder / "deep" / ".." / "t.csv"], SourceOptions())
 
 
 def test_classes_that_differ_only_in_case_or_white_space_are_said(tmp_path):
@@ -283,7 +284,7 @@ def test_a_killed_worker_ends_the_run_in_one_sentence(esc10, tmp_path):
     os.kill(int(worker), signal.SIGKILL)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 2
-    assert err == "error: a worker process was killed, most often for want of memory; use fewer --workers\n"
+    assert err == "error: a worker process was killed, probably because memory ran out; use fewer --workers\n"
     assert not (tmp_path / "out/dataset.json").exists()
     assert not list((tmp_path / "out").glob("*.tmp"))
 
@@ -327,7 +328,7 @@ def refusal(tmp_path, monkeypatch, capsys):
         ((), (), "t.csv has no rows below its header"),
         (("path,label", "a.wav,x", "b.wav,x,y"), (), "t.csv line 3 has 3 cells, its header has 2"),
         (("path,path", "a.wav,b.wav"), (), "names a column twice"),
-        (("path,label", 'a.wav,"x'), (), "t.csv is no UTF-8 CSV near line"),
+        (("path,label", 'a.wav,"x'), (), "t.csv is not a UTF-8 CSV near line"),
         (("path,label", ",x"), (), "t.csv line 2: the cell 'path' is empty"),
         (("path", "a.wav", "b.wav", "./a.wav"), (), "t.csv line 4 lists a.wav again, after t.csv line 2"),
         (("path,split", "a.wav,"), (), "t.csv line 2: the cell 'split' is empty"),
@@ -385,7 +386,7 @@ def test_a_bad_folder_is_refused_in_one_sentence(tmp_path, refusal, args, words)
 
 def test_a_table_that_is_not_utf_8_is_refused(tmp_path, refusal):
     (tmp_path / "t.csv").write_bytes(b"path\n\xff.wav\n")
-    assert "is no UTF-8 CSV" in refusal("--source", "csv", "--input", "t.csv")
+    assert "is not a UTF-8 CSV" in refusal("--source", "csv", "--input", "t.csv")
 
 
 def test_when_no_clip_is_readable_nothing_is_written(tmp_path, refusal):

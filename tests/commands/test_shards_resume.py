@@ -15,6 +15,7 @@ from pathlib import Path
 import forked_tool
 import numpy as np
 import pytest
+from verifying import verify_shard
 
 from asda.data.audio.waves import encode_wav
 from asda.data.shards.read import load_dataset
@@ -23,7 +24,6 @@ from asda.sharding.audio_ref import Place
 from asda.sharding.journal import ALL_SHARDS, JOURNAL_FOLDER, RECORD_SUFFIX, Lock
 from asda.sharding.plan import ClipTask, ShardTask
 from asda.sharding.space import check_space
-from asda.sharding.verify import verify_shard
 from asda.sharding.workers import worker_pool
 
 NUM_CLIPS = 40

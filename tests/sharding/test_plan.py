@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from asda.errors import UserError
 from asda.sharding.audio_ref import Place
 from asda.sharding.plan import assign_splits, choose_vocabulary, keyed, parse_split, plan_split
-from asda.sharding.sources import Row
+from asda.sharding.sources.listing import Row
 
 
 def row(relative: str, labels: tuple[str, ...] = (), group: str = "") -> Row:
@@ -112,12 +112,12 @@ def test_split_rules_choose_the_clips_they_name(rows, rules, expected):
         (FOLDS, ["a=1", "a=2"], "names a split twice"),
         (FOLDS, ["a=1", "b=10%"], "mixes percentages and values"),
         (PLAIN, ["a=50%", "b=40%"], "add up to 90, not 100"),
-        (PLAIN, ["a=99%", "b=1%"], "--split b would get none of the 2 clips"),
+        (PLAIN, ["a=99%", "b=1%"], "--split b gets no clip of 2"),
         (PLAIN, ["a b"], "'a b' cannot name a split"),
         (PLAIN, ["=3"], "'' cannot name a split"),
         (PLAIN, ["a=1,,2"], "a value is empty"),
-        (PLAIN, ["a=0%"], "0% is no percentage"),
-        (PLAIN, ["a=1/2%"], "1/2% is no percentage"),
+        (PLAIN, ["a=0%"], "0% must be a percentage"),
+        (PLAIN, ["a=1/2%"], "1/2% must be a percentage"),
         ([row("a.wav", (), "my split")], [], "'my split' cannot name a split"),
     ],
 )

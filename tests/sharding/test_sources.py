@@ -17,8 +17,9 @@ import zstandard
 from asda.data.labels import audioset_labels
 from asda.errors import UserError
 from asda.sharding.audio_ref import Place, read_place
-from asda.sharding.sources import Listing, SourceOptions, list_clips
+from asda.sharding.sources import list_source
 from asda.sharding.sources.audioset import AudioFolder
+from asda.sharding.sources.listing import Listing, SourceOptions
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "make_shards.py"
 RATE = 16_000
@@ -72,7 +73,7 @@ def listed(listing: Listing) -> dict[str, tuple[tuple[str, ...], str]]:
 
 def refusal(source: str, *inputs: Path, **options: object) -> str:
     with pytest.raises(UserError) as error:
-        list_clips(source, list(inputs), SourceOptions(**options))  # pyright: ignore[reportArgumentType]
+        list_source(source, list(inputs), SourceOptions(**options))  # pyright: ignore[reportArgumentType]
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -128,7 +129,7 @@ def test_audioset_goes_to_shards_and_back(audioset):
         rejected = list(csv.reader(file))[1:]
     reason = "no file in --audio but for other times, such as Y--ZhevVpy1s_10.000_20.000.wav"
     assert rejected == [["--ZhevVpy1s_50000", reason]]
-    assert "left out: 1 files of --audio that are no audio" in out
+    assert "left out: 1 files of --audio that are not audio" in out
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,7 @@ def test_a_file_s_name_says_which_segment_it_is(tmp_path, file, place):
     if place is None:
         assert "holds none of the 1 segments" in refusal("audioset", table, audio=folder)
     else:
-        (row,) = list_clips("audioset", [table], SourceOptions(audio=folder)).rows
+        (row,) = list_source("audioset", [table], SourceOptions(audio=folder)).rows
         assert row.place == Place(f"{folder}/{place.path}", place.start_s, place.stop_s)
 
 
@@ -166,8 +167,8 @@ def test_a_video_s_segments_are_told_apart_by_their_files_or_cut_from_one(tmp_pa
     text(tmp_path / "named/abc_-123456_0.wav")
     text(tmp_path / "named/abc_-123456_10000.wav")
     text(tmp_path / "whole/abc_-123456.wav")
-    named = list_clips("audioset", [table], SourceOptions(audio=tmp_path / "named"))
-    whole = list_clips("audioset", [table], SourceOptions(audio=tmp_path / "whole"))
+    named = list_source("audioset", [table], SourceOptions(audio=tmp_path / "named"))
+    whole = list_source("audioset", [table], SourceOptions(audio=tmp_path / "whole"))
     assert [Path(row.place.path).name for row in named.rows] == ["abc_-123456_0.wav", "abc_-123456_10000.wav"]
     assert [(row.place.start_s, row.place.stop_s) for row in whole.rows] == [(0, 10), (10, 20)]
     assert list(listed(named)) == list(listed(whole)) == ["abc_-123456_0", "abc_-123456_10000"]
@@ -182,7 +183,7 @@ def test_a_video_s_segments_are_told_apart_by_their_files_or_cut_from_one(tmp_pa
         ((*PLAIN, "abc_-123456,10,9,/m/09x0r"), "line 2: start 10 s and end 9 s must be 0 <= start < end"),
         ((*PLAIN, "abc_-123456,-1,9,/m/09x0r"), "line 2: start -1 s"),
         ((*PLAIN, "abc_-123456,nan,nan,/m/09x0r"), "line 2: start nan s"),
-        ((*PLAIN, "abc,0,10,/m/09x0r"), "line 2: 'abc' is no YouTube id of 11"),
+        ((*PLAIN, "abc,0,10,/m/09x0r"), "line 2: 'abc' is not a YouTube id of 11"),
         ((*PLAIN, "abc_-123456,0,10,/m/09x0r,/m/04rlf"), "line 2 has 5 cells, its header has 4"),
         ((*PLAIN, "abc_-123456,0,10,/m/09x0r", "abc_-123456,0,10,/m/09x0r"), "lists abc_-123456_0 again"),
         ((*ORIGINAL[:2], "abc_-123456,0,10,/m/09x0r"), "line 3 comes before a header"),
@@ -228,7 +229,7 @@ def test_the_real_tables_of_audioset_are_read_to_the_last_row(shared, tmp_path, 
     chosen = lines[::1000]
     for line in chosen:
         text(tmp_path / f"{line[0]}/Y{line[:11]}.wav")
-    listing = list_clips("audioset", [table], SourceOptions(audio=tmp_path))
+    listing = list_source("audioset", [table], SourceOptions(audio=tmp_path))
     assert len(listing.rows) + len(listing.missing) == len(lines)
     names = dict(
         line.split(",", 2)[1:] for line in (shared / "data/audioset/class_labels_indices.csv").read_text().splitlines()
@@ -282,7 +283,7 @@ def test_the_root_of_a_manifest_is_its_first_line_or_a_subfolder_of_audio_of_tha
     table = folder / "train.tsv"
     asked = {None: "here/train", tmp_path / "here": "here/train", tmp_path / "there/audio": "there/audio"}
     for audio, root in asked.items():
-        rows = list_clips("eat", [table], SourceOptions(audio=audio)).rows
+        rows = list_source("eat", [table], SourceOptions(audio=audio)).rows
         assert [row.place.path for row in rows] == [f"{tmp_path}/{root}/Ya.wav", f"{tmp_path}/{root}/deep/Yb.wav"]
 
 
@@ -295,7 +296,7 @@ def test_manifests_may_name_clips_in_hdf5_packs(tmp_path):
         pack["audio_name"], pack["waveform"] = [b"Yx.wav", b"Yc.wav"], np.stack([0 * samples_S, samples_S])
     rows = ("10.h5/Ya.wav\t3200", "10.h5/Yb.wav\t3200", "panns.hdf5/Yc.wav\t3200", "10.h5/Yd.wav\t9", "11.h5/Ye.wav\t9")
     table = text(tmp_path / "train.tsv", str(tmp_path), *rows)
-    listing = list_clips("eat", [table], SourceOptions(use_labels=False, sample_rate_hz=RATE))
+    listing = list_source("eat", [table], SourceOptions(use_labels=False, sample_rate_hz=RATE))
     assert [row.relative for row in listing.rows] == ["10.h5/Ya.wav", "10.h5/Yb.wav", "panns.hdf5/Yc.wav"]
     for row in listing.rows:
         np.testing.assert_array_equal(read_place(row.place), samples_S)
@@ -312,7 +313,7 @@ def test_the_real_manifests_of_eat_are_read_to_the_last_row(shared, tmp_path):
         for file in files[::1000]:
             text(tmp_path / split / file)
             expected[file] = tuple(names[mid] for mid in labels[file[:-4]].split(",")), split
-    listing = list_clips("eat", [folder], SourceOptions(audio=tmp_path))
+    listing = list_source("eat", [folder], SourceOptions(audio=tmp_path))
     assert listed(listing) == expected
     num_rows = sum(len((folder / f"{split}.tsv").read_text().splitlines()) - 1 for split in ("train", "eval"))
     assert len(listing.rows) + len(listing.missing) == num_rows
@@ -327,7 +328,7 @@ def test_the_real_manifests_of_eat_are_read_to_the_last_row(shared, tmp_path):
         ("train.tsv", (".", "Ya.wav\tmany"), "train.tsv line 2 is not file<TAB>number of samples"),
         ("train.tsv", (".", "Ya.wav\t1", "x/../Ya.wav\t1"), "lists Ya.wav again"),
         ("train.tsv", (".", "Ya.wav\t1", "Yq.wav\t1"), "train.lbl has no line for Yq; add them"),
-        ("train.tsv", (".", "Yz.wav\t1"), "none of the 1 files of the manifests is there"),
+        ("train.tsv", (".", "Yz.wav\t1"), "none of the 1 files in the manifests exists"),
         ("train.lbl", ("Ya\t/m/dog", "Ya\t/m/dog"), "train.lbl line 2 repeats 'Ya'"),
         ("train.lbl", ("Ya /m/dog",), "train.lbl line 1 repeats 'Ya /m/dog' or is not id<TAB>labels"),
         ("train.lbl", ("Ya\t/m/cow",), "train.lbl line 1: '/m/cow' is not among the 2 classes of"),
@@ -351,7 +352,7 @@ def test_manifests_without_their_tables_are_refused_in_one_sentence(tmp_path):
     assert "train.lbl: no such file; --no-labels lists the clips without" in refusal("eat", folder / "train.tsv")
     (folder / "label_descriptors.csv").unlink()
     assert "give the table index,mid,name as --class-labels" in refusal("eat", folder / "train.tsv")
-    assert "holds no .tsv" in refusal("eat", tmp_path)
+    assert "holds no *.tsv" in refusal("eat", tmp_path)
     assert "gone.tsv: no such file" in refusal("eat", tmp_path / "gone.tsv", use_labels=False)
 
 
@@ -392,7 +393,7 @@ def test_hdf5_goes_to_shards_and_back(tmp_path):
 def test_a_row_of_a_pack_is_what_a_file_of_its_samples_is(tmp_path):
     waveform_NS = panns(tmp_path / "a.h5", ["Ya.wav"], [[]], sample_rate=44_100)
     soundfile.write(tmp_path / "a.wav", waveform_NS[0], 44_100, subtype="PCM_16")
-    (row,) = list_clips("hdf5", [tmp_path / "a.h5"], SourceOptions()).rows
+    (row,) = list_source("hdf5", [tmp_path / "a.h5"], SourceOptions()).rows
     np.testing.assert_array_equal(read_place(row.place), read_place(Place(str(tmp_path / "a.wav"))))
 
 
@@ -468,7 +469,7 @@ def test_esc50_goes_to_shards_and_back(esc50, tmp_path):
 
 def test_esc10_is_a_selection_with_its_own_ids(esc50):
     folder, rows = esc50
-    listing = list_clips("esc50", [folder], SourceOptions(where=(("esc10", "True"),)))
+    listing = list_source("esc50", [folder], SourceOptions(where=(("esc10", "True"),)))
     chosen = [row for row in rows if row["task"] == "esc10"]
     assert len(listing.rows) == len(chosen)
     assert set(listing.vocabulary or ()) == {row["label"] for row in chosen}
@@ -517,7 +518,7 @@ def test_speechcommands_goes_to_shards_and_back(shared, tmp_path):
     }
     assert vocabulary == sorted({name.split("/")[0] for name in splits_of})
     assert "left out: 1 recordings in _background_noise_" in out
-    assert "left out: 1 files that are no recording of a word" in out
+    assert "left out: 1 files that are not recordings of words" in out
 
 
 def test_a_bad_folder_of_speechcommands_is_refused_in_one_sentence(tmp_path):

@@ -50,7 +50,7 @@ from asda.data.features.fbank import log_mel_into, num_frames
 from asda.data.shards.index import (
     FORMAT_VERSION,
     DatasetIndex,
-    LogMelStats,
+    LogMelMoments,
     ShardEntry,
     SplitIndex,
     class_weight,
@@ -409,7 +409,7 @@ def generate_index(folder: Path) -> Path:
         clips=num_clips,
         seconds=float(num_clips * CLIP_SECONDS),
         class_counts=counts,
-        log_mel=LogMelStats(MEAN, STD, num_clips * 998),
+        log_mel=LogMelMoments(MEAN, STD, num_clips * 998),
         shards=tuple(entries),
         class_weights=tuple(class_weight(count) for count in counts),
         sample_weights=rng.uniform(0.001, 10, num_clips).astype(np.float32),

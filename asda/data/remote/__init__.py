@@ -1,1 +1,1 @@
-"""Shards that lie elsewhere: fetched, verified, kept in a cache of bounded size."""
+"""Reads files from local folders and from the network through a bounded cache. Training can be changed without it."""

@@ -4,21 +4,19 @@
     0123...cdef.part    one that is being fetched; its writer holds a lock (flock) on it
     lock                held while room is made, and while a file gets its name
 
-- A name appears by one rename of a verified file, so what has a name is whole. A crash leaves .part files without a
-  lock, which the next process removes. After a power failure a file may have lost bytes: the hash of every frame says
-  so on reading, and the copy is fetched again.
-- A .part has its full length from the beginning: the sum of all lengths is what the cache holds or will hold, whoever
-  fetches, and never passes the bound.
-- Room is made by removing the files that were used longest ago. A reader opens a file, reads and closes it; one that is
-  removed in between stays readable through its open descriptor (POSIX keeps the bytes until it is closed), so nobody
-  reads half a file. The next reader fetches it again.
+- A verified file gets its name by one rename, so a file with a name is whole. A crash leaves .part files without a
+  lock, which the next process removes. After a power failure a file may have lost bytes: the hash of a frame shows it
+  on reading, and the file is fetched again.
+- A .part has its full length from the beginning: the sum of all lengths is what the cache holds or will hold, and never
+  exceeds the bound.
+- Room is made by removing the files that were used longest ago. A reader that has opened a removed file still reads all
+  of it (POSIX keeps the bytes until it is closed). The next reader fetches it again.
 """
 
 import os
 import re
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,7 +26,6 @@ from typing import BinaryIO
 from asda.errors import UserError
 from asda.system import FileLock, hash_file
 
-TOUCH_S = 1.0  # a use is noted at most this often for one file
 POLL_S = 0.05  # between two looks at what another process does
 PART = ".part"
 OURS = re.compile(r"[0-9a-f]{32}(\.part)?")  # no other file in the folder is counted, or ever removed
@@ -52,7 +49,7 @@ class StoredFile:
 class CacheConfig:
     """How remote files are fetched, and where copies of them are kept."""
 
-    folder: str | Path = ""  # "" is asda/shards below $XDG_CACHE_HOME or ~/.cache
+    folder: str | Path = ""  # "": asda/shards below $XDG_CACHE_HOME or ~/.cache
     gib: float = 20.0  # bound of the whole folder
     timeout_s: float = 30.0  # a server may be silent this long
     downloads: int = 4  # fetched ahead at a time
@@ -69,60 +66,57 @@ class CacheConfig:
 
     @property
     def limit_bytes(self) -> int:
-        """The bound."""
+        """The bound in bytes."""
         return int(self.gib * (1 << 30))
 
 
-class Stopped(Exception):  # noqa: N818 - nothing has gone wrong
-    """The storage was closed while a file was on its way."""
+class FetchingStopped(Exception):  # noqa: N818 - nothing has gone wrong
+    """The storage was closed while a file was being fetched."""
 
 
 class Cache:
-    """The folder. Any thread of any process may use it at any time."""
+    """The folder of copies. Any thread of any process may use it at any time."""
 
     def __init__(self, folder: Path, limit_bytes: int):
         self.folder = folder
         self.limit_bytes = limit_bytes
-        self._used_at: dict[str, float] = {}
         with self._sentences():
             folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
 
     def holds(self, file: StoredFile) -> bool:
-        """Whether the file is here; noted as a use."""
-        if not self.path(file).exists():
-            return False
-        self._note_use(file, self.path(file))
-        return True
+        """Return whether there is a copy of the file; counts as a use."""
+        _note_use(self.path(file))
+        return self.path(file).exists()
 
     def path(self, file: StoredFile) -> Path:
-        """Where the copy is, or would be."""
+        """Return the path of a copy."""
         return self.folder / file.digest
 
     def read(self, file: StoredFile, start: int, stop: int) -> bytes | None:
-        """The bytes from start to stop, or None where the file is not here. Fewer bytes where it has lost some."""
+        """Return the bytes from start to stop, fewer if the copy has lost some; None if there is no copy."""
         with self._sentences():
             try:
                 descriptor = os.open(self.path(file), os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 return None
             try:
-                self._note_use(file, descriptor)
+                _note_use(descriptor)
                 return os.pread(descriptor, stop - start, start)
             finally:
                 os.close(descriptor)
 
     def fill(self, file: StoredFile, download: Callable[[BinaryIO], None], stopping: threading.Event) -> None:
-        """Bring the file here. Where another process is fetching it, wait for that instead.
+        """Make a copy of a file; if another process is fetching it, wait for that instead.
 
         Args:
             file: what to fetch.
             download: writes the whole file, and raises unless it is the right one.
-            stopping: gives up the waiting.
+            stopping: ends the waiting.
 
         Raises:
             UserError: it does not fit, or the folder cannot be written.
-            Stopped: when `stopping` is set.
+            FetchingStopped: when `stopping` is set.
         """
         with self._sentences(), self._claim(file, stopping) as part:
             if part is None:
@@ -145,7 +139,7 @@ class Cache:
 
     @contextmanager
     def _claim(self, file: StoredFile, stopping: threading.Event) -> Iterator[BinaryIO | None]:
-        """The .part of a file, locked for us; None where the file has come without us."""
+        """Open the .part of a file, locked for us; yield None if another process has made the copy meanwhile."""
         path = self._part_path(file)
         while True:
             part = _open_locked(path)
@@ -166,7 +160,7 @@ class Cache:
                 raise
 
     def _reserve(self, part: BinaryIO, file: StoredFile) -> bool:
-        """Make room, and give the .part its full length; False while others' unfinished files are in the way.
+        """Make room, and give the .part its full length; return False while unfinished files of others take the room.
 
         Waiting for those cannot last forever: each has its room already, and ends by itself.
         """
@@ -189,7 +183,7 @@ class Cache:
             if (free := self._free()) < file.bytes + to_come:
                 raise UserError(
                     f"the disk of the cache {self.folder} has {free} bytes free, {file.name} needs {file.bytes}"
-                    + (f" beside {to_come} that are on their way" if to_come else "")
+                    + (f" and unfinished files need {to_come}" if to_come else "")
                     + "; free some space, or give another folder as data.cache"
                 )
             fits = held + file.bytes <= self.limit_bytes
@@ -217,18 +211,11 @@ class Cache:
         return files
 
     def _sweep(self) -> None:
-        """Remove what a crash has left."""
+        """Remove the .part files that a crash has left."""
         for path, _ in self._files():
             if path.suffix == PART and (part := _open_locked(path, create=False)):
                 path.unlink(missing_ok=True)
                 part.close()
-
-    def _note_use(self, file: StoredFile, copy: Path | int) -> None:
-        now = time.monotonic()
-        if now - self._used_at.get(file.hash, -TOUCH_S) >= TOUCH_S:
-            self._used_at[file.hash] = now
-            with suppress(FileNotFoundError, PermissionError):  # removed just now; written by another user
-                os.utime(copy)
 
     @contextmanager
     def _sentences(self) -> Iterator[None]:
@@ -255,6 +242,11 @@ def _open_locked(path: Path, *, create: bool = True) -> BinaryIO | None:
     return None
 
 
+def _note_use(copy: Path | int) -> None:
+    with suppress(FileNotFoundError, PermissionError):  # removed just now; written by another user
+        os.utime(copy)
+
+
 def _pause(stopping: threading.Event) -> None:
     if stopping.wait(POLL_S):
-        raise Stopped
+        raise FetchingStopped

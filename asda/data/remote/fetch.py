@@ -1,9 +1,8 @@
-"""Fetching bytes through fsspec: repeated while the reason may pass, or one sentence.
+"""Fetch bytes through fsspec, with retries, or say in one sentence why it fails.
 
-A request that fails for a reason that may pass (a broken connection, a silent server, HTTP 503, bytes that are not the
-right ones) is repeated, later and later, a bounded number of times; one that cannot succeed (404, 403) is not.
-Credentials in a location (user:password@, ?signature) are used and never shown: neither the locations nor the words
-of other packages' errors get into a message before those are cut out.
+A request is repeated, with growing waits and a bounded number of times, if the failure may be temporary: a broken
+connection, a silent server, HTTP 503, wrong bytes. A failure that is final (404, 403) is not repeated. Credentials in a
+location (user:password@, ?signature) are used and never shown: they are cut out of every message.
 """
 
 import asyncio
@@ -15,15 +14,16 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import wait
+from functools import partial
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import tenacity
 from fsspec import filesystem
-from fsspec.asyn import AsyncFileSystem
+from fsspec.asyn import AsyncFileSystem, get_loop
 from xxhash import xxh3_128
 
-from asda.data.remote.cache import CacheConfig, Stopped, StoredFile
+from asda.data.remote.cache import CacheConfig, FetchingStopped, StoredFile
 from asda.errors import UserError
 
 # Scheme of a location -> the package that fsspec needs for it. What would run commands or other code is not here.
@@ -49,18 +49,18 @@ URL_SAFE = "%/:@!$&'()*+,;=~-._"  # in a path, beside letters and digits
 PIECE_BYTES = 4 << 20  # per request to what is not HTTP
 WATCH_S = 0.1  # between two looks at a transfer that is under way
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # before the second attempt, and between later ones; doubled each time
-PASSING_STATUS = (408, 425, 429)  # HTTP errors below 500 that may pass
+TEMPORARY_STATUS = (408, 425, 429)  # HTTP errors below 500 that may be temporary
 
 Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
 
 
 class WrongBytesError(Exception):
-    """What has arrived is not the file."""
+    """The bytes that arrived are not the file."""
 
 
 class NoRangesError(Exception):
-    """The server sends whole files whatever it is asked for."""
+    """The server sends whole files, whatever the request."""
 
 
 class StalledError(Exception):
@@ -68,7 +68,7 @@ class StalledError(Exception):
 
 
 class LocalDiskError(Exception):
-    """A write to this machine's disk failed while a file was arriving: no reason to ask the server again."""
+    """A write to this machine's disk failed while a file was arriving; asking the server again would not help."""
 
     def __init__(self, cause: OSError):
         super().__init__(cause)
@@ -79,11 +79,11 @@ class Fetcher:
     """One remote folder. Any thread may fetch at any time.
 
     Attributes:
-        stopping: set it to end all transfers; they raise Stopped.
+        stopping: set it to end all transfers; they raise FetchingStopped.
     """
 
     def __init__(self, location: str, config: CacheConfig):
-        """Open `location`, scheme://..., without a request. Raises UserError where a package is missing."""
+        """Open `location`, scheme://..., without a request. Raises UserError if a package is missing."""
         self.stopping = threading.Event()
         self._location = location
         self._scheme = location.partition("://")[0].lower()
@@ -91,56 +91,55 @@ class Fetcher:
         self._fs = _open_filesystem(self._scheme, location, config.timeout_s)
 
     def where(self, name: str) -> str:
-        """The file's place, for messages."""
+        """Return the file's address, for messages."""
         return f"{without_credentials(self._location).rstrip('/')}/{name}"
 
     def read_up_to(self, name: str, limit_bytes: int) -> bytes:
-        """The whole of a file whose length is not known. Raises UserError where it cannot be had or is longer."""
+        """Return the whole of a file whose length is not known. Raises UserError if it is missing or longer."""
         out = io.BytesIO()
-
-        def attempt() -> bytes:
-            arrived = self._transfer(name, 0, limit_bytes, out, ranged=False)
-            return out.getvalue()[: arrived.num_bytes]
-
-        return self._persist(name, attempt)
+        arrived = self._persist(name, lambda: self._transfer(name, 0, limit_bytes, out, ranged=False))
+        return out.getvalue()[: arrived.num_bytes]
 
     def read(self, file: StoredFile, start: int, stop: int) -> bytes:
-        """The bytes from start to stop, not verified. Raises UserError where they cannot be had."""
-        out = io.BytesIO()
+        """Return the bytes from start to stop, not verified. Raises UserError if they cannot be fetched."""
+        out, ranged = io.BytesIO(), (start, stop) != (0, file.bytes)
 
-        def attempt() -> bytes:
-            arrived = self._transfer(file.name, start, stop, out, ranged=(start, stop) != (0, file.bytes))
-            arrived.check_length(stop - start)
-            return out.getvalue()
+        def attempt() -> None:
+            self._transfer(file.name, start, stop, out, ranged=ranged).check_length(stop - start)
 
-        return self._persist(file.name, attempt)
+        self._persist(file.name, attempt)
+        return out.getvalue()
 
     def download(self, file: StoredFile, out: BinaryIO) -> None:
-        """Write the whole file to `out`, and return only if its length and its hash are the right ones.
+        """Write the whole file to `out`; return only if its length and hash are right.
 
         Raises:
-            UserError: it cannot be had.
+            UserError: the file cannot be fetched.
             OSError: `out` cannot be written.
         """
 
         def attempt() -> None:
             arrived = self._transfer(file.name, 0, file.bytes, out, ranged=False)
             arrived.check_length(file.bytes)
-            arrived.check_hash(file.hash)
+            arrived.check_hash(file.digest)
 
         self._persist(file.name, attempt)
 
     def _transfer(self, name: str, start: int, stop: int, out: BinaryIO, *, ranged: bool) -> "_Arrivals":
-        """One attempt at the bytes from start to stop."""
+        """Fetch the bytes from start to stop once; stop if nothing arrives any more or the storage is closed."""
         out.seek(0)
         arrivals = _Arrivals(out, stop - start, self.stopping, ranged=ranged)
-        if isinstance(self._fs, AsyncFileSystem):
-            self._watch(self._pour(name, start, stop, arrivals, ranged=ranged), arrivals)
-        else:
-            for low in range(start, stop, PIECE_BYTES):
-                high = min(low + PIECE_BYTES, stop)
-                if arrivals.write(self._fs.cat_file(self._url(name), low, high)) < high - low:
-                    break  # the file ends here
+        future = asyncio.run_coroutine_threadsafe(self._pour(name, start, stop, arrivals, ranged=ranged), get_loop())
+        try:
+            while not wait([future], timeout=WATCH_S).done:
+                if self.stopping.is_set():
+                    raise FetchingStopped
+                if time.monotonic() - arrivals.last_at > self._config.timeout_s:
+                    raise StalledError(f"nothing arrived for {self._config.timeout_s:g} s")
+            future.result()
+        finally:
+            arrivals.abandon()  # the transfer ends a little later, and must not write into the next attempt
+            future.cancel()
         return arrivals
 
     async def _pour(self, name: str, start: int, stop: int, arrivals: "_Arrivals", *, ranged: bool) -> None:
@@ -149,24 +148,11 @@ class Fetcher:
             headers = {"Range": f"bytes={start}-{stop - 1}"} if ranged else {}
             await fs._get_file(url, arrivals, headers=headers)
             return
+        cat_file = fs._cat_file if isinstance(fs, AsyncFileSystem) else partial(asyncio.to_thread, fs.cat_file)
         for low in range(start, stop, PIECE_BYTES):
             high = min(low + PIECE_BYTES, stop)
-            if arrivals.write(await fs._cat_file(url, start=low, end=high)) < high - low:
-                return
-
-    def _watch(self, transfer: Any, arrivals: "_Arrivals") -> None:
-        """Run a transfer in fsspec's loop; end it when nothing arrives any more, or when the storage is closed."""
-        future = asyncio.run_coroutine_threadsafe(transfer, self._fs.loop)
-        try:
-            while not wait([future], timeout=WATCH_S).done:
-                if self.stopping.is_set():
-                    raise Stopped
-                if time.monotonic() - arrivals.last_at > self._config.timeout_s:
-                    raise StalledError(f"nothing arrived for {self._config.timeout_s:g} s")
-            future.result()
-        finally:
-            arrivals.abandon()  # the transfer ends a little later, and must not write into the next attempt
-            future.cancel()
+            if arrivals.write(await cat_file(url, start=low, end=high)) < high - low:
+                return  # the file ends here
 
     def _url(self, name: str) -> str:
         if self._scheme not in HTTP:
@@ -175,18 +161,18 @@ class Fetcher:
         return urlunsplit(parts._replace(path=f"{quote(parts.path.rstrip('/'), safe=URL_SAFE)}/{name}", fragment=""))
 
     def _persist(self, name: str, attempt: Callable[[], Result]) -> Result:
-        """Repeat an attempt while it fails for reasons that may pass; then raise UserError with the last of them."""
+        """Repeat an attempt while its failures may be temporary; then raise UserError with the last one."""
         began = time.monotonic()
         retrying = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(self._config.attempts) | tenacity.stop_after_delay(self._config.give_up_s),
             wait=tenacity.wait_exponential(FIRST_WAIT_S, LONGEST_WAIT_S) + tenacity.wait_random(0, FIRST_WAIT_S),
-            retry=tenacity.retry_if_exception(_may_pass),
+            retry=tenacity.retry_if_exception(_is_temporary),
             sleep=self._sleep,
             before_sleep=lambda state: self._log_retry(name, state),
         )
         try:
             return retrying(attempt)
-        except (Stopped, UserError):
+        except (FetchingStopped, UserError):
             raise
         except LocalDiskError as error:
             raise error.cause from None
@@ -200,7 +186,7 @@ class Fetcher:
 
     def _sleep(self, seconds: float) -> None:
         if self.stopping.wait(seconds):
-            raise Stopped
+            raise FetchingStopped
 
     def _log_retry(self, name: str, state: tenacity.RetryCallState) -> None:
         assert state.outcome is not None
@@ -210,7 +196,7 @@ class Fetcher:
 
 
 class _Arrivals:
-    """The file object that a transfer writes to: counts, hashes, and refuses more than was asked for."""
+    """The file object that a transfer writes to: it counts, hashes, and refuses more than was asked for."""
 
     def __init__(self, out: BinaryIO, limit_bytes: int, stopping: threading.Event, *, ranged: bool):
         self.num_bytes = 0
@@ -225,7 +211,7 @@ class _Arrivals:
         self._lock = threading.Lock()
 
     def read(self, _size: int = -1) -> bytes:
-        """Not for reading; fsspec takes for a file what has read, close and tell."""
+        """Refuse to read; fsspec takes an object for a file if it has read, close and tell."""
         raise io.UnsupportedOperation
 
     close = tell = read
@@ -239,7 +225,7 @@ class _Arrivals:
         """Take the next bytes."""
         with self._lock:
             if self._abandoned or self._stopping.is_set():
-                raise Stopped
+                raise FetchingStopped
             return self._take(chunk)
 
     def check_length(self, num_bytes: int) -> None:
@@ -249,7 +235,7 @@ class _Arrivals:
 
     def check_hash(self, expected: str) -> None:
         """Refuse other bytes."""
-        if (found := f"xxh3_128:{self._state.hexdigest()}") != expected:
+        if (found := self._state.hexdigest()) != expected:
             raise WrongBytesError(f"its hash is {found}, the index says {expected}{self._hint}")
 
     def _take(self, chunk: bytes) -> int:
@@ -274,12 +260,12 @@ class _Arrivals:
 
 
 def without_credentials(location: str) -> str:
-    """A location without user, password and query, for messages."""
+    """Remove user, password and query from a location, for messages."""
     return re.sub(r"//[^/\s]*@", "//", location.partition("?")[0])
 
 
 def shareable(value: Any) -> Any:
-    """A value of a configuration, or a tree of them, without what addresses in it hold of users and passwords."""
+    """Remove users and passwords from the addresses in a value of a configuration, or in a tree of values."""
     if isinstance(value, dict):
         return {key: shareable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -305,7 +291,7 @@ def _open_filesystem(scheme: str, location: str, timeout_s: float) -> Any:
 
 
 def _http_options(timeout_s: float) -> dict[str, Any]:
-    """Bytes as they are on the server: no compression on the way, and no second quoting of the address."""
+    """Ask for bytes as they are on the server: no compression on the way, no second quoting of the address."""
     import aiohttp  # an extra
 
     client = {
@@ -317,17 +303,17 @@ def _http_options(timeout_s: float) -> dict[str, Any]:
     return {"client_kwargs": client, "encoded": True}
 
 
-def _may_pass(error: BaseException) -> bool:
-    """Whether the same request may succeed later."""
+def _is_temporary(error: BaseException) -> bool:
+    """Return whether the same request may succeed later."""
     if (status := _http_status(error)) is not None:
-        return status >= 500 or status in PASSING_STATUS
+        return status >= 500 or status in TEMPORARY_STATUS
     if isinstance(error, (FileNotFoundError, PermissionError)):
         return False
     return isinstance(error, (WrongBytesError, StalledError, OSError, EOFError, *_network_errors()))
 
 
 def _network_errors() -> tuple[type[BaseException], ...]:
-    """What aiohttp and botocore raise beside OSError; both are extras, and loaded where they are in use."""
+    """Return what aiohttp and botocore raise beside OSError; both are extras, loaded only if in use."""
     found = []
     for module, names in (
         ("aiohttp", ("ClientConnectionError", "ClientPayloadError", "ClientResponseError")),
@@ -340,7 +326,7 @@ def _network_errors() -> tuple[type[BaseException], ...]:
 
 
 def _http_status(error: BaseException) -> int | None:
-    """Of aiohttp's ClientResponseError, and of the clients of other stores that name it so."""
+    """Return the HTTP status in an error of aiohttp or another store's client, if it has one."""
     for name in ("status", "status_code", "code"):
         value = getattr(error, name, None)
         if isinstance(value, int) and 400 <= value < 600:
@@ -349,7 +335,7 @@ def _http_status(error: BaseException) -> int | None:
 
 
 def _reason(error: BaseException | None) -> str:
-    """Why an attempt failed, in one line without credentials."""
+    """Say why an attempt failed, in one line without credentials."""
     if isinstance(error, (WrongBytesError, NoRangesError, StalledError)):
         return str(error)
     if error is not None and (status := _http_status(error)) is not None:

@@ -1,61 +1,57 @@
-"""Where shards lie: a local folder, or a location that fsspec opens.
+"""Open the files of a dataset: in a local folder, or at a location that fsspec opens.
 
     open_storage("shards/pile")                      LocalFolder    pread
     open_storage("s3://bucket/pile")                 RemoteFolder   a request of just the bytes of each read
     open_storage("s3://bucket/pile", CacheConfig())  CachedFolder   whole files, fetched once and kept (cache.py)
 
-Every way ends in the bytes that the dataset's indexes promise, or in one sentence (fetch.py).
+A read returns bytes, or raises one sentence (fetch.py). The readers of shards verify the bytes.
 """
 
 import os
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from asda.data.remote.cache import Cache, CacheConfig, StoredFile
+from asda.data.remote.cache import Cache, CacheConfig, FetchingStopped, StoredFile
 from asda.data.remote.fetch import PACKAGES, Fetcher, without_credentials
-from asda.data.shards.index import DATASET_FILE, REPAIR
 from asda.errors import UserError
 
-EVICTIONS_BORNE = 20  # times that a file is fetched, and gone again before it could be read
+REPAIR = "restore the file, or make the dataset again with asda shards"
+MAX_EVICTIONS = 20  # times that a file is fetched and removed again before it is read
 
 
-class Storage(ABC):
+class Storage:
     """A folder of files, somewhere. Any thread may read anything at any time."""
 
-    @abstractmethod
     def where(self, name: str) -> str:
-        """The file's place, for messages."""
+        """Return the file's place, for messages."""
+        raise NotImplementedError
 
-    @abstractmethod
-    def read_dataset_file(self, limit_bytes: int) -> bytes:
-        """The dataset file, the one that no index describes. Raises UserError where it is missing or longer."""
+    def read_unlisted(self, name: str, limit_bytes: int) -> bytes:
+        """Return the whole of a file whose length is not known. Raises UserError if it is missing or longer."""
+        raise NotImplementedError
 
-    @abstractmethod
     def read(self, file: StoredFile, start: int, stop: int) -> bytes:
-        """The bytes from start to stop; fewer where the file is damaged. Raises UserError where it cannot be read."""
+        """Return the bytes from start to stop; fewer if the file is damaged. Raises UserError if it cannot be read."""
+        raise NotImplementedError
 
     def read_whole(self, file: StoredFile) -> bytes:
-        """All bytes of a small file."""
+        """Return all bytes of a small file."""
         return self.read(file, 0, file.bytes)
 
-    @abstractmethod
     def read_ahead(self, file: StoredFile) -> None:
         """Begin to bring the file near, in the background; reading does not depend on it."""
 
-    @abstractmethod
     def renew(self, file: StoredFile) -> bool:
-        """After a read gave wrong bytes: drop a damaged copy, and say whether reading once more may give others."""
+        """Drop a damaged copy after a read gave wrong bytes; return whether reading once more may give others."""
+        return False
 
-    @abstractmethod
     def check_sizes(self, files: Iterable[StoredFile]) -> None:
-        """Raise UserError for missing files and wrong sizes, where looking is cheap; elsewhere fetching finds them."""
+        """Refuse missing files and wrong sizes if looking is cheap; elsewhere reading finds them. Raises UserError."""
 
-    @abstractmethod
     def close(self) -> None:
         """Stop what is under way in the background."""
 
@@ -64,8 +60,8 @@ def open_storage(location: str | Path | Storage, cache: CacheConfig | None = Non
     """Open a place without looking into it.
 
     Args:
-        location: a local folder, or scheme://... with a scheme of asda.data.fetch.PACKAGES.
-        cache: where copies of remote files are kept; without it nothing is kept, and every read is a request.
+        location: a local folder, or scheme://... with a scheme of asda.data.remote.fetch.PACKAGES.
+        cache: where copies of remote files are kept; None keeps nothing, and every read is a request.
 
     Raises:
         UserError: the scheme is unknown, its package is missing, or the cache cannot be used.
@@ -96,23 +92,21 @@ class LocalFolder(Storage):
         return str(self.folder)
 
     def where(self, name: str) -> str:
-        """The file's path."""
+        """Return the file's path."""
         return str(self.folder / name)
 
-    def read_dataset_file(self, limit_bytes: int) -> bytes:
-        """All of it, after a look at its size."""
-        path = self.folder / DATASET_FILE
-        if not path.is_file():
-            raise UserError(f"{self} holds no {DATASET_FILE}; make the dataset with asda shards --out {self}")
-        if (num_bytes := path.stat().st_size) > limit_bytes:
-            raise UserError(f"{path} has {num_bytes} bytes, more than {limit_bytes}: it is no index")
+    def read_unlisted(self, name: str, limit_bytes: int) -> bytes:
+        """Read the file after a look at its size."""
+        path = self.folder / name
         try:
+            if (num_bytes := path.stat().st_size) > limit_bytes:
+                raise UserError(f"{path} has {num_bytes} bytes; at most {limit_bytes} are read")
             return path.read_bytes()
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
 
     def read(self, file: StoredFile, start: int, stop: int) -> bytes:
-        """One pread."""
+        """Read by one pread."""
         # Opened for each read, which takes 3 us: a dataset has more shards than a process may have open files.
         try:
             descriptor = os.open(f"{self.folder}/{file.name}", os.O_RDONLY | os.O_CLOEXEC)
@@ -121,12 +115,11 @@ class LocalFolder(Storage):
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise UserError(
-                f"cannot read {self.where(file.name)}, bytes {start} to {stop}: {error.strerror}; {REPAIR}"
-            ) from error
+            where = f"{self.where(file.name)}, bytes {start} to {stop}"
+            raise UserError(f"cannot read {where}: {error.strerror}; {REPAIR}") from error
 
     def read_whole(self, file: StoredFile) -> bytes:
-        """All bytes, after a look at the size."""
+        """Read the file after a look at its size."""
         path = self.folder / file.name
         _check_size(path, file, path.stat().st_size if path.is_file() else None)
         return self.read(file, 0, file.bytes)
@@ -142,18 +135,11 @@ class LocalFolder(Storage):
         finally:
             os.close(descriptor)
 
-    def renew(self, file: StoredFile) -> bool:
-        """No: there is only this one."""
-        return False
-
     def check_sizes(self, files: Iterable[StoredFile]) -> None:
         """Compare with the folder, listed once."""
         sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder) if entry.is_file()}
         for file in files:
             _check_size(self.folder / file.name, file, sizes.get(file.name))
-
-    def close(self) -> None:
-        """Nothing is under way but what the system does."""
 
 
 class RemoteFolder(Storage):
@@ -166,26 +152,20 @@ class RemoteFolder(Storage):
         return self.where("").rstrip("/")
 
     def where(self, name: str) -> str:
-        """The file's address, without credentials."""
+        """Return the file's address, without credentials."""
         return self._fetcher.where(name)
 
-    def read_dataset_file(self, limit_bytes: int) -> bytes:
-        """All of it; never kept, since it may change."""
-        return self._fetcher.read_up_to(DATASET_FILE, limit_bytes)
+    def read_unlisted(self, name: str, limit_bytes: int) -> bytes:
+        """Fetch the file each time, since it may change."""
+        return self._fetcher.read_up_to(name, limit_bytes)
 
     def read(self, file: StoredFile, start: int, stop: int) -> bytes:
-        """A request of just these bytes."""
+        """Request just these bytes."""
         return self._fetcher.read(file, start, stop)
 
-    def read_ahead(self, file: StoredFile) -> None:
-        """Nothing is kept, so nothing is fetched before it is needed."""
-
     def renew(self, file: StoredFile) -> bool:
-        """Bytes may have been damaged on their way."""
+        """Return True: bytes may have been damaged on their way."""
         return True
-
-    def check_sizes(self, files: Iterable[StoredFile]) -> None:
-        """Asking for each of AudioSet's 16,000 files would take minutes."""
 
     def close(self) -> None:
         """End all requests."""
@@ -199,76 +179,43 @@ class CachedFolder(RemoteFolder):
         super().__init__(fetcher)
         self._cache = Cache(config.path, config.limit_bytes)
         self._slots = threading.BoundedSemaphore(config.downloads)
-        self._lock = threading.Lock()  # over the next
-        self._downloads: dict[str, Future[None]] = {}  # hash -> one that waits for a slot, or runs
+        self._announced: set[str] = set()  # hashes of files that threads fetch, or will fetch
 
     def read(self, file: StoredFile, start: int, stop: int) -> bytes:
-        """One pread of the copy, which is fetched if need be."""
-        for _ in range(EVICTIONS_BORNE):
+        """Read the copy, which is fetched if need be."""
+        for _ in range(MAX_EVICTIONS):
             if (data := self._cache.read(file, start, stop)) is not None:
                 return data
-            self._obtain(file)
+            self._fetch(file)
         raise UserError(
-            f"{self.where(file.name)} was pushed out of the cache {self._cache.folder} {EVICTIONS_BORNE} times before "
+            f"{self.where(file.name)} was pushed out of the cache {self._cache.folder} {MAX_EVICTIONS} times before "
             "it could be read: the cache is too small for the shards in use; raise data.cache_gib"
         )
 
     def read_ahead(self, file: StoredFile) -> None:
         """Begin to fetch the file, or queue it behind those that are being fetched."""
-        if self._cache.holds(file):
+        if self._cache.holds(file) or file.hash in self._announced:
             return
-        with self._lock:
-            if file.hash in self._downloads:
-                return
-            future = self._downloads[file.hash] = Future()
-        # A daemon: at the end of the program nobody waits for what nobody will read.
-        threading.Thread(target=self._fetch_in_turn, args=(file, future), daemon=True, name="asda-download").start()
+        self._announced.add(file.hash)
+        # A daemon thread: the end of the program does not wait for a file that will not be read.
+        threading.Thread(target=self._fetch_ahead, args=(file,), daemon=True, name="asda-download").start()
 
     def renew(self, file: StoredFile) -> bool:
         """Drop the copy if its hash is wrong, so that the next read fetches another."""
         self._cache.drop_if_damaged(file)
         return True
 
-    def close(self) -> None:
-        """End all transfers, and begin no other."""
-        super().close()
-        with self._lock:
-            for future in self._downloads.values():
-                future.cancel()
+    def _fetch_ahead(self, file: StoredFile) -> None:
+        with suppress(UserError, FetchingStopped), self._slots:  # the reader of the file will meet the error
+            self._fetch(file)
+        self._announced.discard(file.hash)
 
-    def _obtain(self, file: StoredFile) -> None:
-        """Fetch a file now: wait for the transfer that runs, or take the place of one that has not begun."""
-        with self._lock:
-            future = self._downloads.get(file.hash)
-            mine = future is None or future.cancel()
-            if future is None or mine:
-                future = self._downloads[file.hash] = Future()
-        if mine:
-            self._fetch(file, future)
-        future.result()
-
-    def _fetch_in_turn(self, file: StoredFile, future: Future[None]) -> None:
-        with self._slots:
-            self._fetch(file, future)
-
-    def _fetch(self, file: StoredFile, future: Future[None]) -> None:
-        if not future.set_running_or_notify_cancel():
-            return
-        error = None
-        try:
-            self._cache.fill(file, lambda part: self._fetcher.download(file, part), self._fetcher.stopping)
-        except BaseException as caught:  # goes to whoever waits for the future
-            error = caught
-        with self._lock:
-            del self._downloads[file.hash]
-        if error is None:
-            future.set_result(None)
-        else:
-            future.set_exception(error)
+    def _fetch(self, file: StoredFile) -> None:
+        self._cache.fill(file, lambda part: self._fetcher.download(file, part), self._fetcher.stopping)
 
 
 def _check_size(path: Path, file: StoredFile, found: int | None) -> None:
     if found is None:
         raise UserError(f"{path} is missing ({file.bytes} bytes expected); {REPAIR}")
     if found != file.bytes:
-        raise UserError(f"{path} has {found} bytes, {DATASET_FILE} says {file.bytes}; {REPAIR}")
+        raise UserError(f"{path} has {found} bytes, not {file.bytes}; {REPAIR}")

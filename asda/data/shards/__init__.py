@@ -1,1 +1,4 @@
-"""Shards and their indexes as a reader sees them: each frame is verified before it is used."""
+"""Reads shards and their indexes: no byte is used before its hash agrees.
+
+Training can be changed without opening it.
+"""

@@ -1,4 +1,4 @@
-"""What the index files of a dataset say, field by field. The format is specified in shards/README.md."""
+"""The index files of a dataset, field by field. The format is specified in shards/README.md."""
 
 import re
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ NO_HASH = b"xxh3_128:" + b"0" * 32  # stands there while the file is hashed
 
 
 class UnknownVersionError(Exception):
-    """A format_version that this code does not read."""
+    """A format_version is unknown to this code."""
 
 
 def _known_version(version: int) -> int:
@@ -44,10 +44,10 @@ def _known_version(version: int) -> int:
 
 
 def _weights(values: object) -> np.ndarray:
-    """Check a list of positive numbers as a whole: one by one, two million of them would take a second."""
+    """Check a list of weights as a whole: two million of them, one by one, would take a second."""
     array = np.asarray(values)
     if array.size and (array.ndim != 1 or array.dtype.kind not in "iuf"):
-        raise ValueError("it is no list of numbers")
+        raise ValueError("it is not a list of numbers")
     with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
         array = array.astype(np.float32)
     if not (np.isfinite(array) & (array >= 0)).all():
@@ -85,7 +85,7 @@ class ShardEntry:
 
 
 @dataclass(frozen=True)
-class LogMelStats:
+class LogMelMoments:
     """Moments of all log-mel values of a split: every bin of every real frame."""
 
     __pydantic_config__ = STRICT
@@ -104,11 +104,11 @@ class SplitIndex:
     clips: Count
     seconds: float
     class_counts: tuple[Count, ...]
-    log_mel: LogMelStats
+    log_mel: LogMelMoments
     shards: tuple[ShardEntry, ...]
     class_weights: tuple[float, ...] = ()  # class_weight() of each of class_counts; absent in version 1
-    # float32 [clips] in the order of the split: the sum of the class weights of a clip's labels. Empty where the split
-    # has no labels, and in version 1.
+    # float32 [clips] in the order of the split: the sum of the class weights of a clip's labels. Empty if the split has
+    # no labels, and in version 1.
     sample_weights: Weights = field(default_factory=lambda: np.zeros(0, np.float32), compare=False)
 
 
@@ -135,7 +135,7 @@ class DatasetIndex:
     vocabulary: tuple[str, ...]  # a label's id is its position
     splits: dict[SplitName, SplitIndex]
     rejected: Count
-    folder: Any = Path()  # not in the file: a Path, or the asda.data.storage.Storage of a remote dataset
+    folder: Any = Path()  # not in the file: a Path, or the Storage of a remote dataset
     duplicates: Duplicates = Duplicates()
     command: str = ""  # what made the dataset
     hash: Annotated[str, Field(pattern="^(xxh3_128:[0-9a-f]{32})?$")] = field(default="", compare=False)
@@ -194,12 +194,12 @@ def tagged_hash(content: bytes) -> str:
 
 
 def class_weight(count: int) -> float:
-    """Weight of a class of so many clips in balanced sampling, as AudioSet's recipes have it since PANNs."""
+    """Return the weight of a class with so many clips in balanced sampling, as in AudioSet recipes since PANNs."""
     return 1000 / (count + 0.01)
 
 
 def hash_dataset_file(text: bytes) -> str:
-    """xxh3_128 of dataset.json, taken with zeros in the place of the digits of this very hash."""
+    """Return the xxh3_128 of dataset.json, taken with zeros in place of the digits of this hash."""
     return tagged_hash(HASH_DIGITS.sub(NO_HASH, text, count=1))
 
 

@@ -1,9 +1,9 @@
-"""Reading shards: nothing is used before its hash agrees with the index. The format is specified in shards/README.md.
+"""Read shards; use nothing before its hash agrees with the index. The format is specified in shards/README.md.
 
     dataset.json --hash--> train-000000.json --hash of every frame--> train-000000.tar.zst
 
-A shard is a row of zstd frames, one per clip, so any clip is reached by its offset and checked on its own. Where the
-files lie, and how they come here, is asda.data.remote.storage's.
+A shard is a row of zstd frames, one per clip, so any clip is reached by its offset and checked on its own.
+asda.data.remote.storage opens the files, wherever they are.
 """
 
 import threading
@@ -48,17 +48,19 @@ def load_dataset(
     Remote files are checked when they are fetched: asking for the size of every one takes minutes.
 
     Args:
-        location: a folder, or a URL as asda.data.storage.open_storage takes it.
+        location: a folder, or a URL as open_storage takes it.
         splits: the splits that will be used.
         cache: keeps copies of remote shards; without it every read is a request.
-        tolerant: leaves missing files and wrong sizes for when they are read.
+        tolerant: does not look for missing files and wrong sizes; reading them will find those.
 
     Raises:
-        UserError: something is missing, newer than this code, malformed, or of another size.
+        UserError: a file is missing, newer than this code, malformed, or has another size.
     """
     storage = open_storage(location, cache)
+    if isinstance(storage, LocalFolder) and not (storage.folder / DATASET_FILE).is_file():
+        raise UserError(f"{storage} holds no {DATASET_FILE}; make the dataset with asda shards --out {storage}")
     where = storage.where(DATASET_FILE)
-    dataset = parse_dataset(storage.read_dataset_file(MAX_DATASET_FILE_BYTES), where)
+    dataset = parse_dataset(storage.read_unlisted(DATASET_FILE, MAX_DATASET_FILE_BYTES), where)
     dataset = replace(dataset, folder=storage.folder if isinstance(storage, LocalFolder) else storage)
     names = list(dataset.splits) if splits is None else splits
     for name in names:
@@ -102,7 +104,7 @@ class ShardFile:
 
     @cached_property
     def path(self) -> Path | str:
-        """The file, or where it is on the network."""
+        """The shard's path, or its address on the network."""
         where = self.storage.where(self.entry.name)
         return Path(where) if isinstance(self.storage, LocalFolder) else where
 
@@ -112,7 +114,7 @@ class ShardFile:
         return _kept_shard_index(self.storage, self.entry)
 
     def prefetch(self) -> None:
-        """Begin to bring the shard near, in the background: into the cache, or into the system's memory."""
+        """Begin to fetch the shard in the background: into the cache, or into the system's memory."""
         self.storage.read_ahead(_index_file(self.entry))
         self.storage.read_ahead(self.file)
 
@@ -131,7 +133,7 @@ class ShardFile:
         if (found := xxh3_64_hexdigest(frame)) != expected:
             raise UserError(f"{self._damage(number)}: its hash is {found}, the index says {expected}; {REPAIR}")
         try:
-            return _decompress(frame)
+            return decompress(frame)
         except (BadFrameError, zstandard.ZstdError) as error:
             raise UserError(f"{self._damage(number)}: {error}; {REPAIR}") from error
 
@@ -144,7 +146,7 @@ class BadFrameError(ValueError):
     """A frame that breaks the rules of the format."""
 
 
-def _decompress(frame: bytes) -> bytes:
+def decompress(frame: bytes) -> bytes:
     """Decompress exactly one frame. One-shot on purpose: zstandard's streaming readers accept truncated input.
 
     Nothing is allocated before the sizes that the frame declares are known to be bounded.

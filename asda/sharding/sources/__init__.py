@@ -4,16 +4,53 @@ A source lists clips and what is known about them; it opens no audio. To add one
 (input paths, options) -> Listing and name it in SOURCES: asda shards offers it as --source.
 """
 
-from asda.sharding.sources.arguments import SOURCE_HELP, SOURCES, add_source_arguments, list_clips, options_from
-from asda.sharding.sources.listing import Listing, Row, SourceOptions
+import gc
+from collections.abc import Callable
+from pathlib import Path
 
-__all__ = [
-    "SOURCES",
-    "SOURCE_HELP",
-    "Listing",
-    "Row",
-    "SourceOptions",
-    "add_source_arguments",
-    "list_clips",
-    "options_from",
-]
+from asda.data.audio.ffmpeg import EXTRA, has_pyav
+from asda.data.audio.waves import PYAV_EXTENSIONS
+from asda.errors import UserError
+from asda.sharding.sources.audioset import rows_from_audioset
+from asda.sharding.sources.csv_table import rows_from_csv
+from asda.sharding.sources.eat import rows_from_eat
+from asda.sharding.sources.esc50 import rows_from_esc50
+from asda.sharding.sources.folder import rows_from_folder
+from asda.sharding.sources.hdf5 import rows_from_hdf5
+from asda.sharding.sources.listing import Listing, SourceOptions
+from asda.sharding.sources.speechcommands import rows_from_speechcommands
+
+SOURCES: dict[str, Callable[[list[Path], SourceOptions], Listing]] = {
+    "audioset": rows_from_audioset,
+    "csv": rows_from_csv,
+    "eat": rows_from_eat,
+    "esc50": rows_from_esc50,
+    "folder": rows_from_folder,
+    "hdf5": rows_from_hdf5,
+    "speechcommands": rows_from_speechcommands,
+}
+
+# Options that only some sources understand, and what to say to the others.
+OPTIONS: dict[str, tuple[set[str], str]] = {
+    "where": ({"csv", "esc50"}, "--where needs a table's columns"),
+    "audio": ({"audioset", "eat"}, "--audio names the folder of the files that a table lists without paths"),
+    "class_labels": ({"audioset", "eat", "hdf5"}, "--class-labels names classes by their index and MID"),
+    "sample_rate_hz": ({"eat", "hdf5"}, "--sample-rate is that of HDF5 packs"),
+}
+
+
+def list_source(source: str, inputs: list[Path], options: SourceOptions) -> Listing:
+    """List the clips of a source. Raises UserError for options that it does not know, or if a decoder is missing."""
+    for name, (takers, meaning) in OPTIONS.items():
+        if getattr(options, name) and source not in takers:
+            raise UserError(f"{meaning}; use it with --source {' or '.join(sorted(takers))}")
+    gc.disable()  # among millions of rows it finds nothing and takes a quarter of the time
+    try:
+        listing = SOURCES[source](inputs, options)
+    finally:
+        gc.enable()
+    if not has_pyav():
+        needing = [row.relative for row in listing.rows if row.place.path.lower().endswith(PYAV_EXTENSIONS)]
+        if needing:
+            raise UserError(f"{needing[0]} and {len(needing) - 1} more files are AAC, MP4 or WebM: {EXTRA}")
+    return listing

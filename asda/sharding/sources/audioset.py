@@ -1,8 +1,8 @@
-"""AudioSet as its users have it: tables of segments, and the audio of those videos that could be downloaded.
+"""AudioSet as users have it: tables of segments, and the audio of the videos that they could download.
 
 Downloaders name files in several ways, and a YouTube id has 11 characters, so each name means one thing:
 
-    --PJHxphWEs.m4a, Y--PJHxphWEs.wav        a whole video, or its segment: their length tells when they are read
+    --PJHxphWEs.m4a, Y--PJHxphWEs.wav        a whole video, or its segment: told by the length when it is read
     --PJHxphWEs_30000.wav                    the segment that begins at 30000 ms; also _30, in seconds
     --PJHxphWEs_30.000_40.000.flac           the segment from 30 s to 40 s; also in milliseconds
 """
@@ -22,20 +22,22 @@ from asda.sharding.sources.listing import (
     SourceOptions,
     check_cells,
     examples,
+    files_in,
     read_cells,
     refuse_duplicates,
     require_columns,
 )
 
+TABLE = "balanced_train_segments.csv"
 COLUMNS = ("YTID", "start_seconds", "end_seconds", "positive_labels")
 VIDEO_ID = re.compile(r"[A-Za-z0-9_-]{11}", re.ASCII)
 TIME = r"_(\d+(?:\.\d+)?)"
 FILE_STEM = re.compile(rf"Y?({VIDEO_ID.pattern})(?:{TIME}(?:{TIME})?)?", re.ASCII)
 NAMES = "Y<id>.wav, <id>.m4a, <id>_<start in ms>.flac or the like"
-MAX_STOP_S = 10.0**6  # 11 days; what is above is no time in seconds
+MAX_STOP_S = 10.0**6  # 11 days; a larger number is not in seconds
 
 
-class Segment(NamedTuple):
+class TableSegment(NamedTuple):
     """One row of a table of segments."""
 
     line: int
@@ -50,7 +52,7 @@ def rows_from_audioset(inputs: list[Path], options: SourceOptions) -> Listing:
     if options.audio is None:
         raise UserError("--source audioset needs --audio, the folder with the downloaded files")
     classes = Classes(options.class_labels)
-    tables = [table for path in inputs for table in segment_tables(path)]
+    tables = [table for path in inputs for table in files_in(path, "_segments.csv", TABLE)]
     files = AudioFolder(options.audio)
     rows: list[Row] = []
     missing: list[tuple[str, str]] = []
@@ -68,21 +70,11 @@ def rows_from_audioset(inputs: list[Path], options: SourceOptions) -> Listing:
     if not rows:
         raise UserError(f"--audio {options.audio} holds none of the {len(missing)} segments; files are named {NAMES}")
     refuse_duplicates(rows)
-    left_out = {"files of --audio that are no audio, or not named by a video's id": files.num_others}
+    left_out = {"files of --audio that are not audio, or not named by a video id": files.num_others}
     return Listing(rows, left_out, classes.names if options.use_labels else None, missing)
 
 
-def segment_tables(path: Path) -> list[Path]:
-    """Return the CSV itself, or those of a folder that hold segments."""
-    if not path.is_dir():
-        return [path]
-    tables = sorted(path.glob("*_segments.csv"))
-    if not tables:
-        raise UserError(f"--input {path} holds no *_segments.csv, such as balanced_train_segments.csv")
-    return tables
-
-
-def read_segments(table: Path) -> Iterator[Segment]:
+def read_segments(table: Path) -> Iterator[TableSegment]:
     """Yield the segments of a CSV, whose header may be the last of AudioSet's comments. Raises UserError."""
     positions: list[int] = []
     num_columns = 0
@@ -101,22 +93,22 @@ def read_segments(table: Path) -> Iterator[Segment]:
         raise UserError(f"{table} is empty; it must begin with a header that names {', '.join(COLUMNS)}")
 
 
-def _segment(table: Path, line: int, video: str, start: str, stop: str, mids: str) -> Segment:
+def _segment(table: Path, line: int, video: str, start: str, stop: str, mids: str) -> TableSegment:
     where = f"{table} line {line}"
     video = video.strip()
     if not VIDEO_ID.fullmatch(video):
-        raise UserError(f"{where}: {video!r} is no YouTube id of 11 letters, digits, - and _")
+        raise UserError(f"{where}: {video!r} is not a YouTube id of 11 letters, digits, - and _")
     try:
         start_s, stop_s = float(start), float(stop)
     except ValueError:
         raise UserError(f"{where}: start {start.strip()!r} and end {stop.strip()!r} must be seconds") from None
     if not 0 <= start_s < stop_s < MAX_STOP_S:
         raise UserError(f"{where}: start {start_s:g} s and end {stop_s:g} s must be 0 <= start < end, in seconds")
-    return Segment(line, video, start_s, stop_s, mids)
+    return TableSegment(line, video, start_s, stop_s, mids)
 
 
 class AudioFolder:
-    """The files of a folder by the id of their video; it is read once, not asked for every row."""
+    """The files of a folder by the id of their video. The folder is listed once, not for every row."""
 
     def __init__(self, folder: Path):
         if not folder.is_dir():
@@ -133,8 +125,8 @@ class AudioFolder:
             elif match[2] or self._file_of.setdefault(match[1], name) is not name:
                 self._files_of.setdefault(match[1], []).append(name)
 
-    def find(self, segment: Segment) -> Place | str:
-        """Return where a segment lies, or the reason why it lies nowhere."""
+    def find(self, segment: TableSegment) -> Place | str:
+        """Return the place of a segment, or the reason why it has none."""
         plain, others = self._file_of.get(segment.video), self._files_of.get(segment.video, [])
         fitting = [name for name in others if _fits(name, segment)]
         if plain:
@@ -147,19 +139,19 @@ class AudioFolder:
         return Place(path, segment.start_s, segment.stop_s) if fitting[0] == plain else Place(path)
 
     def refuse_ambiguous(self) -> None:
-        """Refuse what find() has come upon: two files for one segment."""
+        """Refuse two files for one segment, if find() has met any."""
         if self._ambiguous:
             shown = examples(self._ambiguous, len(self._ambiguous))
             raise UserError(f"--audio {self.folder} has several files for a segment: {shown}; keep one of each")
 
 
 def _parsed(name: str) -> re.Match[str] | None:
-    """Video id, first and second time of a file's name; None where it has no id."""
+    """Match video id, first and second time in a file's name; None if it has no id."""
     return FILE_STEM.fullmatch(name.rpartition("/")[2].rpartition(".")[0])
 
 
-def _fits(name: str, segment: Segment) -> bool:
-    """Whether the times in a file's name, if any, are those of the segment, in seconds or in milliseconds."""
+def _fits(name: str, segment: TableSegment) -> bool:
+    """Return whether the times in a file's name, if any, are those of the segment, in seconds or milliseconds."""
     match = _parsed(name)
     times = [float(time) for time in match.groups()[1:] if time is not None] if match else []
     wanted = [segment.start_s, segment.stop_s][: len(times)]

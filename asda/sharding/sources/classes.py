@@ -29,11 +29,11 @@ class Classes:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All of them; a class's id is its position."""
+        """The names of all classes; a class's id is its position."""
         return tuple(self._names.values())
 
     def labels(self, mids: str, where: str) -> tuple[str, ...]:
-        """Return the names of MIDs separated by commas. Raises UserError, naming the place, for one unknown."""
+        """Return the names of MIDs separated by commas. Raises UserError with `where` for an unknown one."""
         labels = self._labels.get(mids)
         if labels is None:
             wanted = [mid.strip() for mid in mids.split(",") if mid.strip()]

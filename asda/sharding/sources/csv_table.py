@@ -1,4 +1,4 @@
-"""A CSV with a column `path`, and maybe labels and splits or folds."""
+"""A CSV with a column `path`, and optional columns for labels and splits or folds."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ LABEL_SEPARATOR = ";"
 
 
 def rows_from_csv(inputs: list[Path], options: SourceOptions) -> Listing:
-    """List a CSV with a column `path`, and maybe `label`, `labels` or `tags`, and `split` or `fold`."""
+    """List a CSV with a column `path`; optional are `label`, `labels` or `tags`, and `split` or `fold`."""
     table = only_input(inputs, "csv")
     if not table.is_file():
         raise UserError(f"--input {table} is not a CSV file; --source csv wants a table with a column 'path'")
@@ -30,14 +30,14 @@ def rows_from_csv(inputs: list[Path], options: SourceOptions) -> Listing:
 
 
 def _folder_of(table: Path) -> str:
-    """Where a table lies, without "..", or names would depend on how --input is spelled; behind a link ".." stays."""
-    plain = os.path.abspath(table.parent)
+    """Return the table's folder without "..", so that names do not depend on the spelling of --input."""
+    plain = os.path.abspath(table.parent)  # wrong behind a link, where the folder is kept as it is
     same = os.path.exists(plain) and os.path.samefile(plain, table.parent)
     return plain if same else str(table.parent.absolute())
 
 
 def _refuse_two_names(rows: list[Row]) -> None:
-    """Refuse a file outside the table's folder that is named once from there, with "..", and once from the root."""
+    """Refuse a file outside the table's folder that is listed twice: relative to the folder and from the root."""
     first_of: dict[str, Row] = {}
     for row in rows:
         if row.relative.startswith(("/", "..")):

@@ -16,7 +16,7 @@ from asda.errors import UserError
 from asda.sharding.audio_ref import Place
 from asda.sharding.sources.classes import Classes
 from asda.sharding.sources.hdf5 import PACK_EXTENSIONS, pack_keys, pack_rate_hz
-from asda.sharding.sources.listing import Listing, Row, SourceOptions, examples, refuse_duplicates
+from asda.sharding.sources.listing import Listing, Row, SourceOptions, examples, files_in, refuse_duplicates
 
 DESCRIPTORS = "label_descriptors.csv"
 
@@ -27,33 +27,23 @@ def rows_from_eat(inputs: list[Path], options: SourceOptions) -> Listing:
     missing: list[tuple[str, str]] = []
     unused = 0
     vocabulary = None
-    for table in [table for path in inputs for table in manifests(path)]:
+    for table in [table for path in inputs for table in files_in(path, ".tsv", "train.tsv")]:
         labels: dict[str, tuple[str, ...]] = {}
         if options.use_labels:
             classes = _classes(table, options.class_labels)
             if vocabulary not in (None, classes.names):
                 raise UserError(
-                    f"{classes.table} names other classes than that of the manifest before; run once for each"
+                    f"{classes.table} names other classes than the table of the manifest before; run once for each"
                 )
             vocabulary = classes.names
-            labels = read_labels(table.with_suffix(".lbl"), classes)
+            labels = read_label_file(table.with_suffix(".lbl"), classes)
         listed = len(rows) + len(missing)
         _add_rows(table, labels, options, rows, missing)
         unused += max(0, len(labels) - (len(rows) + len(missing) - listed))
     if not rows:
-        raise UserError(f"none of the {len(missing)} files of the manifests is there; give their folder as --audio")
+        raise UserError(f"none of the {len(missing)} files in the manifests exists; give their folder as --audio")
     refuse_duplicates(rows)
     return Listing(rows, {"labels of clips that no manifest lists": unused}, vocabulary, missing)
-
-
-def manifests(path: Path) -> list[Path]:
-    """Return the tsv itself, or those of a folder."""
-    if not path.is_dir():
-        return [path]
-    tables = sorted(path.glob("*.tsv"))
-    if not tables:
-        raise UserError(f"--input {path} holds no .tsv, such as train.tsv")
-    return tables
 
 
 def _classes(table: Path, given: Path | None) -> Classes:
@@ -63,7 +53,7 @@ def _classes(table: Path, given: Path | None) -> Classes:
     return Classes(given or beside)
 
 
-def read_labels(path: Path, classes: Classes) -> dict[str, tuple[str, ...]]:
+def read_label_file(path: Path, classes: Classes) -> dict[str, tuple[str, ...]]:
     """Read id -> labels. Raises UserError."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; --no-labels lists the clips without")
@@ -83,7 +73,7 @@ def _add_rows(
     rows: list[Row],
     missing: list[tuple[str, str]],
 ) -> None:
-    """List one manifest: clips to `rows`, or to `missing` where there is no audio."""
+    """List one manifest: add its clips to `rows`, or to `missing` if their audio is."""
     lines = iter(_lines(table))
     root = _root(table, next(lines, (1, ""))[1], options.audio)
     files = _Files(root, options.sample_rate_hz)
@@ -117,7 +107,7 @@ def _root(table: Path, line: str, audio: Path | None) -> Path:
 
 
 class _Files:
-    """The files below a root, and the clips in its HDF5 packs; the folder is read once, not asked for every row."""
+    """The files below a root, and the clips in its HDF5 packs. The folder is listed once, not for every row."""
 
     def __init__(self, root: Path, sample_rate_hz: int | None):
         self.root = root
@@ -126,7 +116,7 @@ class _Files:
         self._packs: dict[str, tuple[int, dict[str, tuple[str, int | None]]]] = {}  # rate in Hz, key -> entry, row
 
     def find(self, name: str) -> Place | str:
-        """Return where a clip lies, or the reason why it lies nowhere."""
+        """Return the place of a clip, or the reason why it has none."""
         path = os.path.join(self.root, name)
         if os.path.normpath(name) in self._names:
             return Place(path)
@@ -156,4 +146,4 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 if text := line.strip():
                     yield number, text
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is no UTF-8 text: {error}") from None
+            raise UserError(f"{path} is not UTF-8 text: {error}") from None

@@ -10,7 +10,7 @@ from asda.sharding.sources.listing import Listing, Row, SourceOptions, only_inpu
 
 
 def rows_from_folder(inputs: list[Path], options: SourceOptions) -> Listing:
-    """List a folder's audio: one class per first-level subfolder, or no labels where all files lie directly in it."""
+    """List a folder's audio: one class per first-level subfolder, or no labels if all files lie directly in it."""
     folder = only_input(inputs, "folder")
     if not folder.is_dir():
         raise UserError(f"--input {folder} is not a folder; --source folder wants a folder of audio files")

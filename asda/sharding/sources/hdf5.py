@@ -11,8 +11,7 @@ import numpy as np
 
 from asda.data.audio.find import walk
 from asda.errors import UserError
-from asda.sharding.audio_ref import Place
-from asda.sharding.packs import open_pack
+from asda.sharding.audio_ref import Place, open_pack
 from asda.sharding.sources.classes import Classes
 from asda.sharding.sources.listing import Listing, Row, SourceOptions, refuse_duplicates
 
@@ -78,13 +77,8 @@ def _labels(
         )
     clip_numbers, class_numbers = np.nonzero(target_NK)
     pieces = np.split(class_numbers, np.searchsorted(clip_numbers, np.arange(1, num_clips)))
-    return [_named(tuple(piece.tolist()), names, known) for piece in pieces]
-
-
-def _named(ids: tuple[int, ...], names: tuple[str, ...], known: KnownLabels) -> tuple[str, ...]:
-    if ids not in known:
-        known[ids] = tuple(names[number] for number in ids)
-    return known[ids]
+    ids = (tuple(piece.tolist()) for piece in pieces)
+    return [known.get(some) or known.setdefault(some, tuple(names[n] for n in some)) for some in ids]
 
 
 def _data_set(pack: "h5py.File", path: Path, name: str) -> "h5py.Dataset":
@@ -97,7 +91,7 @@ def _data_set(pack: "h5py.File", path: Path, name: str) -> "h5py.Dataset":
 
 
 def pack_rate_hz(path: str, given: int | None) -> int:
-    """Return the sample rate that a pack names, else the given, else 32 kHz. Raises UserError where the two differ."""
+    """Return the sample rate that a pack names, else the given one, else 32 kHz. Raises UserError if they differ."""
     with open_pack(path) as pack:
         named = pack.attrs.get(RATE)
     if named is None:
@@ -108,7 +102,7 @@ def pack_rate_hz(path: str, given: int | None) -> int:
 
 
 def pack_keys(path: str) -> dict[str, tuple[str, int | None]]:
-    """Return key -> (data set, row) of the clips in a pack: PANNs' rows by name, else one data set for each."""
+    """Return key -> (data set, row) for the clips in a pack: PANNs' rows by name, else one data set each."""
     with open_pack(path) as pack:
         if NAMES in pack:
             return {name: (WAVEFORM, row) for row, name in enumerate(_clip_names(pack, Path(path)))}

@@ -1,4 +1,4 @@
-"""What every source returns and is told, and what several of them need: CSV cells, folders, names of audio files."""
+"""What every source is told and returns, and what several need: inputs, rows of a CSV, examples for messages."""
 
 import csv
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ class Row:
     place: Place  # where its audio lies
     relative: str  # what names it in the input: a relative path, or an id; no two rows share it
     labels: tuple[str, ...]
-    group: str  # its split, "fold1" for fold 1, or "" where the source has neither
+    group: str  # its split, "fold1" for fold 1, or "" if the source has neither
     where: str  # for messages
 
 
@@ -28,7 +28,7 @@ class Listing:
 
     rows: list[Row]
     left_out: dict[str, int] = field(default_factory=dict)  # reason -> how many, for the summary
-    vocabulary: tuple[str, ...] | None = None  # where the source fixes the ids of its classes
+    vocabulary: tuple[str, ...] | None = None  # if the source fixes the ids of its classes
     missing: list[tuple[str, str]] = field(default_factory=list)  # clips without audio: (relative, reason)
 
 
@@ -38,7 +38,7 @@ class SourceOptions:
 
     use_labels: bool = True
     where: tuple[tuple[str, str], ...] = ()  # (column, value) that a table's row must have
-    audio: Path | None = None  # folder with the audio, where the table does not say
+    audio: Path | None = None  # folder with the audio, if the table does not say
     class_labels: Path | None = None  # index, mid, display name; None: AudioSet's own 527
     sample_rate_hz: int | None = None  # of HDF5 packs that do not name theirs
 
@@ -48,6 +48,16 @@ def only_input(inputs: list[Path], source: str) -> Path:
     if len(inputs) != 1:
         raise UserError(f"--source {source} takes one --input and got {len(inputs)}; run once for each")
     return inputs[0]
+
+
+def files_in(path: Path, ending: str, example: str) -> list[Path]:
+    """Return the file itself, or the files of a folder with this ending, sorted. Raises UserError if it has none."""
+    if not path.is_dir():
+        return [path]
+    found = sorted(path.glob(f"*{ending}"))
+    if not found:
+        raise UserError(f"--input {path} holds no *{ending}, such as {example}")
+    return found
 
 
 def read_cells(table: Path) -> Iterator[tuple[int, list[str]]]:
@@ -61,7 +71,7 @@ def read_cells(table: Path) -> Iterator[tuple[int, list[str]]]:
                 if cells:
                     yield reader.line_num, cells
         except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{table} is no UTF-8 CSV near line {reader.line_num + 1}: {error}") from None
+            raise UserError(f"{table} is not a UTF-8 CSV near line {reader.line_num + 1}: {error}") from None
 
 
 def read_csv(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -76,7 +86,7 @@ def read_csv(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def check_cells(table: Path, line: int, cells: list[str], num_columns: int) -> None:
-    """Refuse a row that has not as many cells as the header."""
+    """Refuse a row that has more or fewer cells than the header."""
     if len(cells) != num_columns:
         raise UserError(
             f"{table} line {line} has {len(cells)} cells, its header has {num_columns}; "
@@ -109,7 +119,7 @@ def select(table: Path, options: SourceOptions, wanted: tuple[str, ...]) -> Iter
 
 
 def refuse_duplicates(rows: list[Row]) -> None:
-    """Refuse two rows of one name."""
+    """Refuse two rows with one name."""
     seen: set[str] = set()
     for row in rows:
         if row.relative in seen:

@@ -33,7 +33,7 @@ def rows_from_speechcommands(inputs: list[Path], options: SourceOptions) -> List
         shown = examples(split_of, len(split_of))
         raise UserError(f"{folder} has no file for {shown}, which its lists name; unpack the whole archive")
     others = len(files) - len(clips) - len(LISTS)
-    left_out = {f"recordings in {NOISE}": len(clips) - len(words), "files that are no recording of a word": others}
+    left_out = {f"recordings in {NOISE}": len(clips) - len(words), "files that are not recordings of words": others}
     return Listing(rows, left_out, tuple(sorted({n.split("/")[0] for n in words})) if options.use_labels else None)
 
 
@@ -43,7 +43,7 @@ def _row(folder: Path, name: str, split: str, use_labels: bool) -> Row:
 
 
 def _splits(folder: Path) -> dict[str, str]:
-    """Clip, without the extension of its file, -> the split whose list names it."""
+    """Return clip, without its extension, -> the split whose list names it."""
     split_of: dict[str, str] = {}
     for split, name in LISTS.items():
         path = folder / name

@@ -11,7 +11,7 @@ import pytest
 from asda.data.shards.index import (
     DatasetIndex,
     Duplicates,
-    LogMelStats,
+    LogMelMoments,
     ShardEntry,
     SplitIndex,
     parse_dataset,
@@ -26,7 +26,7 @@ WEIGHTS = np.array([1.5, 0, 123457.0, 1e-5], np.float32)
 @pytest.fixture
 def dataset(tmp_path) -> DatasetIndex:
     entry = ShardEntry("train-000000.tar.zst", 4, 10, tagged_hash(b"shard"), 5, tagged_hash(b"index"))
-    split = SplitIndex(4, 2.0, (3, 0), LogMelStats(-1.0, 2.0, 8), (entry,), (1000 / 3.01, 1e5), WEIGHTS)
+    split = SplitIndex(4, 2.0, (3, 0), LogMelMoments(-1.0, 2.0, 8), (entry,), (1000 / 3.01, 1e5), WEIGHTS)
     index = DatasetIndex(2, 16_000, ("a", "b"), {"train": split}, 0, tmp_path, Duplicates(1, 0, 2, 1), "python x.py")
     return write_dataset(index)
 
@@ -79,9 +79,9 @@ def test_version_1_has_neither_weights_nor_hash(dataset):
         ([1.0], "does not weigh every clip"),
         ([1.0, -1.0, 1.0, 1.0], "a weight is negative"),
         ([1.0, 1e39, 1.0, 1.0], "a weight is negative or not finite"),
-        (["1", "1", "1", "1"], "no list of numbers"),
-        ([[1.0], [1.0], [1.0], [1.0]], "no list of numbers"),
-        ({"a": 1}, "no list of numbers"),
+        (["1", "1", "1", "1"], "not a list of numbers"),
+        ([[1.0], [1.0], [1.0], [1.0]], "not a list of numbers"),
+        ({"a": 1}, "not a list of numbers"),
     ],
 )
 def test_weights_that_are_none_are_refused(dataset, weights, words):
