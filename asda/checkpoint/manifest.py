@@ -87,7 +87,8 @@ def damage(folder: Path, part: int = 0, parts: int = 1, *, from_disk: bool = Fal
     if isinstance(manifest, str):
         return manifest
     complaint = _wrong_names(folder, manifest) or _wrong_sizes(folder, manifest)
-    return complaint or _wrong_hash(folder, manifest, _share(manifest, part, parts), from_disk)
+    by_size = sorted(manifest.files, key=lambda name: (manifest.files[name].bytes, name))
+    return complaint or _wrong_hash(folder, manifest, by_size[part::parts], from_disk)
 
 
 def _read_manifest(folder: Path) -> Manifest | str:
@@ -140,10 +141,6 @@ def _wrong_sizes(folder: Path, manifest: Manifest) -> str | None:
         if path.stat().st_size != expected.bytes:
             return f"{name} has {path.stat().st_size} bytes, the manifest says {expected.bytes}"
     return None
-
-
-def _share(manifest: Manifest, part: int, parts: int) -> list[str]:
-    return sorted(manifest.files, key=lambda name: (manifest.files[name].bytes, name))[part::parts]
 
 
 def _wrong_hash(folder: Path, manifest: Manifest, names: list[str], from_disk: bool) -> str | None:

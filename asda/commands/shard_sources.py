@@ -8,7 +8,7 @@ from asda.sharding.sources import SOURCES
 from asda.sharding.sources.listing import SourceOptions
 
 SOURCE_HELP = """
-sources: what --input is, and what becomes the splits
+sources: what --input is, and how the splits are named
   audioset        segments CSVs, or a folder with *_segments.csv. --audio holds Y<id>.wav, <id>.m4a,
                   <id>_<start in ms>.flac or the like, in any subfolders; longer files are whole videos and are cut.
                   Segments without a file are counted. Splits: balanced_train, unbalanced_train, eval
@@ -17,12 +17,12 @@ sources: what --input is, and what becomes the splits
                   label_descriptors.csv beside them, or their folder. --audio replaces the root.
                   Splits: stems of the tsv
   esc50           the folder with meta/esc50.csv and audio/; --where esc10=True for ESC-10. Splits: fold1 to fold5
-  folder          a folder with one subfolder per class, or with files alone and no labels
+  folder          a folder with one subfolder per class, or with files only, which get no labels
   hdf5            PANNs' packs of waveforms, or a folder of them. Splits: their stems without _part00
   speechcommands  the unpacked archive, v0.01 or v0.02; _background_noise_ is left out. Splits: train, valid, test
 
-audio files are what libsndfile reads (WAV, FLAC, Ogg, Opus, MP3, AIFF ...); M4A, AAC, MP4 and WebM by asda[m4a],
-HDF5 packs by asda[hdf5].
+audio files: what libsndfile reads (WAV, FLAC, Ogg, Opus, MP3, AIFF ...); M4A, AAC, MP4 and WebM with asda[m4a],
+HDF5 packs with asda[hdf5].
 
 columns of a CSV
   path            absolute, or relative to the CSV
@@ -32,21 +32,27 @@ columns of a CSV
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what says where clips come from."""
+    """Add the arguments that say where clips come from."""
     add = parser.add_argument_group("where clips come from").add_argument
     add("--source", required=True, choices=SOURCES, help="what --input is; each is explained below")
-    add("--input", required=True, type=Path, nargs="+", metavar="PATH", help="what to read, as the source has it")
-    add("--audio", type=Path, metavar="FOLDER", help="audioset, eat: where the audio files lie, at any depth")
+    add("--input", required=True, type=Path, nargs="+", metavar="PATH", help="what to read; see the sources below")
+    add("--audio", type=Path, metavar="FOLDER", help="audioset, eat: folder of the audio, at any depth")
     add(
         "--class-labels", type=Path, metavar="CSV", help="audioset, eat, hdf5: index,mid,name (default: AudioSet's 527)"
     )
-    add("--sample-rate", type=int, metavar="HZ", help="hdf5, eat: of packs that do not name theirs (default 32000)")
-    add("--where", action="append", default=[], metavar="COLUMN=VALUE", help="csv, esc50: only such rows; repeatable")
+    add("--sample-rate", type=int, metavar="HZ", help="hdf5, eat: if a pack names none (default 32000)")
+    add(
+        "--where",
+        action="append",
+        default=[],
+        metavar="COLUMN=VALUE",
+        help="csv, esc50: only rows with this value; repeatable",
+    )
     add("--no-labels", action="store_true", help="write clips without labels")
 
 
 def options_from(args: argparse.Namespace) -> SourceOptions:
-    """Read what add_source_arguments added. Raises UserError."""
+    """Turn the arguments of add_source_arguments into options. Raises UserError."""
     if args.sample_rate is not None and args.sample_rate < 1:
         raise UserError(f"--sample-rate {args.sample_rate} must be above 0, in Hz")
     return SourceOptions(
@@ -59,7 +65,7 @@ def options_from(args: argparse.Namespace) -> SourceOptions:
 
 
 def parse_where(text: str) -> tuple[str, str]:
-    """Read COLUMN=VALUE."""
+    """Read COLUMN=VALUE. Raises UserError."""
     column, equals, value = text.partition("=")
     if not column or not equals:
         raise UserError(f"--where {text}: write COLUMN=VALUE, as in --where language=ar")
