@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import log_softmax, logsigmoid
 
 from asda.checkpoint.read import read_description, resolve_checkpoint
-from asda.checkpoint.weights import misfit, read_weights
+from asda.checkpoint.weights import Which, load_encoder, load_into, read_weights
 from asda.config.model import AstConfig, ClassifyConfig
 from asda.config.run import Description
 from asda.data.audio.arrays import Audio, is_list, to_wave, to_waves
@@ -47,7 +47,6 @@ from asda.models.encoder import Encoder
 FRAMES_PER_S = SAMPLE_RATE_HZ // FRAME_SHIFT  # 100
 PATCHES_AT_ONCE = 2048  # of all chunks in a batch: 4 chunks of 10.24 s
 
-Weights = Literal["student", "teacher"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -78,29 +77,30 @@ class Timeline:
     probabilities: Tensor  # [W, C], classes in the order of Model.labels
 
 
-def load(path: str | Path, weights: Weights = "student", device: Device = "auto") -> "Model":
-    """What asda.load does; see there."""
+def load(path: str | Path, weights: Which = "student", device: Device = "auto") -> "Model":
+    """Do what asda.load describes."""
     if weights not in ("student", "teacher"):
         raise UserError(f"weights {weights!r} must be 'student' or 'teacher'")
     place = _checked_device(device)
     folder = resolve_checkpoint(Path(path))
     description = read_description(folder)
-    if weights == "teacher" and not (folder / "teacher.safetensors").is_file():
-        raise UserError(f"{folder} has no teacher, which only pre-training keeps; take weights='student'")
-    tensors = read_weights(folder, "model" if weights == "student" else "teacher")
-    if isinstance(description.objective, ClassifyConfig) and (description.labels or "head.weight" in tensors):
-        if not description.labels:
-            raise UserError(
-                f"{folder}/config.json gives its classifier no labels; name them in the order of its logits"
-            )
-        classifier = Classifier(description.model, description.objective, len(description.labels))
-        _fill(classifier, tensors, folder)
-        return Model(folder, description, classifier.encoder, classifier, place)
+    if weights == "student" and isinstance(description.objective, ClassifyConfig):
+        tensors = read_weights(folder, "model")
+        if description.labels or "head.weight" in tensors:
+            classifier = _classifier(description, folder)
+            load_into(classifier, tensors, folder)
+            return Model(folder, description, classifier.encoder, classifier, place)
     encoder = make_encoder(description.model)
-    if weights == "student":  # the decoder beside it is for pre-training only
-        tensors = {name.removeprefix("encoder."): t for name, t in tensors.items() if name.startswith("encoder.")}
-    _fill(encoder, tensors, folder)
+    load_encoder(encoder, description.model, folder, weights)
     return Model(folder, description, encoder, None, place)
+
+
+def _classifier(description: Description, folder: Path) -> Classifier:
+    """Make the classifier of a description, which must name its classes."""
+    if not description.labels:
+        raise UserError(f"{folder}/config.json names no labels; name the classes there in the order of the logits")
+    assert isinstance(description.objective, ClassifyConfig)
+    return Classifier(description.model, description.objective, len(description.labels))
 
 
 class Model:
@@ -466,10 +466,3 @@ def _checked_device(device: Device) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device 'cuda': this machine has no CUDA device that torch can use; take 'auto' or 'cpu'")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _fill(module: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
-    complaint = misfit(module.state_dict(), weights)
-    if complaint:
-        raise UserError(f"the weights in {folder} do not fit its config.json: {complaint}")
-    module.load_state_dict(weights)

@@ -526,7 +526,7 @@ def test_a_classifier_whose_classes_have_no_names_is_refused(tmp_path: Path):
     (folder / "manifest.json").unlink()
     tree = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(tree | {"labels": []}))
-    assert refusal(folder).endswith("gives its classifier no labels; name them in the order of its logits")
+    assert refusal(folder).endswith("names no labels; name the classes there in the order of the logits")
 
 
 def test_weights_of_another_size_are_named(tmp_path: Path):

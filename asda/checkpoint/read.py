@@ -138,12 +138,12 @@ def resolve_checkpoint(path: Path) -> Path:
     return found
 
 
-def read_state(folder: Path, *, to_continue: bool = False) -> tuple[Config, State]:
+def read_state(folder: Path, *, to_resume: bool = False) -> tuple[Config, State]:
     """The configuration and state of a checkpoint of a run.
 
     Args:
         folder: the checkpoint.
-        to_continue: whether the run is to go on from here, for which its clips must come in the order that it began in.
+        to_resume: whether the run is to go on from here, for which its clips must come in the order that it began in.
 
     Raises:
         UserError: it is no checkpoint of a run, or another version of asda wrote it.
@@ -155,12 +155,12 @@ def read_state(folder: Path, *, to_continue: bool = False) -> tuple[Config, Stat
             "objective.init_from take it, evaluating and continuing need a checkpoint that train.py saved"
         )
     state = _parse_state(path)
-    if to_continue and state.format < FORMAT:
+    if to_resume and state.format < FORMAT:
         raise UserError(
             f"{folder} has format {state.format}, whose optimizer state is in pickles that this version of asda does "
             "not open; continue with the version that began the run, or start another run.folder from its weights"
         )
-    if to_continue and state.order_version != ORDER_VERSION:
+    if to_resume and state.order_version != ORDER_VERSION:
         raise UserError(
             f"{folder} was trained in data order {state.order_version}, this version of asda draws in order "
             f"{ORDER_VERSION}; continue with the version that began the run, or start another run.folder from it"

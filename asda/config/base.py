@@ -1,6 +1,7 @@
-"""What every section of the configuration is made of: its base class and the types of its values."""
+"""The base class of every section of the configuration, the types of its values, and what a type may hold."""
 
-from typing import Annotated, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,8 +18,30 @@ Preset = Literal["released", "paper", "learned", "eat", "ast"]  # asda/config/pr
 Size = Literal["tiny", "small", "base", "large"]
 Padding = Literal["constant", "masked"]  # of clips that are too short: seen as it is, or not seen
 
+Value = TypeVar("Value")
+MAY_CHANGE = "may change on resume"
+# A field of this type may have another value when a run resumes; any other field decides the weights and must not
+# change (asda/run/resume.py). threads: MayChange[Count] = 2
+MayChange = Annotated[Value, MAY_CHANGE]
+
 
 class Section(BaseModel):
     """A part of the tree: immutable, without silent conversions, without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, populate_by_name=True)
+
+
+def alternatives(annotation: Any) -> list[Any]:
+    """Return the types that a value may have: the members of a union, without None and without annotations."""
+    if get_origin(annotation) is Annotated:
+        return alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for member in get_args(annotation) for kind in alternatives(member)]
+    return [] if annotation is NoneType else [annotation]
+
+
+def sections_of(annotation: Any) -> list[type[Section]]:
+    """Return the sections that a value of this type may be or hold."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in sections_of(part)]

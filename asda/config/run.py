@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from asda.config.base import Count, Fraction, NonNegative, PositiveFloat, PositiveInt, Preset, Section, Size
+from asda.config.base import Count, Fraction, MayChange, NonNegative, PositiveFloat, PositiveInt, Preset, Section, Size
 from asda.config.data import DataConfig, DataSpecs, InputConfig
 from asda.config.load import apply_override, explain, read_json_object
 from asda.config.model import AnyModelConfig, AstConfig, ClassifyConfig, ModelConfig, PretrainConfig, of_asda
@@ -71,31 +71,39 @@ class EngineConfig(Section):
     """How DeepSpeed runs it: what may change between machines without changing the recipe."""
 
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and activations; the master weights are fp32
-    attention: Literal["auto", "explicit", "sdpa", "triton"] = "auto"  # how it is computed; auto takes the fastest
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1  # partitioned over ranks: 1 optimizer, 2 gradients, 3 weights
-    micro_batch: PositiveInt = 12  # most clips a rank takes at once; gradients are accumulated up to optimizer.batch
-    activation_checkpointing: bool = False  # keep only the input of each block, and compute it again in the backward
-    offload_optimizer: bool = False  # the optimizer's state in the host's memory; stages 1 to 3
-    timeout_s: PositiveFloat = 600.0  # longest that a rank waits for the others in one exchange
+    attention: MayChange[Literal["auto", "explicit", "sdpa", "triton"]] = (
+        "auto"  # how it is computed; auto takes the fastest
+    )
+    zero_stage: MayChange[Annotated[int, Field(ge=0, le=3)]] = (
+        1  # partitioned over ranks: 1 optimizer, 2 gradients, 3 weights
+    )
+    micro_batch: MayChange[PositiveInt] = (
+        12  # most clips a rank takes at once; gradients are accumulated up to optimizer.batch
+    )
+    activation_checkpointing: MayChange[bool] = (
+        False  # keep only the input of each block, and compute it again in the backward
+    )
+    offload_optimizer: MayChange[bool] = False  # the optimizer's state in the host's memory; stages 1 to 3
+    timeout_s: MayChange[PositiveFloat] = 600.0  # longest that a rank waits for the others in one exchange
 
 
 class RunConfig(Section):
     """The run's folder and its rhythm, in steps."""
 
-    folder: Annotated[str, Field(min_length=1)]
+    folder: MayChange[Annotated[str, Field(min_length=1)]]
     seed: Count = 1
-    log_every: PositiveInt = 20
-    save_every: PositiveInt = 1000
-    eval_every: PositiveInt = 1000
-    keep: PositiveInt = 2  # newest checkpoints kept
+    log_every: MayChange[PositiveInt] = 20
+    save_every: MayChange[PositiveInt] = 1000
+    eval_every: MayChange[PositiveInt] = 1000
+    keep: MayChange[PositiveInt] = 2  # newest checkpoints kept
     # By which figure on data.valid a checkpoint is saved and kept beside them as the best; "" keeps none
-    keep_best: Literal["", "accuracy", "mAP"] = ""
-    on_failed_save: Literal["stop", "continue"] = "stop"  # when a checkpoint cannot be written (disk full)
-    max_bad_steps: PositiveInt = 10  # in a row, without a finite loss and gradient; then the run ends
-    check_replicas_every: Count = 1000  # steps between comparisons of all ranks' weights; 0 compares never
-    min_target_spread: NonNegative = 0.1  # a smaller spread of the teacher's targets is said aloud: collapse
-    min_prediction_spread: NonNegative = 0.01  # the same of the students' predictions
-    wandb: str = ""  # project of Weights & Biases that is told as well; needs the extra wandb
+    keep_best: MayChange[Literal["", "accuracy", "mAP"]] = ""
+    on_failed_save: MayChange[Literal["stop", "continue"]] = "stop"  # when a checkpoint cannot be written (disk full)
+    max_bad_steps: MayChange[PositiveInt] = 10  # in a row, without a finite loss and gradient; then the run ends
+    check_replicas_every: MayChange[Count] = 1000  # steps between comparisons of all ranks' weights; 0 compares never
+    min_target_spread: MayChange[NonNegative] = 0.1  # a smaller spread of the teacher's targets is said aloud: collapse
+    min_prediction_spread: MayChange[NonNegative] = 0.01  # the same of the students' predictions
+    wandb: MayChange[str] = ""  # project of Weights & Biases that is told as well; needs the extra wandb
 
 
 class ProbeConfig(Section):
@@ -109,17 +117,19 @@ class ProbeConfig(Section):
 class Config(Section):
     """One run."""
 
-    about: dict[str, str] = Field(default={}, alias="_about")  # the story: source, expected metric, hardware, command
-    preset: Preset = DEFAULT_PRESET  # with the size it sets what is not given
-    size: Size = DEFAULT_SIZE
+    about: MayChange[dict[str, str]] = Field(
+        default={}, alias="_about"
+    )  # the story: source, expected metric, hardware, command
+    preset: MayChange[Preset] = DEFAULT_PRESET  # with the size it sets what is not given
+    size: MayChange[Size] = DEFAULT_SIZE
     objective: PretrainConfig | ClassifyConfig = Field(discriminator="kind")
     data: DataConfig
     model: AnyModelConfig
     optimizer: OptimizerConfig
     engine: EngineConfig = EngineConfig()
     run: RunConfig
-    probe: ProbeConfig | None = None  # in pre-training only
-    resume: Literal["auto", "never"] = "auto"  # auto continues from run.folder's newest checkpoint, if any
+    probe: MayChange[ProbeConfig | None] = None  # in pre-training only
+    resume: MayChange[Literal["auto", "never"]] = "auto"  # auto continues from run.folder's newest checkpoint, if any
 
     @model_validator(mode="after")
     def fits(self) -> Self:
@@ -142,9 +152,13 @@ class Config(Section):
                 f"{self.engine.micro_batch} at least 2, because data.augment.mixup mixes neighbours"
             )
         if isinstance(self.objective, PretrainConfig):
-            _check_pretraining(self.objective, self.data, of_asda(self.model))
+            _check_pretraining(self.objective, self.data, of_asda(self.model), self.run.keep_best)
         elif self.probe:
-            raise ValueError("probe is for objective.kind pretrain; a classifier is judged on data.valid")
+            raise ValueError("probe is for objective.kind pretrain; a classifier is evaluated on data.valid")
+        elif self.run.keep_best and not self.data.valid:
+            raise ValueError(
+                f"run.keep_best {self.run.keep_best} needs a validation metric; give data.valid=FOLDER:SPLIT"
+            )
         if self.engine.offload_optimizer and not self.engine.zero_stage:
             raise ValueError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3; DeepSpeed has none for 0")
         if self.engine.precision == "fp16" and not self.engine.zero_stage:
@@ -196,15 +210,19 @@ def _check_architecture(
         )
 
 
-def _check_pretraining(objective: PretrainConfig, data: DataConfig, model: ModelConfig) -> None:
+def _check_pretraining(objective: PretrainConfig, data: DataConfig, model: ModelConfig, keep_best: str) -> None:
     """Refuse what students, teacher and decoder cannot do."""
     if data.padding == "masked":
         raise ValueError(
             "data.padding masked is for objective.kind classify: the targets of pre-training know no padding; "
             "use constant, and crop or choose clips that fill data.frames"
         )
-    if data.valid:
-        raise ValueError(f"data.valid {data.valid!r} must be empty in pre-training; probe judges it by labels")
+    for key, value in (("data.valid", data.valid), ("data.test", data.test), ("run.keep_best", keep_best)):
+        if value:
+            raise ValueError(
+                f"{key} {value!r} is for objective.kind classify; leave it empty in pre-training, where the section "
+                "probe evaluates the teacher"
+            )
     if objective.target_layers > model.depth:
         raise ValueError(f"objective.target_layers {objective.target_layers} must not exceed model.depth {model.depth}")
     if model.width % objective.decoder.groups:

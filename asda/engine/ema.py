@@ -1,8 +1,8 @@
-"""The teacher's weights: an exponential moving average of the student's, in fp32 whatever the training precision.
+"""The teacher's weights: an exponential moving average of the student's, in fp32 in any training precision.
 
-Each rank averages the stretches of the encoder whose master weights it holds (partitions.py), so stage 3 gathers
-no student and no rank does another's work. The averages then travel to every rank's teacher module, whose weights have
-the training precision: what autocast would otherwise make of them in every micro-batch.
+Each rank averages the stretches of the encoder whose master weights it holds (partitions.py), so stage 3 gathers no
+student, and no work is done twice. The averages are then sent to every rank's teacher module, whose weights have the
+training precision; autocast would otherwise round them in every micro-batch.
 
 With W ranks the averages cost 4 / W bytes per parameter and rank, the teacher 4 bytes in fp32 and 2 in bf16 and fp16.
 On one rank in fp32 they are the teacher's own weights.
@@ -27,9 +27,9 @@ class Ema:
     """The averages that this rank keeps, and the teacher that all ranks have.
 
     Args:
-        engine: DeepSpeed's, of a module whose part `encoder` is followed.
-        teacher: a module like that part, in fp32, the same on all ranks: the averages begin with its weights.
-        dtype: of the teacher's parameters from now on. Its buffers stay as they are.
+        engine: DeepSpeed's, for a module whose part `encoder` is followed.
+        teacher: a module like that part, in fp32, the same on all ranks; the averages begin with its weights.
+        dtype: type of the teacher's parameters from now on; its buffers do not change.
     """
 
     def __init__(self, engine: Any, teacher: nn.Module, dtype: torch.dtype):
@@ -50,13 +50,13 @@ class Ema:
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
-        """Follow the master weights as they are now. All ranks call this together."""
+        """Follow the current master weights. All ranks call this together."""
         ema_update(self.averages, [fragment.master for fragment in self._followed], decay)
         self.publish()
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Bring every rank's teacher to the averages, rounded to its precision. All ranks call this together."""
+        """Send the averages to every rank's teacher, rounded to its precision. All ranks call this together."""
         if dist.get_world_size() == 1:
             for stretch, average in zip(self._mine, self.averages, strict=True):
                 own = self._flat(stretch)
@@ -75,25 +75,25 @@ class Ema:
                     self._flat(stretch).copy_(values[place : place + stretch.size])
 
     def weights(self, everywhere: bool = False) -> dict[str, Tensor]:
-        """The whole teacher in fp32, on the first rank or on all; {} elsewhere. All ranks call this together."""
+        """Return the whole teacher in fp32, on the first rank or on all; {} elsewhere. All ranks call this together."""
         stretches = [fragment.stretch for fragment in self._followed]
         found = whole(stretches, self.averages, self._engine, everywhere)
         return {name.removeprefix(PREFIX): tensor for name, tensor in found.items()}
 
     @torch.no_grad()
     def restore(self, path: Path) -> None:
-        """Take the averages from teacher.safetensors, which any number of ranks may have written."""
+        """Take the averages from teacher.safetensors, saved by any number of ranks."""
         with safe_open(path, framework="pt") as file:
             for stretch, average in zip(self._mine, self.averages, strict=True):
                 average.copy_(read_stretch(file, path, stretch))
         self.publish()
 
     def _flat(self, stretch: Stretch) -> Tensor:
-        """A stretch of the teacher's own weights, as a view."""
+        """Return a stretch of the teacher's own weights, as a view."""
         return self._parameters[stretch.name].data.view(-1)[stretch.start : stretch.start + stretch.size]
 
     def _rounds(self) -> list[tuple[int, int]]:
-        """Where the exchanges begin and end, in elements of every rank's stretches laid end to end."""
+        """Return where the exchanges begin and end, in elements of every rank's stretches laid end to end."""
         longest = max(sum(stretch.size for stretch in theirs) for theirs in self._layout)
         return [(first, min(first + CHUNK, longest)) for first in range(0, longest, CHUNK)]
 
@@ -103,7 +103,7 @@ def _without_prefix(fragment: Fragment) -> Stretch:
 
 
 def _overlaps(stretches: list[Stretch], first: int, last: int, pieces: list[Tensor] | None = None):
-    """What of stretches laid end to end lies in [first, last): (place from first, the part, its values if given)."""
+    """Yield the parts of stretches laid end to end that lie in [first, last): (offset from first, part, its values)."""
     offset = 0
     for number, stretch in enumerate(stretches):
         begin, end = max(offset, first), min(offset + stretch.size, last)
@@ -115,13 +115,13 @@ def _overlaps(stretches: list[Stretch], first: int, last: int, pieces: list[Tens
 
 
 def ema_decay(config: EmaConfig, step: int) -> float:
-    """The teacher's decay after update number `step` (the first is 1): linear up to anneal_steps, then constant."""
+    """Return the teacher's decay after update number `step` (the first is 1): linear to anneal_steps, then constant."""
     remaining = max(0.0, 1 - step / config.anneal_steps)
     return config.end_decay - (config.end_decay - config.decay) * remaining
 
 
 @torch.no_grad()
 def ema_update(averages: Iterable[Tensor], followed: Iterable[Tensor], decay: float) -> None:
-    """Averages <- decay * averages + (1 - decay) * followed, in place: fp32 averages of tensors of any dtype."""
+    """Set averages to decay * averages + (1 - decay) * followed, in place: fp32 averages of tensors of any dtype."""
     # One fused call; torch exports the _foreach functions to its own optimizers alone, and pyright knows it.
     torch._foreach_lerp_(list(averages), [tensor.float() for tensor in followed], 1 - decay)  # pyright: ignore[reportPrivateImportUsage]

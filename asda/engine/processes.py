@@ -1,4 +1,4 @@
-"""Which process is which: started by deepspeed, torchrun or srun, or alone."""
+"""Join the processes of a run, which deepspeed, torchrun or srun has started, or a single one."""
 
 import os
 import re
@@ -7,15 +7,17 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 
+from asda.engine.partitions import use_gloo
 from asda.errors import UserError
 from asda.system import keep_freed_memory
 
-LAST_RELEASE_S = 0.2  # gloo's threads need microseconds
+LAST_RELEASE_S = 0.2  # for gloo's threads to release the last tensors; they need microseconds
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,13 @@ class Processes:
 
 
 def join_processes(timeout_s: float = 600.0) -> Processes:
-    """Join the processes that deepspeed, torchrun or SLURM's srun started; a single one when nobody did.
+    """Join the processes that deepspeed, torchrun or SLURM's srun has started; without those, be the only one.
 
-    An exchange that waits longer than timeout_s for a rank ends in an error.
+    Args:
+        timeout_s: an exchange that waits longer for a rank ends in an error.
+
+    Raises:
+        UserError: the port on which the ranks meet is taken.
     """
     _complete_environment()
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -47,9 +53,7 @@ def join_processes(timeout_s: float = 600.0) -> Processes:
         keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
-    # DeepSpeed would compile a shared-memory all-reduce for CPUs at first use (a C++ compiler, 30 s). Its processes
-    # spin without a timeout when a peer has died; gloo needs no compiler and ends with an error.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    use_gloo()
     try:
         backend = "nccl" if device.type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
@@ -61,11 +65,18 @@ def join_processes(timeout_s: float = 600.0) -> Processes:
     return Processes(dist.get_rank(), dist.get_world_size(), device)
 
 
-def leave_processes() -> None:
-    """Part from the others at a regular end, so that no thread of the group outlives what it uses.
+def from_all_ranks(value: Any) -> list[Any]:
+    """Return every rank's value, by rank. All ranks call this together."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
-    DeepSpeed keeps references to groups, so that gloo's threads live on; they let go of the last exchange's tensors
-    with Python's lock, and one that asks for it while Python ends aborts the process (pytorch/pytorch#179291).
+
+def leave_processes() -> None:
+    """End the process group at a regular end, so that none of its threads outlives what it uses.
+
+    DeepSpeed keeps references to groups, so gloo's threads live on. They release the last exchange's tensors under
+    Python's lock, and one that asks for the lock while Python ends aborts the process (pytorch/pytorch#179291).
     """
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -82,7 +93,7 @@ def _complete_environment() -> None:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """Find a TCP port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -94,12 +105,12 @@ TASKS_OF_NODES = re.compile(r"(\d+)(?:\(x(\d+)\))?")  # of 4(x2),1
 
 
 def slurm_ranks(env: Mapping[str, str]) -> dict[str, str]:
-    """The variables of torch.distributed for a process that srun started together with others; {} for any other.
+    """Return torch.distributed's variables for a process that srun started with others; {} for any other.
 
-    What is set already stays as it is, so a job may choose MASTER_ADDR and MASTER_PORT by itself.
+    Variables that are set are left out, so a job may choose MASTER_ADDR and MASTER_PORT.
 
     Raises:
-        UserError: SLURM does not say where the ranks are to meet.
+        UserError: SLURM does not say where the ranks meet.
     """
     num_tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
     if "RANK" in env or "SLURM_STEP_ID" not in env or num_tasks == "1":
@@ -116,7 +127,7 @@ def slurm_ranks(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def _first_host(env: Mapping[str, str]) -> str:
-    """Where srun's task 0 runs. Not SLURM_LAUNCH_NODE_IPADDR: after salloc that is where the user sits."""
+    """Return the host of srun's task 0. SLURM_LAUNCH_NODE_IPADDR is not it: after salloc that is the user's host."""
     hosts = FIRST_HOST.match(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "")
     if hosts is None:
         raise UserError(

@@ -21,11 +21,11 @@ DONE, GONE = "done", "gone"  # in place of the number of the last beat
 class Heartbeat:
     """Ends this process, with LOST_PEER_EXIT and one sentence, when another rank is silent or has failed.
 
-    Every rank writes a number to a store that the first rank keeps, and the first rank gives the verdict when one
-    of them stands still. A rank whose store does not answer gives it by itself: then the first rank has gone. NCCL
-    would wait for ten minutes, and gloo for as long where a process is frozen or its machine unreachable.
+    Every rank writes a number to a store that the first rank keeps. If the number of a rank stands still, the first
+    rank decides that all end. If the store does not answer a rank, it ends by itself: the first rank has gone. NCCL
+    would wait for ten minutes, and so would gloo if a process is frozen or its machine unreachable.
 
-    Silence is counted in own beats, not by the clock: a job that is suspended as a whole wakes with all its ranks.
+    Silence is counted in own beats, not by the clock: a job that was suspended as a whole wakes with all its ranks.
     """
 
     def __init__(self, processes: Processes, timeout_s: float = HEARTBEAT_TIMEOUT_S):
@@ -39,7 +39,7 @@ class Heartbeat:
         self._num_silent = [0] * self._world_size
 
     def __enter__(self) -> Self:
-        """Begin. All ranks call this together."""
+        """Start beating. All ranks call this together."""
         if self._world_size > 1:
             self._store = _shared_store(self._world_size, self._timeout_s)
             self._first_host = self._store.get(_host_key(0)).decode()
@@ -50,9 +50,9 @@ class Heartbeat:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        """Say goodbye; the first rank, which keeps the store, stays until the others have done so.
+        """Sign off. The first rank keeps the store until the others have signed off too.
 
-        When a rank has failed, the others learn it here. It waits for nobody.
+        If this rank has failed, the others learn it here, and it waits for nobody.
         """
         if self._world_size > 1:
             failed = kind is not None and not issubclass(kind, Stopped)
@@ -61,31 +61,31 @@ class Heartbeat:
             self._beating.join(self._interval_s if failed else self._timeout_s)
 
     def _beat(self) -> None:
-        """The thread that talks to the store, which may not answer: nothing else ever waits for it."""
+        """Talk to the store, in a thread that may wait for its answer; nothing else ever does."""
         try:
             number = 0
             while not self._ended.wait(self._interval_s):
                 number += 1
                 self._store.set(_beat_key(self._rank), str(number))
-                verdict = self._judge() if self._rank == 0 else self._store.get(VERDICT).decode()
+                verdict = self._verdict() if self._rank == 0 else self._store.get(VERDICT).decode()
                 self._num_unanswered = 0
                 if verdict:
                     self._leave(verdict)
             self._store.set(_beat_key(self._rank), self._farewell)
             self._see_off()
         except RuntimeError:  # of torch's DistNetworkError and others
-            self._leave(f"stopped, because rank 0 on {self._first_host} has stopped; its message says why")
+            self._leave(f"stopped, because rank 0 on {self._first_host} has stopped; see its message")
 
-    def _judge(self) -> str:
-        """The first rank's look at all others; returns the verdict, which is in the store by then, or nothing."""
+    def _verdict(self) -> str:
+        """Look at all ranks, on the first; put the sentence by which all end into the store and return it, or ""."""
         for rank, beat in enumerate(self._beats()):
             stands_still = beat == self._last_beats[rank] and beat != DONE
             self._num_silent[rank] = self._num_silent[rank] + 1 if stands_still else 0
             self._last_beats[rank] = beat
             if beat == GONE or self._num_silent[rank] >= BEATS_PER_TIMEOUT:
                 host = self._store.get(_host_key(rank)).decode()
-                silent = f"gave no sign of life for {self._timeout_s:g} s"
-                ending = "has stopped; its message says why" if beat == GONE else silent
+                silent = f"did not respond for {self._timeout_s:g} s"
+                ending = "has stopped; see its message" if beat == GONE else silent
                 verdict = f"stopped, because rank {rank} on {host} {ending}"
                 self._store.set(VERDICT, verdict)
                 return verdict
@@ -95,24 +95,24 @@ class Heartbeat:
         return [beat.decode() for beat in self._store.multi_get(list(map(_beat_key, range(self._world_size))))]
 
     def _see_off(self) -> None:
-        """Keep the store until everybody has said goodbye; __exit__ does not wait for ever."""
+        """Keep the store until every rank has signed off; __exit__ limits the wait."""
         if self._rank == 0 and self._farewell == DONE:
             pause = threading.Event()
             while not set(self._beats()) <= {DONE, GONE}:
                 pause.wait(0.05)
 
     def _watch(self) -> None:
-        """The clock of the thread above, which may wait for a store that never answers."""
+        """End this process if the store does not answer the other thread in time."""
         while not self._ended.wait(self._interval_s):
             self._num_unanswered += 1
             if self._num_unanswered >= BEATS_PER_TIMEOUT:
-                silence = f"gave no sign of life for {self._timeout_s:g} s"
+                silence = f"did not respond for {self._timeout_s:g} s"
                 self._leave(f"stopped, because rank 0 on {self._first_host} {silence}")
 
     def _leave(self, sentence: str) -> None:
-        """End the process, unless its main thread is about to: it knows more, or has the same reason as all.
+        """End the process, unless its main thread is about to: it knows more.
 
-        The first rank stays a little longer, until the others have read its verdict.
+        The first rank stays a little longer, so that the others can read the sentence in its store.
         """
         if not self._ended.wait(self._interval_s * (1 if self._rank else 2)):
             say(sentence)
@@ -128,7 +128,7 @@ def _host_key(rank: int) -> str:
 
 
 def _shared_store(world_size: int, timeout_s: float) -> TCPStore:
-    """A store of our own on the first rank's machine: one that is asked by this thread alone."""
+    """Open a store of our own on the first rank's machine, which only this thread uses."""
     address, port = os.environ["MASTER_ADDR"], [0]
     options = {"wait_for_workers": False, "timeout": timedelta(seconds=timeout_s)}
     server = None

@@ -1,7 +1,7 @@
-"""What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard, Weights & Biases.
+"""The log of a run: a progress bar or plain lines, metrics.jsonl, TensorBoard, Weights & Biases.
 
-Only the first rank tells anything. metrics.jsonl is the ground truth that reports are made from; the boards are told
-the same figures, and a board that fails is left out with a warning, since no run should end for a picture of itself.
+Only the first rank logs. metrics.jsonl is the ground truth, from which reports are made. The boards get the same
+figures; a board that fails is dropped with a warning, and the run continues.
 """
 
 import importlib.util
@@ -22,12 +22,12 @@ from asda.errors import UserError
 from asda.system import write_whole_file
 
 Figures = dict[str, float | int]
-NOT_FINITE = "not_finite"  # names in a line of metrics.jsonl whose values are null there: JSON has no nan or infinity
+NOT_FINITE = "not_finite"  # names whose values are null in a line of metrics.jsonl: JSON has no nan or infinity
 BAD_STEPS = "bad_steps.jsonl"  # in the run folder: the clips of steps that changed nothing
-WANDB_FILE = "wandb_run.txt"  # in the run folder: the id that a continued run goes on with
-UNKNOWN_ROWS, UNKNOWN_COLUMNS = 24, 100  # of a terminal that does not tell
-UNSAID = {"step_s", "tflop_per_s", "data_wait_s"}  # figures that follow from others of the line; the file has them
-ALARM_EVERY = 10  # log lines from one alarm to the next at least
+WANDB_FILE = "wandb_run.txt"  # in the run folder: the id with which a run resumes its curves
+UNKNOWN_ROWS, UNKNOWN_COLUMNS = 24, 100  # of a terminal whose size is unknown
+UNSAID = {"step_s", "tflop_per_s", "data_wait_s"}  # not printed, because they follow from others; the file has them
+ALARM_EVERY = 10  # least number of log lines between two alarms
 
 
 class Board(Protocol):
@@ -36,7 +36,7 @@ class Board(Protocol):
     name: str
 
     def record(self, kind: str, step: int, figures: Figures) -> None:
-        """Take figures; an OSError leaves the board out from then on."""
+        """Take figures; after an OSError the board is dropped."""
         ...
 
     def close(self) -> None:
@@ -66,10 +66,10 @@ class RunLog:
 
         Args:
             folder: of the run; made if need be.
-            first_step: steps that are done.
-            num_steps: of the whole run.
-            enabled: whether this rank tells anything.
-            wandb: project of Weights & Biases; "" is without.
+            first_step: number of steps already done.
+            num_steps: number of steps of the whole run.
+            enabled: whether this rank logs.
+            wandb: project of Weights & Biases; "" for none.
             config: the resolved configuration, for boards that show one.
 
         Raises:
@@ -107,34 +107,34 @@ class RunLog:
             self._write(self._metrics, {"kind": "warning", "step": self._step, "text": sentence})
 
     def alarm(self, sentence: str | None) -> None:
-        """Warn of what may hold for a long time: at once, then every ten lines of training, with a count.
+        """Warn of a lasting problem: at once, then every ten lines of training, with a count.
 
         Args:
-            sentence: what is wrong; None where nothing is.
+            sentence: what is wrong; None if nothing is.
         """
         if not self._enabled or sentence is None:
             return
         self._num_alarms += 1
         if self._lines_since_alarm >= ALARM_EVERY:
-            times = f" ({self._num_alarms} times by now)" if self._num_alarms > 1 else ""
+            times = f" ({self._num_alarms} times so far)" if self._num_alarms > 1 else ""
             self.warn(sentence + times)
             self._lines_since_alarm = 0
 
     def bad_step(self, step: int, clips: list[str]) -> None:
-        """Keep the names of the clips in a step that changed nothing."""
+        """Record the names of the clips in a step that changed nothing."""
         if self._enabled:
             self._write(self._bad_steps, {"kind": "bad_step", "step": step, "clips": clips})
 
     def advance(self) -> None:
-        """One step is done."""
+        """Count a step."""
         if self._enabled:
             self._step += 1
             self._bar.update()
 
     def record(self, kind: str, step: int, figures: Figures, notes: dict[str, str] | None = None) -> None:
-        """Write figures to the file, the boards and the terminal, notes to the file alone.
+        """Write figures to the file, the boards and the terminal, and notes to the file alone.
 
-        A bar shows the most telling figures of training.
+        A progress bar shows only a few figures of training.
         """
         if not self._enabled:
             return
@@ -172,7 +172,7 @@ class RunLog:
 
     def _leave_out(self, board: Board, error: OSError) -> None:
         self._boards.remove(board)
-        self.warn(f"{board.name} is told nothing more, because it failed: {error}; metrics.jsonl has everything")
+        self.warn(f"{board.name} failed and gets no more figures: {error}; metrics.jsonl has all of them")
 
     def _warn_aloud(self, sentence: str) -> None:
         self._bar.write(f"warning: {sentence}", file=sys.stderr)
@@ -180,14 +180,14 @@ class RunLog:
 
 
 class JsonLines:
-    """A file of JSON objects, one a line, that is whole at every moment but for its last line."""
+    """A file with a JSON object on every line; only its last line may be incomplete."""
 
     def __init__(self, path: Path):
         self.path = path
         self._unwritten = b""
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Append a line, after those that could not be written before. Raises OSError and keeps them for next time."""
+        """Append a line, after those that could not be written before; on OSError keep them for the next call."""
         self._unwritten += json.dumps(entry, allow_nan=False).encode() + b"\n"
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
@@ -200,13 +200,13 @@ class JsonLines:
         self._unwritten = b""
 
     def drop_after(self, step: int) -> int:
-        """Keep what is about steps up to this one; returns how many whole lines were no JSON.
+        """Keep the lines of steps up to this one; return how many whole lines were not valid JSON.
 
-        A killed process leaves half a line, a machine without power perhaps lines of zeros.
+        A killed process leaves half a line; a power failure may leave lines of zeros.
         """
         if not self.path.is_file():
             return 0
-        *lines, _ = self.path.read_bytes().split(b"\n")  # behind the last newline is nothing, or half a line
+        *lines, _ = self.path.read_bytes().split(b"\n")  # after the last newline comes nothing, or half a line
         entries = [_parsed(line) for line in lines]
         kept = [line for line, entry in zip(lines, entries, strict=True) if entry is not None and entry["step"] <= step]
         write_whole_file(self.path, b"".join(line + b"\n" for line in kept))
@@ -214,7 +214,7 @@ class JsonLines:
 
 
 def read_metrics(folder: Path, kind: str) -> list[dict]:
-    """The lines of one kind of a run's metrics.jsonl, of a run that goes on too; what was not finite is nan."""
+    """Read the lines of one kind from metrics.jsonl, also of a running one; figures not finite are nan."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{path} is missing; is {folder} the folder of a run?")
@@ -242,16 +242,16 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, which a continued run goes on with; WANDB_MODE=offline keeps it in the run folder.
+    """A run of Weights & Biases, continued when ours resumes; WANDB_MODE=offline keeps it in the run folder.
 
-    Curves are over our own step, not over the counter of W&B, which would refuse the steps that a run does again after
-    it was killed: they show twice, with equal values.
+    Curves are over our own step. W&B's counter would refuse the steps that a killed run does again; here they show
+    twice, with equal values.
     """
 
     name = "Weights & Biases"
 
     def __init__(self, folder: Path, project: str, config: dict[str, Any]):
-        import wandb  # an optional extra, of seconds to import
+        import wandb  # an optional extra, which takes seconds to import
 
         self._error = wandb.Error
         try:
@@ -290,7 +290,7 @@ class WeightsAndBiases:
 
 
 def check_wandb(project: str) -> None:
-    """Refuse a project of Weights & Biases where its package is missing; call it before anything starts."""
+    """Raise UserError if a project of Weights & Biases is named and its package is missing; call it first of all."""
     if project and importlib.util.find_spec("wandb") is None:
         raise UserError(
             f"run.wandb {project!r} needs the package wandb: pip install 'asda[wandb]', or leave run.wandb empty"
@@ -298,36 +298,28 @@ def check_wandb(project: str) -> None:
 
 
 def collapse_alarm(figures: Figures, config: RunConfig) -> str | None:
-    """A sentence when targets or predictions hardly differ from token to token any more, else None.
+    """Return a sentence if targets or predictions hardly differ from patch to patch, else None.
 
-    Students can satisfy a teacher that says the same of everything; then the loss is low and nothing is learned.
+    Students can satisfy a teacher that says the same of every patch; then the loss is low and nothing is learned.
 
     Args:
-        figures: of a log line: "target_variance" and "prediction_variance", which data2vec calls so though they are
-            standard deviations; nothing is said of what is missing or not finite.
+        figures: of a log line. "target_variance" and "prediction_variance" are checked if they are there and finite;
+            data2vec calls them so, though they are standard deviations.
         config: the thresholds.
     """
-    watched = [
-        ("target_variance", "run.min_target_spread", config.min_target_spread, "the teacher says nearly the same of"),
-        (
-            "prediction_variance",
-            "run.min_prediction_spread",
-            config.min_prediction_spread,
-            "the students predict nearly the same for",
-        ),
-    ]
-    for name, key, least, meaning in watched:
-        if figures.get(name, math.inf) < least:
+    for kind, least in (("target", config.min_target_spread), ("prediction", config.min_prediction_spread)):
+        spread = figures.get(f"{kind}_variance", math.inf)
+        if spread < least:
             return (
-                f"{name} is {_short(figures[name])}, less than {key} {least:g}: {meaning} every patch, which is "
-                "collapse if it lasts; in another run.folder a lower optimizer.lr, more optimizer.warmup_steps or a "
-                "higher objective.ema.decay may help"
+                f"{kind}_variance is {_short(spread)}, less than run.min_{kind}_spread {least:g}: {kind}s are nearly "
+                "equal for all patches. If it lasts, training has collapsed: try a lower optimizer.lr, more "
+                "optimizer.warmup_steps or a higher objective.ema.decay in another run.folder"
             )
     return None
 
 
 def _bar(first_step: int, num_steps: int) -> tqdm:
-    """A bar on a terminal, else one that shows nothing."""
+    """Make a progress bar on a terminal, else one that shows nothing."""
     if not sys.stderr.isatty():
         return tqdm(disable=True)
     sized = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # a container's terminal may be 0 by 0
@@ -336,7 +328,7 @@ def _bar(first_step: int, num_steps: int) -> tqdm:
 
 
 def _valid(figures: Figures) -> dict[str, Any]:
-    """Figures as JSON can hold them."""
+    """Write figures as JSON can hold them."""
     bad = [name for name, value in figures.items() if not math.isfinite(value)]
     return {**figures, **dict.fromkeys(bad), **({NOT_FINITE: bad} if bad else {})}
 
@@ -358,7 +350,7 @@ def _kept_id(path: Path) -> str:
 
 
 def _is_worth_saying(name: str, value: float | int) -> bool:
-    """Not a count of 0, and nothing that follows from the others."""
+    """Return False for a count of 0 and for what follows from other figures."""
     return name not in UNSAID and not (isinstance(value, int) and value == 0)
 
 

@@ -1,4 +1,4 @@
-"""What follows from a configuration, for the reader to check before the first step: sizes, memory, time."""
+"""The table that a run prints before its first step: sizes, memory and time that follow from its configuration."""
 
 import textwrap
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def derived_numbers(
     gemm_rate: float,
     first_step: int = 0,
 ) -> list[str]:
-    """Lines of a table for people.
+    """Return the lines of the table.
 
     Args:
         config: with the log-mel statistics resolved.
@@ -40,8 +40,8 @@ def derived_numbers(
         processes: all ranks, and the device of this one.
         micro_batch: clips that a rank takes at once.
         network: from costs.network_costs.
-        gemm_rate: operations a second of this rank, from costs.gemm_rate.
-        first_step: steps that are done.
+        gemm_rate: operations per second of this rank, from costs.gemm_rate.
+        first_step: number of steps already done.
     """
     changed = departures(config.model_dump())
     rows = {
@@ -49,11 +49,11 @@ def derived_numbers(
         "data": _data_words(dataset, config),
         "model": f"{sum(network.parameters.values()):,} trainable parameters: {_parts(network.parameters, in_short)}",
         "clip": _clip_words(config),
-        "arithmetic": f"{in_flop(sum(network.flops.values()))} a clip: {_parts(network.flops, in_flop)}",
+        "arithmetic": f"{in_flop(sum(network.flops.values()))} per clip: {_parts(network.flops, in_flop)}",
         "attention": _attention_words(config, processes.device.type),
         "step": _step_words(config, processes, micro_batch, sum(network.flops.values())),
         "memory": _memory_words(config, network, processes.world_size),
-        "rate": _rate_words(config),
+        "schedule": _rate_words(config),
         "run": _run_words(config, dataset, first_step),
         "time": _time_words(config, network, processes.world_size, gemm_rate, first_step),
     }
@@ -61,19 +61,19 @@ def derived_numbers(
 
 
 def in_time(*seconds: float) -> str:
-    """1.2 s, or 8.3 to 11 d: two digits at least, and the unit that suits the longest."""
+    """Write 1.2 s, or 8.3 to 11 d: at least two digits, in the unit that suits the longest."""
     unit_s, unit = next((u for u in TIMES if max(seconds) >= u[0]), TIMES[-1])
     return f"{' to '.join(_two_digits(value / unit_s) for value in seconds)} {unit}"
 
 
 def in_bytes(count: int) -> str:
-    """1.4 GiB: two digits at least, and the unit that suits them."""
+    """Write 1.4 GiB: at least two digits, in the unit that suits them."""
     size, unit = next((u for u in BYTES if count >= u[0]), BYTES[-1])
     return f"{_two_digits(count / size)} {unit}"
 
 
 def in_short(count: int) -> str:
-    """94.95 M: four digits and the prefix that suits them."""
+    """Write 94.95 M: four digits, with the prefix that suits them."""
     size, prefix = next((u for u in COUNTS if count >= u[0]), COUNTS[-1])
     return f"{count / size:.4g}{prefix}"
 
@@ -95,13 +95,13 @@ def _num_patches(config: Config) -> int:
 
 
 def _num_tokens(config: Config) -> int:
-    """Of a whole clip: CLS and the patches, or AST's CLS, DIST and overlapping patches."""
+    """Count the tokens of a whole clip: CLS and the patches, or AST's CLS, DIST and overlapping patches."""
     return 2 + prod(config.model.grid) if isinstance(config.model, AstConfig) else 1 + _num_patches(config)
 
 
 def _data_words(dataset: ClipDataset, config: Config) -> str:
     stats = config.data.log_mel
-    assert isinstance(stats, LogMelStats), "train.py resolves them"
+    assert isinstance(stats, LogMelStats), "the trainer resolves them"
     labels = f", {len(dataset.vocabulary)} classes" if dataset.vocabulary else ""
     return (
         f"{len(dataset):,} clips in {len(dataset.shards)} shards{labels}, "
@@ -114,14 +114,14 @@ def _clip_words(config: Config) -> str:
     words = f"{seconds:g} s = {config.data.frames} frames = {patches} patches"
     objective, model = config.objective, config.model
     if isinstance(model, AstConfig):
-        return f"{words}, seen as {' x '.join(map(str, model.grid))} overlapping ones, {_num_tokens(config)} tokens"
+        return f"{words}, overlapping: {' x '.join(map(str, model.grid))}, {_num_tokens(config)} tokens"
     if not isinstance(objective, PretrainConfig):
         return f"{words}, {patches + 1} tokens"
     mask, each = objective.mask, objective.mask.visible(patches) + 1
     blocks = f"{mask.blocks(patches)} blocks of {mask.block} x {mask.block}"
     return (
-        f"{words}: the teacher sees {patches + 1} tokens, {objective.students} students {each} each, "
-        f"{objective.students * each:,} together, drawn as {blocks if mask.blocks(patches) else 'single patches'}"
+        f"{words}; teacher {patches + 1} tokens; {objective.students} students x {each} tokens = "
+        f"{objective.students * each:,}, masked by {blocks if mask.blocks(patches) else 'single patches'}"
     )
 
 
@@ -137,29 +137,40 @@ def _step_words(config: Config, processes: Processes, micro_batch: int, flops_pe
     batch, world_size = config.optimizer.batch, processes.world_size
     accumulation = batch // world_size // micro_batch
     return (
-        f"{batch} clips = {world_size} ranks x {accumulation} accumulated x {micro_batch}, "
-        f"{in_flop(batch * flops_per_clip)}; {config.engine.precision}, ZeRO stage {config.engine.zero_stage}, "
+        f"{batch} clips = {_counted(world_size, 'rank')} x {_counted(accumulation, 'accumulation step')} x "
+        f"micro-batch {micro_batch}, {in_flop(batch * flops_per_clip)}; {config.engine.precision}, "
+        f"ZeRO stage {config.engine.zero_stage}, "
         f"{processes.device.type}"
     )
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def _memory_words(config: Config, network: Network, world_size: int) -> str:
     followed = network.parameters["encoder"] if isinstance(config.objective, PretrainConfig) else 0
     memory = rank_memory(sum(network.parameters.values()), followed, config.engine, world_size)
     parts = {name: size for name, size in memory.items() if size}
-    return f"{in_bytes(sum(memory.values()))} a rank besides activations: {_parts(parts, in_bytes)}"
+    return f"{in_bytes(sum(memory.values()))} per rank, plus activations: {_parts(parts, in_bytes)}"
 
 
 def _rate_words(config: Config) -> str:
     settings = config.optimizer
-    warmup = f"from 0 to {settings.lr:g} in {settings.warmup_steps:,} steps, " if settings.warmup_steps else ""
+    lr = _number(settings.lr)
+    warmup = f"warm-up over {_counted(settings.warmup_steps, 'step')}, then " if settings.warmup_steps else ""
     if decay := settings.step_decay:
-        return (
-            f"learning {warmup}{'then' if warmup else 'at'} {settings.lr:g}, times {decay.factor:g} at step "
-            f"{decay.start:,} and every {decay.every:,} after it"
-        )
-    then = "then " if warmup else ""
-    return f"learning {warmup}{then}a cosine from {settings.lr:g} to {settings.min_lr:g} at step {settings.steps:,}"
+        steps = f"step {decay.start:,} and every {_counted(decay.every, 'step')} after it"
+        return f"lr {warmup}{lr}, times {decay.factor:g} at {steps}"
+    return f"lr {warmup}cosine, {lr} to {_number(settings.min_lr)} at step {settings.steps:,}"
+
+
+def _number(value: float) -> str:
+    """Write a learning rate: 5e-4, 0.001."""
+    if value >= 1e-3 or not value:
+        return f"{value:g}"
+    mantissa, exponent = f"{value:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def _run_words(config: Config, dataset: ClipDataset, first_step: int) -> str:
@@ -175,10 +186,10 @@ def _run_words(config: Config, dataset: ClipDataset, first_step: int) -> str:
 
 
 def _visit_words(config: Config, dataset: ClipDataset) -> str:
-    """In epochs; the datasets of a mixture have epochs of their own."""
+    """Count epochs, or visits: each dataset of a mixture has its own epochs."""
     visits, (first, *others) = config.optimizer.steps * config.optimizer.batch, config.data.datasets
     if others:
-        return f"{visits:,} visits, {visits / len(dataset):.1f} a clip on average,"
+        return f"{visits:,} visits, {visits / len(dataset):.1f} per clip on average,"
     draws = (first.order or config.data.order).draws_per_epoch
     return f"{visits / (draws or len(dataset)):.1f} epochs" + (f" of {draws:,} draws" if draws else "")
 
@@ -188,9 +199,9 @@ def _time_words(config: Config, network: Network, world_size: int, gemm_rate: fl
     steps_s = [flops / (share * gemm_rate) for share in GOOD_SHARES]
     left = config.optimizer.steps - first_step
     if left <= 0:
-        return "no step is left to do"
+        return f"Run complete ({first_step}/{config.optimizer.steps} steps)"
     shares = " to ".join(f"{100 * share:.0f} %" for share in GOOD_SHARES)
     return (
-        f"{in_time(*steps_s)} a step, {in_time(*(left * step_s for step_s in steps_s))} for {left:,} steps, at "
-        f"{shares} of the {in_flop(gemm_rate)}/s that a rank does in matrix products; the log says what is achieved"
+        f"{in_time(*steps_s)} per step, {in_time(*(left * step_s for step_s in steps_s))} for {left:,} steps, at "
+        f"{shares} of a rank's {in_flop(gemm_rate)}/s in matrix products; the log reports what is achieved"
     )

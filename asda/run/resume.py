@@ -1,97 +1,76 @@
-"""What may differ when a run goes on, and what may not.
+"""Resume a run from a checkpoint: what may differ, and what must not.
 
-    for line in check_continuation(folder, saved, config):
-        log.say(line)          # changed since step-0005000: engine.zero_stage 1 -> 3
-
-A value decides when another one would give other weights in exact arithmetic: then the two runs are not one, and the
-second is refused. What changes only the pace, the places, the messages or the order of sums may change, and is said.
-Noise for dropped blocks and masked tokens is drawn for each rank, so it is another one where ranks or micro-batches
-are; its distribution stays.
+A value decides if another one would give other weights in exact arithmetic. Then the two would not be one run, and the
+second is refused. Values that affect only speed, places, messages or the order of sums may change, and are reported;
+their fields in asda/config are of type MayChange. Dropped blocks and masking noise are drawn for each rank: other ranks
+or micro-batches draw other noise of the same distribution.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
+from asda.checkpoint.read import State, read_state
+from asda.config.base import MAY_CHANGE, Section, sections_of
 from asda.config.data import MixedData
 from asda.config.run import Config
+from asda.data.clips import ClipDataset
 from asda.data.remote.fetch import shareable, without_credentials
 from asda.errors import UserError
 
 MAX_VALUE_CHARS = 60  # of a value in a message
 
-# Keys, and sections of which every key counts. A test sorts each key of the configuration into one of the two sets; at
-# run time a key that is in neither decides.
-DECIDING = frozenset(
-    {
-        "objective",
-        "model",
-        "optimizer",
-        "data.train",  # which splits and which shares; their folders may move, because shards are compared by hash
-        "data.frames",
-        "data.crop",
-        "data.log_mel",
-        "data.pad_log_mel",
-        "data.padding",
-        "data.augment",
-        "data.order",
-        "data.group_shards",
-        "engine.precision",  # more than the order of sums: what a weight can be
-        "run.seed",
-    }
-)
-MAY_CHANGE = frozenset(
-    {
-        "_about",
-        "preset",  # with the size a name for values that are compared one by one
-        "size",
-        "data.valid",  # seen by evaluations alone
-        "data.test",
-        "data.device",  # two ways to compute the same log-mel
-        "data.workers",
-        "data.threads",
-        "data.prefetch",
-        "data.timeout_s",
-        "data.max_damaged",
-        "data.cache",
-        "data.cache_gib",
-        "engine.attention",  # the same function, computed in another order
-        "engine.zero_stage",
-        "engine.micro_batch",  # the clips of a step stay the same
-        "engine.activation_checkpointing",
-        "engine.offload_optimizer",
-        "engine.timeout_s",
-        "run.folder",
-        "run.log_every",
-        "run.save_every",
-        "run.eval_every",
-        "run.keep",
-        "run.keep_best",
-        "run.on_failed_save",
-        "run.max_bad_steps",
-        "run.check_replicas_every",
-        "run.min_target_spread",
-        "run.min_prediction_spread",
-        "run.wandb",
-        "probe",  # judges the teacher and teaches it nothing
-        "resume",
-    }
-)
+
+def open_checkpoint(
+    folder: Path, config: Config, dataset: ClipDataset, world_size: int
+) -> tuple[Config, State, list[str]]:
+    """Read the checkpoint that a run resumes from, and compare the two.
+
+    Args:
+        folder: the newest intact checkpoint of config.run.folder.
+        config: the run, resolved as the saved one is (data.log_mel in figures).
+        dataset: its training clips.
+        world_size: its ranks.
+
+    Returns:
+        The configuration and the state of the checkpoint, and lines that say what has changed since.
+
+    Raises:
+        UserError: something that decides the weights has changed, or resuming is not wanted.
+    """
+    if config.resume == "never":
+        raise UserError(
+            f"{config.run.folder} already has a checkpoint, and resume is never; give another run.folder or resume=auto"
+        )
+    saved, state = read_state(folder, to_resume=True)
+    changed = check_settings(folder, saved, config)
+    if state.data_fingerprint != dataset.fingerprint:
+        raise UserError(
+            f"the shards of {config.data.train} differ from those that {folder} was trained on; give another run.folder"
+        )
+    if state.vocabulary != dataset.vocabulary:
+        raise UserError(
+            f"the shards of {config.data.train} have other classes, or the same in another order, than those that "
+            f"{folder} was trained on. Make the shards again with the same --labels FILE, or give another run.folder"
+        )
+    if state.world_size != world_size:
+        changed.append(f"changed since {folder.name}: ranks {state.world_size} -> {world_size}")
+    return saved, state, [f"resuming from {folder}: {state.step} of {config.optimizer.steps} steps are done", *changed]
 
 
-def check_continuation(folder: Path, saved: Config, config: Config) -> list[str]:
-    """Compare the run that a checkpoint belongs to with the one that is to go on from it.
+def check_settings(folder: Path, saved: Config, config: Config) -> list[str]:
+    """Compare the configuration of a checkpoint with the one that resumes from it.
 
     Args:
         folder: the checkpoint, for messages.
         saved: its configuration.
-        config: the new one, resolved as the saved one is (data.log_mel in figures).
+        config: the new one, resolved as the saved one is.
 
     Returns:
-        One line for every value that has changed and may; empty when nothing has.
+        One line for every value that has changed and may; empty if nothing has.
 
     Raises:
-        UserError: naming every value that decides and has changed, old -> new.
+        UserError: names every value that has changed and must not, old -> new.
     """
     lines = changes(saved, config)
     refused = [line for key, line in lines.items() if decides(key)]
@@ -105,19 +84,25 @@ def check_continuation(folder: Path, saved: Config, config: Config) -> list[str]
 
 
 def changes(saved: Config, config: Config) -> dict[str, str]:
-    """By key with dots, a line "key old -> new" for every value that differs."""
+    """Return a line "key old -> new" for every value that differs, by its dotted key."""
     theirs, ours = flattened(saved), flattened(config)
     changed = [key for key in dict.fromkeys([*theirs, *ours]) if theirs.get(key) != ours.get(key)]
     return {key: f"{key} {_shown(theirs, key)} -> {_shown(ours, key)}" for key in changed}
 
 
 def decides(key: str) -> bool:
-    """Whether a run with another value of this key (with dots) is another run."""
-    return not any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
+    """Return whether the value of a dotted key must stay the same; so must that of an unknown key."""
+    sections: list[type[Section]] = [Config]
+    for part in key.split("."):
+        fields = [f for section in sections for n, f in section.model_fields.items() if part in (n, f.alias)]
+        if any(MAY_CHANGE in field.metadata for field in fields):
+            return False
+        sections = [section for field in fields for section in sections_of(field.annotation)]
+    return True
 
 
 def flattened(config: Config) -> dict[str, Any]:
-    """Every value by its key with dots; data.train without the folders of its splits, as a list of its datasets."""
+    """Return every value by its dotted key; data.train as a list of its datasets, without the folders of its splits."""
     tree = config.model_dump(mode="json", by_alias=True)
     tree["data"]["train"] = [_without_folder(part) for part in config.data.datasets]
     return _leaves(tree)
@@ -143,7 +128,7 @@ def _specs(part: MixedData) -> list[str]:
 
 
 def _moved(folder: Path, saved: Config, config: Config) -> list[str]:
-    """A line when the shards stand elsewhere; their hashes are compared with the checkpoint's by the trainer."""
+    """Return a line if the shards have moved; open_checkpoint compares their hashes."""
     before, now = ([spec for part in c.data.datasets for spec in _specs(part)] for c in (saved, config))
     if before == now:
         return []
@@ -153,6 +138,6 @@ def _moved(folder: Path, saved: Config, config: Config) -> list[str]:
 
 
 def _shown(leaves: dict[str, Any], key: str) -> str:
-    """A value for a message: as JSON, cut where it is long, without the passwords that a location may hold."""
+    """Write a value for a message: as JSON, shortened, without the passwords that a location may hold."""
     text = json.dumps(shareable(leaves[key])) if key in leaves else "absent"
     return text if len(text) <= MAX_VALUE_CHARS else text[: MAX_VALUE_CHARS - 3] + "..."

@@ -1,13 +1,12 @@
-"""How a run ends before its last step: because it is asked to, or because another rank has gone.
+"""Stop a run before its last step, because a signal asks for it or because its launcher has ended.
 
-    with StopSignals() as stop, Heartbeat(processes):
+    with StopSignals() as stop:
         for step ...:
             ...
             if agree(processes, stop=bool(stop.asked))["stop"]:  # on all ranks in the same step
-                save a checkpoint, and wait until all ranks have
-                raise Stopped("...")
+                save a checkpoint, wait until all ranks have, raise Stopped("...")
 
-A signal to one rank stops all of them, each after the same step, so that none enters the checkpoint alone.
+A signal to one rank stops all of them after the same step, so that none saves alone.
 """
 
 import os
@@ -26,7 +25,7 @@ from asda.engine.processes import Processes
 from asda.errors import say
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-REPEAT_S = 3.0  # launchers send on what the whole group has got: within this time it is the same wish
+REPEAT_S = 3.0  # launchers forward signals that the whole group has got: within this time they are the same request
 WATCH_S = 1.0  # between looks at the launchers
 LAUNCHERS = {  # programs and modules that start ranks and wait for them
     "deepspeed", "ds", "deepspeed.launcher.runner", "deepspeed.launcher.launch",
@@ -35,47 +34,47 @@ LAUNCHERS = {  # programs and modules that start ranks and wait for them
 
 
 class StopSignals:
-    """Turns SIGTERM, SIGINT, SIGUSR1 and the death of a launcher into a wish that the loop reads: `asked`.
+    """Turns SIGTERM, SIGINT, SIGUSR1 and the death of a launcher into a request that the loop reads: `asked`.
 
-    A second signal ends the process at once, with 128 + its number. A thread hears them, not Python's handlers: those
-    wait for the main thread, which may be waiting in turn for a rank that has gone.
+    A second signal ends the process at once, with 128 + its number. A thread receives them. Python's handlers would
+    wait for the main thread, which may itself be waiting for a rank that has gone.
     """
 
     def __init__(self) -> None:
-        self.asked = ""  # what asked for the stop: "SIGTERM", or "the end of its launcher"; empty while nothing has
+        self.asked = ""  # what asked for a stop: "SIGTERM", or "the end of its launcher"; empty until then
         self._over = threading.Event()
         self._repeats_count = False
 
     def __enter__(self) -> Self:
         self._handlers = {number: signal.signal(number, _do_nothing) for number in STOP_SIGNALS}
-        self._ears, self._mouth = socket.socketpair()
-        self._mouth.setblocking(False)
-        self._wakeup = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        self._received, self._sent = socket.socketpair()
+        self._sent.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._sent.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="asda-signals", daemon=True).start()
         if launchers := launchers_above(psutil.Process()):
             threading.Thread(target=self._watch, args=(launchers,), name="asda-launchers", daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Hear nothing more. After a stop signals are ignored to the end, which a launcher may want to hasten."""
+        """Stop listening. After a stop, signals are ignored to the end, which a launcher may want to hasten."""
         self._over.set()
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
             signal.signal(number, signal.SIG_IGN if self.asked else handler)
-        self._mouth.close()
+        self._sent.close()
 
     def _listen(self) -> None:
-        """Take the numbers of signals as they come, until __exit__ closes the other end."""
-        with self._ears:
-            while numbers := self._ears.recv(1):
+        """Read the numbers of signals until __exit__ closes the other end."""
+        with self._received:
+            while numbers := self._received.recv(1):
                 if numbers[0] in STOP_SIGNALS:
-                    self._hear(signal.Signals(numbers[0]))
+                    self._receive(signal.Signals(numbers[0]))
 
-    def _hear(self, number: signal.Signals) -> None:
+    def _receive(self, number: signal.Signals) -> None:
         if not self.asked:
             self._ask(number.name)
         elif self._repeats_count:
-            say(f"{number.name} again: leaving at once; the last checkpoint stays as it is")
+            say(f"{number.name} again: stopping at once; the last checkpoint is not touched")
             os._exit(128 + number)
 
     def _ask(self, what: str) -> None:
@@ -84,8 +83,8 @@ class StopSignals:
         waking.daemon = True
         waking.start()
         say(
-            f"{what}: this step will be finished and saved, then the run stops; "
-            f"a signal after {REPEAT_S:g} s from now ends it at once"
+            f"{what}: the run finishes this step, saves a checkpoint and stops; "
+            f"a second signal after {REPEAT_S:g} s ends it at once"
         )
 
     def _watch(self, launchers: list[psutil.Process]) -> None:
@@ -97,9 +96,9 @@ class StopSignals:
 
 
 def launchers_above(process: psutil.Process) -> list[psutil.Process]:
-    """The launchers that a process descends from without others in between: deepspeed and its launch.py, torchrun.
+    """Return the launchers directly above a process: deepspeed and its launch.py, torchrun.
 
-    Not the shell above them: under nohup and setsid it ends, and the run goes on.
+    The shell above them does not count: under nohup and setsid it ends, and the run continues.
     """
     launchers = []
     for ancestor in process.parents():
@@ -112,7 +111,7 @@ def launchers_above(process: psutil.Process) -> list[psutil.Process]:
 
 
 def program_of(command_line: list[str]) -> str:
-    """What Python was told to run: a module's dotted name, or the last part of a script's path; "" of others."""
+    """Return what Python runs: a module's dotted name, or a script's file name; "" for other programs."""
     python, *others = command_line or [""]
     words = iter(others if "python" in os.path.basename(python) else [])
     for word in words:
@@ -131,13 +130,13 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def _do_nothing(*signal_and_frame: object) -> None:
-    """A handler, so that a signal is neither deadly nor ignored: what is ignored wakes no thread."""
+    """Handle a signal, so that it neither kills nor is ignored: an ignored signal wakes no thread."""
 
 
 def agree(processes: Processes, **flags: bool) -> dict[str, bool]:
-    """Whether any rank has raised each flag, the same answer on all ranks. All ranks call this together.
+    """Return for each flag whether any rank has raised it. All ranks call this together.
 
-    One exchange of as many bytes as there are flags, between the hosts' memories: no GPU waits for it.
+    They exchange a byte for each flag, between the hosts' memories: no GPU waits for it.
     """
     if processes.world_size == 1:
         return flags
@@ -148,5 +147,5 @@ def agree(processes: Processes, **flags: bool) -> dict[str, bool]:
 
 @cache
 def _host_group() -> Any:
-    """A gloo group of all ranks; made by all in their first call of `agree`."""
+    """Return a gloo group of all ranks; all make it in their first call of `agree`."""
     return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")

@@ -1,4 +1,4 @@
-"""What happened between two log lines: means of the loss's terms, pace, waiting, use of the machine, memory."""
+"""Throughput between two log lines: mean loss terms, clips per second, waiting for data, use of the machine, memory."""
 
 import resource
 import time
@@ -17,20 +17,20 @@ KIB = 2**10
 Item = TypeVar("Item")
 
 
-class Meter:
-    """Sums what the steps since the last figures brought, on the device: nothing waits for the device in between.
+class Throughput:
+    """Sums of the steps since the last figures, on the device, so that nothing waits for the device in between.
 
-    A step that was not applied (its loss or its gradient was not finite, or fp16's scale was too large) takes time and
-    is counted, but its terms stay out of the means: a single one would make all of them nan.
+    A step that was not applied (its loss or gradient was not finite, or fp16's scale was too large) takes time and is
+    counted. Its terms stay out of the means: one nan would spoil them all.
     """
 
     def __init__(self, processes: Processes, flops_per_clip: int, gemm_rate: float, skipped_steps: int = 0):
-        """Begin.
+        """Start the clock.
 
         Args:
-            processes: who takes part.
-            flops_per_clip: useful operations of a training step for one clip, as costs.network_costs counts them.
-            gemm_rate: operations a second that this rank's share of the machine can do, as costs.gemm_rate measures.
+            processes: all ranks.
+            flops_per_clip: useful operations of a training step for one clip, from costs.network_costs.
+            gemm_rate: operations per second of this rank's share of the machine, from costs.gemm_rate.
             skipped_steps: of the run so far.
         """
         self._processes, self._flops_per_clip, self._gemm_rate = processes, flops_per_clip, gemm_rate
@@ -49,20 +49,20 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out the time of an evaluation or a save."""
+        """Exclude the time of an evaluation or a save."""
         paused = time.monotonic()
         yield
         self._started += time.monotonic() - paused
 
     def wait_for(self, batches: Iterator[Item]) -> Item:
-        """The next batch; how long it took to come is counted."""
+        """Return the next batch, and count how long it took to come."""
         asked = time.monotonic()
         item = next(batches)
         self._waited_s += time.monotonic() - asked
         return item
 
     def add(self, terms: dict[str, Tensor], num_clips: int) -> None:
-        """Add a micro-batch of this rank to the step: scalars by name, the same names on all ranks."""
+        """Add a micro-batch of this rank to the step; terms are scalars, with the same names on all ranks."""
         for name, value in terms.items():
             value = value.detach().double()
             self._sums.setdefault(name, torch.zeros_like(value))
@@ -71,7 +71,7 @@ class Meter:
         self._num_clips += num_clips
 
     def end_step(self, *, applied: bool) -> None:
-        """The step is done, and the weights have moved, or not."""
+        """Count a step, and whether it changed the weights."""
         if applied:
             for name, value in self._of_step.items():
                 self._sums[name] += value
@@ -81,11 +81,11 @@ class Meter:
         self._num_in_step, self._of_step = 0, {}
 
     def figures(self) -> dict[str, float]:
-        """Figures since the last call, over all ranks, which call this together.
+        """Return the figures since the last call, over all ranks. All ranks call this together.
 
-        Terms are means over the micro-batches of applied steps, nan where there was none. `tflop_per_s` are useful
-        operations of all ranks, `gemm_share` what they are of what the ranks could do; `rss_gib` and `cuda_gib` are
-        peaks since the start, of the rank where they are highest.
+        Terms are means over the micro-batches of applied steps; nan if there was none. `tflop_per_s` counts useful
+        operations of all ranks, and `gemm_share` relates them to what the ranks could do. `rss_gib` and `cuda_gib` are
+        peaks since the start, of the rank that has the highest.
         """
         count = self._num_summed or float("nan")
         means = {name: value / count for name, value in zip(self._sums, _to_host(self._sums), strict=True)}
@@ -114,5 +114,5 @@ class Meter:
 
 
 def _to_host(values: dict[str, Tensor]) -> list[float]:
-    """All values in one transfer."""
+    """Copy all values in one transfer."""
     return torch.stack(list(values.values())).tolist() if values else []

@@ -119,7 +119,7 @@ def test_a_forged_checkpoint_is_refused_in_a_sentence_and_runs_nothing(tmp_path:
         forge(save(run, tiny_config(), 1), canary)
         try:
             folder = resolve_checkpoint(run)
-            read_state(folder, to_continue=True)
+            read_state(folder, to_resume=True)
             read_weights(folder, "model")
         except UserError as error:
             refused += len(str(error)) < 500  # a sentence does not repeat the file

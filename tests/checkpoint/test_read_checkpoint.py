@@ -34,7 +34,7 @@ def config() -> Config:
 def test_a_checkpoint_gives_back_what_was_saved(tmp_path: Path, config: Config) -> None:
     folder = save(tmp_path, config, 7)
     assert newest_checkpoint(tmp_path) == folder == resolve_checkpoint(tmp_path) == resolve_checkpoint(folder)
-    assert read_state(folder, to_continue=True) == (config, state_at(7))
+    assert read_state(folder, to_resume=True) == (config, state_at(7))
     for stem, tensors in files_at(7).items():
         for name, tensor in tensors.items():
             assert torch.equal(read_weights(folder, stem)[name], tensor)
@@ -212,7 +212,7 @@ def test_a_checkpoint_of_format_1_gives_its_weights_and_is_not_continued(tmp_pat
     assert read_state(folder)[1].step == 1
     assert torch.equal(read_weights(folder, "model")["w"], files_at(1)["model"]["w"])
     with pytest.raises(UserError, match="has format 1, whose optimizer state is in pickles"):
-        read_state(folder, to_continue=True)
+        read_state(folder, to_resume=True)
 
 
 def edit_state(folder: Path, **fields: object) -> None:
@@ -226,7 +226,7 @@ def test_a_run_in_another_order_of_clips_gives_its_weights_and_is_not_continued(
     edit_state(folder, order_version=99)
     assert read_state(folder)[1].step == 1
     with pytest.raises(UserError, match="data order 99"):
-        read_state(folder, to_continue=True)
+        read_state(folder, to_resume=True)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_a_folder_of_weights_gives_back_what_was_written(tmp_path: Path, descrip
     assert torch.equal(read_weights(folder, "teacher")["w"], torch.zeros(2))
 
 
-def test_weights_without_a_run_are_no_checkpoint_to_continue_or_evaluate(
+def test_weights_without_a_run_are_no_checkpoint_to_resume_or_evaluate(
     tmp_path: Path, description: Description
 ) -> None:
     write_weights(tmp_path / "weights", description, {"model": {"a": torch.zeros(2)}})

@@ -189,7 +189,7 @@ def test_a_board_that_fails_is_left_out_with_a_warning_and_the_run_goes_on(
         log._boards.append(Failing())
         log.record("train", 1, {"loss": 1.0})
         log.record("train", 2, {"loss": 1.0})
-    assert capsys.readouterr().err.count("the wall is told nothing more, because it failed: Connection lost") == 1
+    assert capsys.readouterr().err.count("the wall failed and gets no more figures: Connection lost") == 1
     assert [entry["step"] for entry in read_metrics(tmp_path, "train")] == [1, 2]
 
 
@@ -297,6 +297,6 @@ def test_an_alarm_that_lasts_is_said_at_most_every_ten_lines_with_a_count(tmp_pa
     said = [(entry["step"], entry["text"]) for entry in read_metrics(tmp_path, "warning")]
     assert said == [
         (1, "flat at 1"),
-        (1 + ALARM_EVERY, "flat at 11 (10 times by now)"),
-        (1 + 2 * ALARM_EVERY, "flat at 21 (20 times by now)"),
+        (1 + ALARM_EVERY, "flat at 11 (10 times so far)"),
+        (1 + 2 * ALARM_EVERY, "flat at 21 (20 times so far)"),
     ]

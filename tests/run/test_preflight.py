@@ -46,15 +46,15 @@ def test_the_published_recipe_is_summed_up() -> None:
         "preset      released, base\n",
         "data        1,912,134 clips in 900 shards, log-mel mean -4.268 std 4.569\n",
         "model       94,950,144 trainable parameters: encoder 92.36 M, decoder 2.586 M\n",
-        "10.24 s = 1024 frames = 512 patches: the teacher sees 513 tokens, 16 students 103 each, 1,648 together, ",
-        "drawn as 5 blocks of 5 x 5\n",
-        "arithmetic  1.175 TFLOP a clip: students",
-        "step        48 clips = 4 ranks x 1 accumulated x 12, 56.41 TFLOP; bf16, ZeRO stage 1, cpu\n",
+        "10.24 s = 1024 frames = 512 patches; teacher 513 tokens; 16 students x 103 tokens = 1,648, ",
+        "masked by 5 blocks of 5 x 5\n",
+        "arithmetic  1.175 TFLOP per clip: students",
+        "step        48 clips = 4 ranks x 1 accumulation step x micro-batch 12, 56.41 TFLOP; bf16, ZeRO stage 1, cpu\n",
         # (2 + 4 + 12 / 4) x 94,950,144 + (4 / 4 + 2) x 92,364,288 bytes
-        "memory      1.1 GiB a rank besides activations: weights 181 MiB, gradients 362 MiB, ",
-        "from 0 to 0.0005 in 106,666 steps, then a cosine from 0.0005 to 0 at step 800,000\n",
+        "memory      1.1 GiB per rank, plus activations: weights 181 MiB, gradients 362 MiB, ",
+        "schedule    lr warm-up over 106,666 steps, then cosine, 5e-4 to 0 at step 800,000\n",
         "800,000 steps = 20.1 epochs in runs/as2m; first log line 100, checkpoint 5,000\n",
-        "29 to 47 ms a step, 6.5 to 10 h for 800,000 steps, at 80 % to 50 % of the 600 TFLOP/s",
+        "29 to 47 ms per step, 6.5 to 10 h for 800,000 steps, at 80 % to 50 % of a rank's 600 TFLOP/s",
     ):
         assert words in table
 
@@ -64,9 +64,9 @@ def test_a_recipe_of_ast_is_summed_up() -> None:
     for words in (
         "preset      ast, base\n",
         "encoder 85.72 M, ham 85.3 M, head 39.99 k\n",
-        "5.12 s = 512 frames = 256 patches, seen as 50 x 12 overlapping ones, 602 tokens\n",
+        "5.12 s = 512 frames = 256 patches, overlapping: 50 x 12, 602 tokens\n",
         "explicit for clips of 602 tokens",
-        "learning at 1e-05, times 0.85 at step 170 and every 34 after it\n",
+        "schedule    lr 1e-5, times 0.85 at step 170 and every 34 steps after it\n",
     ):
         assert words in table
 
@@ -75,9 +75,9 @@ def test_a_recipe_of_ast_is_summed_up() -> None:
     ("name", "overrides", "words"),
     [
         ("as2m_asda", [], "600,000 steps = 144.0 epochs of 200,000 draws in runs/"),
-        ("as2m", [MIXTURE], "800,000 steps = 38,400,000 visits, 19.2 a clip on average, in runs/as2m;"),
-        ("as2m", ["data.frames=128"], "13 each, 208 together, drawn as single patches\n"),
-        ("as2m", ["optimizer.warmup_steps=0"], "learning a cosine from 0.0005 to 0 at step 800,000\n"),
+        ("as2m", [MIXTURE], "800,000 steps = 38,400,000 visits, 19.2 per clip on average, in runs/as2m;"),
+        ("as2m", ["data.frames=128"], "16 students x 13 tokens = 208, masked by single patches\n"),
+        ("as2m", ["optimizer.warmup_steps=0"], "lr cosine, 5e-4 to 0 at step 800,000\n"),
     ],
 )
 def test_epochs_are_those_of_the_order_and_masks_those_of_the_clip(name: str, overrides: list[str], words: str) -> None:
@@ -95,7 +95,7 @@ def test_a_run_that_goes_on_is_told_what_is_left_and_what_comes_next() -> None:
     assert "first log line 260, checkpoint 500, probe 300\n" in table
     assert "checkpoint 1,500, probe 1,500\n" in said(config, Clips(640, 3), 2, 8, 3e11, first_step=1480), "at the end"
     finished = said(config, Clips(640, 3), 2, 8, 3e11, first_step=1500)
-    assert "no step is left to do" in finished
+    assert "Run complete (1500/1500 steps)" in finished
     assert "checkpoint" not in finished
 
 
@@ -107,7 +107,7 @@ def test_a_classifier_has_classes_and_neither_students_nor_a_teacher() -> None:
     table = said(config, Clips(160, 2, 10), 2, 4, 3e11)
     assert "160 clips in 2 shards, 10 classes" in table
     assert "256 patches, 257 tokens\n" in table
-    assert "2 ranks x 2 accumulated x 4" in table
+    assert "2 ranks x 2 accumulation steps x micro-batch 4" in table
     assert "teacher" not in table
     assert "averages" not in table
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from asda.engine.processes import Processes
-from asda.run.throughput import Meter
+from asda.run.throughput import Throughput
 
 CPU = torch.device("cpu")
 ALONE = Processes(0, 1, CPU)
@@ -28,7 +28,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("asda.meter.time.monotonic", clock)
+    monkeypatch.setattr("asda.run.throughput.time.monotonic", clock)
     return clock
 
 
@@ -44,7 +44,7 @@ def terms(**values: float) -> dict[str, torch.Tensor]:
 
 
 def test_terms_are_means_over_the_micro_batches_of_the_steps_since_the_last_line(clock: Clock) -> None:
-    meter = Meter(ALONE, flops_per_clip=1, gemm_rate=1)
+    meter = Throughput(ALONE, flops_per_clip=1, gemm_rate=1)
     for step in ([1.0, 2.0], [3.0, 6.0]):
         for loss in step:
             meter.add(terms(loss=loss, spread=10 * loss), 4)
@@ -59,7 +59,7 @@ def test_terms_are_means_over_the_micro_batches_of_the_steps_since_the_last_line
 
 
 def test_a_mean_of_many_small_terms_keeps_the_digits_of_fp64(clock: Clock) -> None:
-    meter = Meter(ALONE, 1, 1)
+    meter = Throughput(ALONE, 1, 1)
     values = torch.rand(10_000, generator=torch.Generator().manual_seed(1)) + 1e4
     for value in values:
         meter.add({"loss": value}, 1)
@@ -71,7 +71,7 @@ def test_a_mean_of_many_small_terms_keeps_the_digits_of_fp64(clock: Clock) -> No
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
 def test_a_step_that_was_not_applied_is_counted_and_stays_out_of_the_means(bad: float, clock: Clock) -> None:
-    meter = Meter(ALONE, 1, 1, skipped_steps=5)
+    meter = Throughput(ALONE, 1, 1, skipped_steps=5)
     for loss, applied in ((2.0, True), (bad, False), (4.0, True)):
         meter.add(terms(loss=1.0 if applied else bad), 1)
         meter.add(terms(loss=loss), 1)
@@ -84,7 +84,7 @@ def test_a_step_that_was_not_applied_is_counted_and_stays_out_of_the_means(bad: 
 
 
 def test_a_line_about_skipped_steps_alone_has_every_figure_and_nan_for_the_terms(clock: Clock) -> None:
-    meter = Meter(ALONE, 1, 1)
+    meter = Throughput(ALONE, 1, 1)
     meter.add(terms(loss=math.nan), 1)
     meter.end_step(applied=False)
     clock.now_s += 1
@@ -94,7 +94,7 @@ def test_a_line_about_skipped_steps_alone_has_every_figure_and_nan_for_the_terms
 
 
 def test_rates_are_those_of_the_clock_and_pauses_are_left_out(clock: Clock) -> None:
-    meter = Meter(ALONE, flops_per_clip=3 * 10**12, gemm_rate=8e12)
+    meter = Throughput(ALONE, flops_per_clip=3 * 10**12, gemm_rate=8e12)
     for _ in range(2):
         for _ in range(3):
             meter.add(terms(loss=1.0), 5)
@@ -115,7 +115,7 @@ def test_waiting_for_data_is_a_time_and_a_share(clock: Clock) -> None:
             clock.now_s += 3
             yield number
 
-    meter, batches = Meter(ALONE, 1, 1), slow()
+    meter, batches = Throughput(ALONE, 1, 1), slow()
     assert [meter.wait_for(batches), meter.wait_for(batches)] == [0, 1]
     clock.now_s += 18
     figures = meter.figures()
@@ -123,7 +123,7 @@ def test_waiting_for_data_is_a_time_and_a_share(clock: Clock) -> None:
 
 
 def test_the_peak_of_memory_rises_with_what_the_process_has_touched() -> None:
-    meter = Meter(ALONE, 1, 1)
+    meter = Throughput(ALONE, 1, 1)
     before = meter.figures()["rss_gib"]
     touched = torch.ones(2**27)  # 0.5 GiB
     assert meter.figures()["rss_gib"] >= before
@@ -134,7 +134,7 @@ def test_the_peak_of_memory_rises_with_what_the_process_has_touched() -> None:
 
 def measured(processes: Processes) -> dict[str, float]:
     """One step of a rank: losses and clips differ, the pace does not."""
-    meter = Meter(processes, flops_per_clip=10**12, gemm_rate=1e12)
+    meter = Throughput(processes, flops_per_clip=10**12, gemm_rate=1e12)
     meter.add(terms(loss=1.0 + 2 * processes.rank), 4)
     meter.end_step(applied=True)
     meter._started -= 1000  # so that milliseconds do not count

@@ -1,4 +1,4 @@
-"""The best checkpoint: chosen on data.valid, kept, known after a kill, and judged on data.test."""
+"""The best checkpoint: chosen on data.valid, kept, known after a kill, and evaluated on data.test."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from asda.data.clips import ClipDataset
 from asda.data.datasets import open_held_out
 from asda.errors import UserError
 from asda.run.log import read_metrics
-from asda.run.validation import Best, best_so_far, check_choice
+from asda.run.validation import Best, best_so_far
 
 FINETUNE = ROOT / "configs" / "demo_finetune.json"
 
@@ -26,12 +26,12 @@ FINETUNE = ROOT / "configs" / "demo_finetune.json"
 def test_the_best_is_the_earliest_of_the_highest_figures_and_never_one_without_a_value() -> None:
     best = Best()
     for step, figure in enumerate([math.nan, 0.25, 0.5, 0.5, 0.375, math.nan, math.inf], 1):
-        best.see(step, figure)
+        best.update(step, figure)
     assert best == Best(3, 0.5)
     best.forget(2)
     assert best == Best(3, 0.5)
     best.forget(3)  # its save has failed
-    best.see(8, 0.125)
+    best.update(8, 0.125)
     assert best == Best(8, 0.125)
 
 
@@ -69,15 +69,14 @@ def test_clips_that_choose_or_are_learned_do_not_test_in_silence(shards: Path) -
 @pytest.mark.parametrize(
     ("config", "overrides", "sentence"),
     [
-        ("demo_finetune", ["run.keep_best=mAP", "data.valid="], "chooses by an evaluation; give data.valid"),
+        ("demo_finetune", ["run.keep_best=mAP", "data.valid="], "needs a validation metric; give data.valid"),
         ("demo_pretrain", ["run.keep_best=mAP"], "run.keep_best 'mAP' is for objective.kind classify"),
         ("demo_pretrain", ["data.test=x:y"], "data.test 'x:y' is for objective.kind classify"),
     ],
 )
 def test_a_choice_that_cannot_be_made_is_one_sentence(config: str, overrides: list[str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        check_choice(load_config(ROOT / "configs" / f"{config}.json", overrides))
-    check_choice(load_config(ROOT / "configs" / f"{config}.json"))
+        load_config(ROOT / "configs" / f"{config}.json", overrides)
 
 
 def test_the_best_checkpoint_outlives_newer_ones_until_there_is_a_better_one(tmp_path: Path) -> None:
@@ -111,7 +110,7 @@ def test_the_best_step_is_kept_judged_on_test_clips_and_the_same_after_a_kill(sh
     assert 1 < best < 8, "the choice is not the last step, or nothing is tested"
     rising = [step for step in range(1, 9) if figures[step - 1] > max(figures[: step - 1], default=-1)]
     assert steps_of(run) == sorted({*rising, 3, 6, 8}), "each step that was the best so far is saved"
-    assert f"best on {shards}:test, which chose it: step {best}, mAP {max(figures):.4f}" in told
+    assert f"best checkpoint on {shards}:test: step {best}, mAP {max(figures):.4f}" in told
     state = read_state(step_folder(run, 8))[1]
     assert (state.best_step, state.best_figure) == (best, max(figures))
 
