@@ -1,4 +1,4 @@
-"""asda: audio self-supervised learning with differential attention, from tar shards to tags.
+"""asda: pre-train audio encoders, fine-tune them as sound classifiers, and use them.
 
 import asda
 model = asda.load("runs/x")
@@ -18,16 +18,16 @@ def load(
     weights: Literal["student", "teacher"] = "student",
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> "Model":
-    """Open a trained or a converted model for features and tags; see asda.inference, which says what they are.
+    """Load a trained or converted model, for features and tags; asda.inference describes both.
 
     Args:
-        path: a run folder (its newest checkpoint counts), one of its checkpoints, or a folder of converted weights.
+        path: a run folder (its newest checkpoint is taken), a checkpoint, or a folder of converted weights.
         weights: "teacher" takes the EMA teacher of a pre-training checkpoint.
-        device: where the network computes; "auto" takes a GPU when there is one. Results are always on the CPU.
+        device: where the network computes; "auto" takes a GPU if there is one. Results are always on the CPU.
 
     Raises:
         asda.errors.UserError: there is no model at the path, or its weights do not fit its config.json.
     """
-    from asda.inference import load  # here, because it imports torch, which takes a second
+    from asda.inference import load  # imports torch, which takes a second
 
     return load(path, weights, device)

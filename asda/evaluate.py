@@ -1,7 +1,7 @@
 """Evaluate on held-out shards: deepspeed asda/evaluate.py --checkpoint runs/x --data shards/y:test
 
-Streams every clip exactly once over any number of ranks (plain `python asda/evaluate.py` is one rank), prints the
-figures of docs/evaluation.md, and writes them with a table of classes and a picture of the confusions.
+Evaluates each clip exactly once, on any number of processes (`asda evaluate` is one), prints the metrics of
+docs/evaluation.md, and writes them with a table of classes and a picture of the confusions.
 
 Shapes: B clips of a batch, N clips or patches, P pixels of a patch, X figures of a clip, K checkpoints, C classes.
 """
@@ -29,14 +29,24 @@ from asda.evaluation.metrics import summary
 from asda.evaluation.report import check_place, write_evaluation
 from asda.inference import mean_logits
 
+EPILOG = """examples:
+  asda evaluate --checkpoint runs/x --data shards/y:test
+  asda evaluate --checkpoint runs/x --best --chunks
+  asda evaluate --checkpoint runs/x --last 5 --average        (the run needs run.keep=5)
+  asda evaluate --checkpoint runs/a runs/b --ensemble
+  deepspeed --num_accelerators 2 asda/evaluate.py --checkpoint runs/x
+
+By default --out is evaluation.json in the run folder; evaluation_average.json or evaluation_ensemble.json if several
+checkpoints are combined; COPY_evaluation.json beside a checkpoint COPY outside a run folder."""
+
 
 def combined_logits(
     several: list[Member], dataset: ClipDataset, processes: Processes, *, ensemble: bool, chunks: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of one checkpoint, of the mean of several weights, or of the mean of several checkpoints' probabilities.
+    """Compute logits of one checkpoint, of the mean of several weights, or of the mean of several probabilities.
 
     Returns:
-        As logits_of_clips.
+        Logits and targets, [N, C], as logits_of_clips.
     """
     if not ensemble:
         weights = averaged(several) if len(several) > 1 else several[0].weights()
@@ -47,46 +57,46 @@ def combined_logits(
 
 
 def evaluate(several: list[Member], data: str | None, out: Path | None, *, ensemble: bool, chunks: bool) -> None:
-    """Evaluate checkpoints, print the figures and write the files of asda.evaluation.report."""
+    """Evaluate checkpoints, print the figures, and write the files of asda.evaluation.report."""
     processes = join_processes()
     several = those_of_the_first_rank(several)
     newest = several[-1]
-    judged_on = data or newest.config.data.test or newest.config.data.valid
-    if not judged_on:
-        raise UserError(f"{newest.folder} names no held-out data; give --data FOLDER:SPLIT")
+    specs = data or newest.config.data.test or newest.config.data.valid
+    if not specs:
+        raise UserError(f"{newest.folder} has neither data.test nor data.valid; give --data FOLDER:SPLIT")
     way = ("ensemble" if ensemble else "average") if len(several) > 1 else ""
     out = out or default_out(newest.folder, way)
     if processes.is_first:
         check_place(out)  # the only rank that writes
-    dataset = held_out(newest.config, newest.state.vocabulary, judged_on)
+    dataset = held_out(newest.config, newest.state.vocabulary, specs)
     logits_NC, targets_NC = combined_logits(several, dataset, processes, ensemble=ensemble, chunks=chunks)
     leave_processes()
     _check_values(logits_NC, newest.folder)
     if not processes.is_first:
         return
     figures = summary(logits_NC, targets_NC)
-    about = {"checkpoint": str(newest.folder), "data": judged_on, "step": newest.state.step, "chunks": chunks}
+    about = {"checkpoint": str(newest.folder), "data": specs, "step": newest.state.step, "chunks": chunks}
     if way:
         about |= {"combined": way, "of": [str(one.folder) for one in several]}
     try:  # first of all print: a disk may be full by now
-        print(*_which(several, way), _in_words(figures, judged_on), sep="\n", flush=True)
-    finally:  # also where nobody reads it
+        print(*_which(several, way), _in_words(figures, specs), sep="\n", flush=True)
+    finally:  # also if nobody reads it
         lines = write_evaluation(out, about, figures, logits_NC, targets_NC, dataset.vocabulary)
     print(*lines, sep="\n")
 
 
 def default_out(folder: Path, way: str) -> Path:
-    """In the run's folder; for a checkpoint that was copied elsewhere beside it, under its name."""
-    name = f"evaluation_{way}.json" if way else "evaluation.json"  # a report may need the one of a checkpoint alone
+    """Return the default of --out: in the run's folder; beside a checkpoint that is not in a run, under its name."""
+    name = f"evaluation_{way}.json" if way else "evaluation.json"  # a report may need both
     if folder.parent.name != "checkpoints":
-        folder = folder.resolve()  # "." and "x/.." have no names
-    if folder.parent.name == "checkpoints":  # of a run
+        folder = folder.resolve()  # "." and "x/.." have no name
+    if folder.parent.name == "checkpoints":
         return folder.parent.parent / name
     return folder.with_name(f"{folder.name}_{name}")
 
 
 def _which(several: list[Member], way: str) -> list[str]:
-    """Lines that say what is combined, if anything is."""
+    """Return lines that say what is combined, if anything is."""
     if not way:
         return []
     return [f"{way} of {len(several)} checkpoints", *(f"  step {one.state.step}  {one.folder}" for one in several)]
@@ -96,8 +106,8 @@ def _check_values(logits_NC: np.ndarray, folder: Path) -> None:
     bad = int(np.isnan(logits_NC).any(axis=1).sum())
     if bad:
         raise UserError(
-            f"{folder} gives no value (nan) for {bad} of {len(logits_NC)} clips, so there are no figures; is a weight "
-            "not finite? evaluate an earlier checkpoint"
+            f"{folder} gives nan for {bad} of {len(logits_NC)} clips, so there are no figures. A weight may be nan; "
+            "evaluate an earlier checkpoint"
         )
 
 
@@ -112,43 +122,23 @@ def _in_words(figures: dict[str, float | int], data: str | list[str]) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; sys.argv by default."""
+    """Parse the command line, sys.argv by default."""
     parser = argparse.ArgumentParser(
-        prog="asda/evaluate.py",
-        description="Accuracy, mAP, mAUC and d-prime of fine-tuned checkpoints on held-out shards.",
-        epilog="examples:\n"
-        "  deepspeed --num_accelerators 2 asda/evaluate.py --checkpoint runs/x --data shards/y:test\n"
-        "  python asda/evaluate.py --checkpoint runs/x --best --chunks\n"
-        "  python asda/evaluate.py --checkpoint runs/x --last 5 --average     (the run needs run.keep=5)\n"
-        "  python asda/evaluate.py --checkpoint runs/a runs/b --ensemble",
+        prog="asda evaluate",
+        description="Compute accuracy, mAP, mAUC and d-prime of fine-tuned checkpoints on held-out shards.",
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--checkpoint", required=True, type=Path, nargs="+", help="run folders (the newest of each), or checkpoints"
-    )
+    parser.add_argument("--checkpoint", required=True, type=Path, nargs="+", help="checkpoints, or runs (the newest)")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--last",
-        type=_positive,
-        default=0,
-        metavar="N",
-        help="the newest N checkpoints of the run, without an older one that is kept only as its best",
-    )
-    which.add_argument("--best", action="store_true", help="of each run the one that run.keep_best has kept")
+    which.add_argument("--last", type=_positive, default=0, metavar="N", help="the newest N checkpoints of the run")
+    which.add_argument("--best", action="store_true", help="the best checkpoint of each run (run.keep_best)")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--average", action="store_true", help="one network with the mean of all their weights")
-    how.add_argument("--ensemble", action="store_true", help="the mean of all their probabilities")
-    parser.add_argument(
-        "--chunks",
-        action="store_true",
-        help="hear long clips to the end, in chunks of data.frames, by the mean of their probabilities",
-    )
-    parser.add_argument("--data", help="FOLDER:SPLIT; default: the run's own data.test, else its data.valid")
-    parser.add_argument(
-        "--out", type=Path, help="the JSON file, beside which the table and the picture go; default: evaluation.json "
-        "in the run folder (for a copy of a checkpoint COPY_evaluation.json beside it), or evaluation_average.json, "
-        "evaluation_ensemble.json"
-    )  # fmt: skip
+    how.add_argument("--average", action="store_true", help="one network with the mean of all weights")
+    how.add_argument("--ensemble", action="store_true", help="the mean of the probabilities of all")
+    parser.add_argument("--chunks", action="store_true", help="score long clips in full, averaging over chunks")
+    parser.add_argument("--data", help="FOLDER:SPLIT; default: the run's data.test, else its data.valid")
+    parser.add_argument("--out", type=Path, help="the JSON file; the table and the picture go beside it")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
     return parser.parse_args(argv)
 
@@ -160,21 +150,21 @@ def _positive(text: str) -> int:
 
 
 def _check_way(number: int, args: argparse.Namespace) -> None:
-    """Raise UserError where several checkpoints are not told how to be combined, or one cannot be."""
+    """Raise UserError if several checkpoints come without a way to combine them, or one with a way."""
     if number > 1 and not (args.average or args.ensemble):
         raise UserError(
-            f"{number} checkpoints are named; say how to combine them: --average of their weights, or --ensemble "
-            "of their probabilities"
+            f"{number} checkpoints are named; combine them with --average (of their weights) or --ensemble (of their "
+            "probabilities)"
         )
     if number == 1 and (args.average or args.ensemble):
         raise UserError(
-            f"{'--average' if args.average else '--ensemble'} combines several checkpoints, and 1 is named; give "
-            "--last N for the newest N of a run, or more of them in --checkpoint"
+            f"{'--average' if args.average else '--ensemble'} combines several checkpoints, but 1 is named; give "
+            "--last N for the newest N of a run, or name more in --checkpoint"
         )
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Evaluate what the command line asks for."""
+    """Parse the command line and evaluate."""
     args = parse_args(argv)
     several = members(args.checkpoint, last=args.last, best=args.best)
     _check_way(len(several), args)

@@ -1,18 +1,18 @@
-"""A trained network as a function of audio: features, tags, and tags over time.
+"""Use a trained network on audio: features, tags, and tags over time.
 
     model = asda.load("runs/x")
-    features = model.features(audio, 48_000)  # embeddings of patches, of frames, of the whole
+    features = model.features(audio, 48_000)  # embeddings of patches, of frames, of the clip
     tags = model.tags(audio, 48_000, top=5)
     timeline = model.timeline(audio, 48_000, window_s=2.0, hop_s=1.0)
 
 1. wave       mean over channels, 16 kHz                asda.data.audio.arrays
-2. chunks     stretches as long as those trained on     `cut`
+2. chunks     as long as the clips in training          `cut`
 3. log-mel    Kaldi's, minus its mean, over 2 std       `Model.log_mel`, asda.data.features.fbank
 4. network    chunks in batches of bounded size         `Model.encode_log_mel`, `Model.logits_of_log_mel`
 5. clip       chunks joined, or averaged                `Model.features`, `Model.logits`
 
-Steps 1 and 3 are those of the official feature extraction (EAT, ASDA). What a clip gives does not depend on the clips
-beside it in a list, but for the rounding of fp32. Memory does not grow with a clip's length, but for the clip itself
+Steps 1 and 3 are those of the official feature extraction (EAT, ASDA). The results of a clip do not depend on the other
+clips in a list, except for the rounding of fp32. Memory does not grow with a clip's length, except for the clip itself
 and its features.
 
 Shapes: B chunks, S samples, T frames of a log-mel (or time patches of a clip), M mel bins, F mel patches, N patches, P
@@ -45,7 +45,7 @@ from asda.models.classifier import Classifier, make_encoder
 from asda.models.encoder import Encoder
 
 FRAMES_PER_S = SAMPLE_RATE_HZ // FRAME_SHIFT  # 100
-PATCHES_AT_ONCE = 2048  # of all chunks in a batch: 4 chunks of 10.24 s
+PATCHES_AT_ONCE = 2048  # in a batch: 4 chunks of 10.24 s
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -55,14 +55,14 @@ class Features:
     """Embeddings of one clip; fp32, on the CPU."""
 
     patches: Tensor  # [T, F, D], one per patch of 16 frames x 16 mel bins (AST's overlap); low frequencies first
-    frames: Tensor  # [T, D], their means over the mel patches
-    utterance: Tensor  # [D], the CLS token; AST's is the mean of CLS and DIST
-    times_s: Tensor  # [T], the centre of what each step sees
+    frames: Tensor  # [T, D], means over the mel patches
+    utterance: Tensor  # [D], the CLS token; for AST the mean of CLS and DIST
+    times_s: Tensor  # [T], the centre of each time patch
 
 
 @dataclass(frozen=True)
 class Tag:
-    """A class, and how probable it is that the clip has it."""
+    """A class and its probability."""
 
     label: str
     probability: float
@@ -78,7 +78,7 @@ class Timeline:
 
 
 def load(path: str | Path, weights: Which = "student", device: Device = "auto") -> "Model":
-    """Do what asda.load describes."""
+    """Load a model; asda.load describes the arguments."""
     if weights not in ("student", "teacher"):
         raise UserError(f"weights {weights!r} must be 'student' or 'teacher'")
     place = _checked_device(device)
@@ -104,24 +104,24 @@ def _classifier(description: Description, folder: Path) -> Classifier:
 
 
 class Model:
-    """A network, and all that makes its input of audio. Made by asda.load; never trains, keeps no state between calls.
+    """A network, and all that turns audio into its input. asda.load makes it; it keeps no state between calls.
 
-    Everywhere below, `audio` is a numpy array or a tensor, [S] or [channels, S] (averaged), of floats with full scale 1
-    or of int16; 0.025 s or longer. Where a list of clips may stand in its place, a list of results comes back.
-    `sample_rate_hz` is a whole number from 1000 to 768000. Results are fp32, on the CPU, and fit for training on.
-    UserError says what is wrong with an argument: a shape, a sample that is not finite, a clip that is too short.
+    In all methods `audio` is a numpy array or a tensor, [S] or [channels, S] (averaged), of floats with full scale 1 or
+    of int16, and at least 0.025 s long. If a method accepts a list of clips, it returns a list of results.
+    `sample_rate_hz` is a whole number from 1000 to 768000. Results are fp32, on the CPU, and other networks may be
+    trained on them. UserError says what is wrong with an argument: a shape, a sample that is not finite, a short clip.
 
     Attributes:
-        folder: where the weights came from, of a run the checkpoint.
+        folder: the checkpoint or the folder of weights.
         description: the network's sizes, its input and its objective.
-        labels: class names in the order of the logits; empty where there is no classifier.
+        labels: class names in the order of the logits; empty without a classifier.
         width: features of an embedding, D.
         depth: blocks of the encoder.
-        hop_s: from a time patch to the next, 0.16 s; 0.1 s of AST.
-        chunk_s: the stretch that the network sees at once, as long as the clips it was trained on; 10.24 s by default.
+        hop_s: seconds from a time patch to the next: 0.16; AST 0.1.
+        chunk_s: seconds that the network sees at once, the length of its training clips; 10.24 by default.
     """
 
-    sample_rate_hz = SAMPLE_RATE_HZ  # to which all audio is resampled
+    sample_rate_hz = SAMPLE_RATE_HZ  # all audio is resampled to it
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class Model:
         classifier: Classifier | None,
         device: torch.device,
     ):
-        """Take loaded modules; `encoder` is the classifier's where there is one."""
+        """Take loaded modules; `encoder` is that of the classifier, if there is one."""
         self.folder = folder
         self.description = description
         self.labels: tuple[str, ...] = description.labels if classifier else ()
@@ -144,7 +144,7 @@ class Model:
         self._classifier = classifier.to(device).eval().requires_grad_(False) if classifier else None
         self._device = device
         self._patch, self._chunk = model.patch, description.data.frames  # frames
-        self._num_bands = model.mel_bins // model.patch  # patches of the data, one above the other
+        self._num_bands = model.mel_bins // model.patch  # mel patches of the data
 
     @overload
     def features(self, audio: Audio, sample_rate_hz: float, layer: int | None = None) -> Features: ...
@@ -153,18 +153,17 @@ class Model:
     def features(
         self, audio: Audio | Sequence[Audio], sample_rate_hz: float, layer: int | None = None
     ) -> Features | list[Features]:
-        """Embeddings of clips of any length.
+        """Compute embeddings of clips of any length.
 
-        A clip of T frames (of 25 ms every 10 ms) is cut every `chunk_s`. A chunk holds the samples that its frames
-        need: neighbours share 15 ms, and no frame is lost, only samples behind the last whole one. Each chunk is
-        encoded by itself: its own mean is removed, its positions begin at 0, and its last frames are filled up to a
-        whole patch with data.pad_log_mel (of AST, to a whole chunk, of which the patches that begin behind the clip
-        are left out). So the features of a clip are those of its chunks, one after the other; the
-        utterance embedding is the mean of theirs, weighted by their number of patches.
+        A clip of T frames (25 ms long, every 10 ms) is cut every `chunk_s`. A chunk has the samples that its frames
+        need: neighbours share 15 ms, and no frame is lost, only samples after the last whole one. Each chunk is encoded
+        by itself: its own mean is removed, its positions begin at 0, and its end is padded to a whole patch with
+        data.pad_log_mel (for AST to a whole chunk, without the patches that begin after the clip). The features of a
+        clip are those of its chunks in sequence. The utterance embedding is their mean, weighted by their patches.
 
         Args:
-            audio: a clip, or a list of them.
-            sample_rate_hz: of the clip, or of all of them.
+            audio: a clip, or a list of clips.
+            sample_rate_hz: of the clip, or of all clips.
             layer: 0 is the input of the first block, `depth` (the default) the output of the last.
         """
         depth = self._checked_layer(layer)
@@ -178,17 +177,16 @@ class Model:
     @overload
     def logits(self, audio: Sequence[Audio], sample_rate_hz: float) -> list[Tensor]: ...
     def logits(self, audio: Audio | Sequence[Audio], sample_rate_hz: float) -> Tensor | list[Tensor]:
-        """Logits [C] of clips of any length; their sigmoid (bce) or softmax (ce) gives the clip's probabilities.
+        """Compute logits [C] of clips of any length; their sigmoid (bce) or softmax (ce) gives probabilities.
 
-        A clip is cut as for `features`. One that is a single chunk is filled up with data.pad_log_mel to the length
-        that the network was trained on: its logits are those that asda/evaluate.py computes. A longer clip has the
-        mean of its chunks' probabilities, weighted by their frames, and as logits the log-odds (bce) or the logarithms
-        (ce) of that mean; its last chunk is filled up to a whole patch only (of AST, which knows one length, like a
-        short clip).
+        A clip is cut as for `features`. A single chunk is padded with data.pad_log_mel to the length of the training
+        clips: its logits are those of asda/evaluate.py. A longer clip gets the mean of its chunks' probabilities,
+        weighted by their frames; its logits are the log-odds (bce) or the logarithms (ce) of that mean. Its last chunk
+        is padded to a whole patch only (for AST, which has one length, like a short clip).
 
         Args:
-            audio: a clip, or a list of them.
-            sample_rate_hz: of the clip, or of all of them.
+            audio: a clip, or a list of clips.
+            sample_rate_hz: of the clip, or of all clips.
         """
         self._check_classifier()
         clips = [cut(wave_S, self._chunk, self._chunk) for wave_S in to_waves(audio, sample_rate_hz)]
@@ -200,12 +198,12 @@ class Model:
     @overload
     def tags(self, audio: Sequence[Audio], sample_rate_hz: float, top: int = 10) -> list[list[Tag]]: ...
     def tags(self, audio: Audio | Sequence[Audio], sample_rate_hz: float, top: int = 10) -> list[Tag] | list[list[Tag]]:
-        """The most probable classes of clips of any length, the first the most probable.
+        """Return the most probable classes of clips of any length, the most probable first.
 
         Args:
-            audio: a clip, or a list of them; see `logits` for what becomes of long ones.
-            sample_rate_hz: of the clip, or of all of them.
-            top: how many, at most.
+            audio: a clip, or a list of clips; `logits` says how long ones are scored.
+            sample_rate_hz: of the clip, or of all clips.
+            top: most classes per clip.
         """
         if isinstance(top, bool) or not isinstance(top, Integral) or top < 1:
             raise UserError(f"top {top!r} must be a whole number, 1 or more")
@@ -216,16 +214,16 @@ class Model:
     def timeline(
         self, audio: Audio, sample_rate_hz: float, window_s: float | None = None, hop_s: float | None = None
     ) -> Timeline:
-        """Probabilities of the classes in windows that follow each other through a clip.
+        """Compute probabilities of the classes in consecutive windows of a clip.
 
-        Windows are heard as the chunks of a long clip are, see `logits`. The first begins with the clip, and the last
-        is the first that reaches its end, where it is cut. Short windows tell times apart better and classes worse.
+        Windows are scored like the chunks of a long clip, see `logits`. The first begins with the clip; the last is the
+        first that reaches its end, and is cut there. Short windows separate times better and classes worse.
 
         Args:
             audio: one clip.
             sample_rate_hz: of the clip.
-            window_s: length, in whole frames of 0.01 s, at most chunk_s, which is the default.
-            hop_s: from the start of a window to the next, at most window_s, which is the default.
+            window_s: length, rounded to frames of 0.01 s; at most chunk_s, the default.
+            hop_s: from the start of a window to the next; at most window_s, the default.
         """
         self._check_classifier()
         window = self._in_frames("window_s", window_s, self._chunk)
@@ -239,9 +237,9 @@ class Model:
         return Timeline((starts_W / FRAMES_PER_S).float(), (ends_W / FRAMES_PER_S).float(), probabilities_WC)
 
     def log_mel(self, audio: Audio, sample_rate_hz: float) -> Tensor:
-        """The log-mel of one clip as the network takes it, (log-mel - mean) / (2 std): [T, 128], nothing padded.
+        """Compute the log-mel of one clip as the network needs it, (log-mel - mean) / (2 std): [T, 128], not padded.
 
-        T is the number of frames of 25 ms every 10 ms that lie wholly within the clip.
+        T counts the frames of 25 ms, every 10 ms, that lie within the clip.
 
         Args:
             audio: one clip.
@@ -250,21 +248,21 @@ class Model:
         return self._normalised(log_mel_of_wave(to_wave(audio, sample_rate_hz)))
 
     def encode_log_mel(self, mel_BTM: Tensor, layer: int | None = None) -> Tensor:
-        """The encoder's tokens [B, 1 + N, D], CLS first, then patches frame by frame (number = time * F + mel).
+        """Compute the encoder's tokens [B, 1 + N, D]: CLS, then patches frame by frame (number = time * F + mel).
 
-        Of AST [B, 2 + N, D], CLS and DIST first, then patches band by band (number = mel * T + time).
+        AST has [B, 2 + N, D]: CLS, DIST, then patches band by band (number = mel * T + time).
 
         Args:
-            mel_BTM: normalised log-mel as from `log_mel`; T a multiple of the patch's 16 frames, of AST exactly those
-                trained on. Nothing is padded.
+            mel_BTM: normalised log-mel as from `log_mel`. T is a multiple of the patch's 16 frames; for AST it is the
+                length of the training clips. Nothing is padded.
             layer: as for `features`.
         """
         self._check_log_mel(mel_BTM)
-        # A copy, because nothing can be trained on what inference_mode makes; the others join or copy it too.
+        # A copy, because no network can be trained on tensors of inference_mode; the others copy or join them too.
         return self._encode(mel_BTM, self._checked_layer(layer)).clone()
 
     def logits_of_log_mel(self, mel_BTM: Tensor) -> Tensor:
-        """Logits [B, C].
+        """Compute logits [B, C].
 
         Args:
             mel_BTM: as for `encode_log_mel`.
@@ -279,12 +277,12 @@ class Model:
 
     @property
     def encoder(self) -> Encoder | AstEncoder:
-        """The network without its classifier, on its device, in eval mode; for reading, nothing trains it."""
+        """The network without its classifier, on its device, in eval mode; read it, but do not train it."""
         return self._encoder
 
     @torch.inference_mode()
     def _encode(self, mel_BTM: Tensor, depth: int, present_BN: Tensor | None = None) -> Tensor:
-        """The output of block number `depth`, counted from 1, on the CPU."""
+        """Compute the output of block number `depth`, counted from 1, on the CPU."""
         present_BN = None if present_BN is None else present_BN.to(self._device)
         return self._encoder(self._patches(mel_BTM), present_BN=present_BN, depth=depth).float().cpu()
 
@@ -294,12 +292,12 @@ class Model:
         return self._classifier(self._patches(mel_BTM)).cpu()
 
     def _patches(self, mel_BTM: Tensor) -> Tensor:
-        """[B, N, P] on the device: time-major, the pixels of a patch frame by frame."""
+        """Cut into patches [B, N, P] on the device: time-major, the pixels of a patch frame by frame."""
         blocks = mel_BTM.to(self._device, torch.float32).unflatten(1, (-1, self._patch)).unflatten(3, (-1, self._patch))
         return blocks.transpose(2, 3).flatten(3).flatten(1, 2)
 
     def _encode_chunks(self, chunks: list[Tensor], depth: int) -> list[Tensor]:
-        """Tokens [1 + N, D] of each chunk, CLS first, patches frame by frame, however many the others have."""
+        """Compute tokens [1 + N, D] of each chunk: CLS, then patches frame by frame. N may differ between chunks."""
         if isinstance(self._encoder, AstEncoder):
             tokens_BSD = self._encode(self._stack(chunks, self._chunk), depth)
             frames = [num_frames(len(chunk_S)) for chunk_S in chunks]
@@ -311,31 +309,32 @@ class Model:
         return [tokens_ND[: 1 + size] for tokens_ND, size in zip(tokens_BND, sizes, strict=True)]
 
     def _in_time(self, tokens_SD: Tensor, frames: int) -> Tensor:
-        """AST's tokens of a chunk as those of ASDA: what stands for the clip, then the patches that it has by time."""
+        """Order AST's tokens of a chunk as ASDA's: the token for the clip, then the patches by time."""
         special_KD, patches_ND = tokens_SD.tensor_split([self._encoder.num_special])
         patches_TFD = patches_ND.unflatten(0, (self._encoder.num_mel_patches, -1)).transpose(0, 1)
         patches_TFD = patches_TFD[: math.ceil(frames / self._stride)]
         return torch.cat([special_KD.mean(0, keepdim=True), patches_TFD.flatten(0, 1)])
 
     def _stretch_logits(self, clips: list[list[Tensor]]) -> Iterator[Tensor]:
-        """Logits [C] of each stretch of each clip. What is a clip by itself is filled up to the length trained on; a
-        part of one only to a whole patch: a network that has seen little padding takes it for a sound. So is every
-        clip for a network that was trained with masked padding.
+        """Compute logits [C] of each stretch of each clip.
+
+        A whole clip is padded to the length of the training clips, a part of one only to a whole patch: a network that
+        has seen little padding takes it for a sound. For masked padding every clip is padded to a whole patch.
         """
-        sized = ((self._heard_frames(one, len(stretches)), one) for stretches in clips for one in stretches)
+        sized = ((self._padded_frames(one, len(stretches)), one) for stretches in clips for one in stretches)
         for frames, group in groupby(sized, key=itemgetter(0)):
             num_patches = frames // self._patch * self._num_bands
             for batch in in_batches((one for _, one in group), lambda _, size=num_patches: size):
                 yield from self._classify(self._stack(batch, frames)).clone()
 
-    def _heard_frames(self, stretch_S: Tensor, num_stretches: int) -> int:
+    def _padded_frames(self, stretch_S: Tensor, num_stretches: int) -> int:
         whole_patches = self._num_patches(stretch_S) // self._num_bands * self._patch
         is_filled = num_stretches == 1 and self.description.data.padding == "constant"
         is_filled |= isinstance(self._encoder, AstEncoder)
         return self._chunk if is_filled else whole_patches
 
     def _stack(self, chunks: list[Tensor], frames: int) -> Tensor:
-        """Normalised log-mels of waves [S], filled up to `frames` frames: [B, T, M]."""
+        """Compute normalised log-mels of waves [S], padded to `frames` frames: [B, T, M]."""
         padding = self._normalised(torch.tensor(self.description.data.pad_log_mel))
         mel_BTM = padding.repeat(len(chunks), frames, self.description.model.mel_bins)
         for mel_TM, chunk_S in zip(mel_BTM, chunks, strict=True):
@@ -350,7 +349,7 @@ class Model:
         return math.ceil(num_frames(len(chunk_S)) / self._patch) * self._num_bands
 
     def _join(self, tokens: list[Tensor]) -> Features:
-        """One clip of its chunks' tokens [1 + N, D]."""
+        """Join the tokens [1 + N, D] of a clip's chunks."""
         chunks_TFD = [tokens_ND[1:].unflatten(0, (-1, self._encoder.num_mel_patches)) for tokens_ND in tokens]
         patches_TFD = torch.cat(chunks_TFD)
         weight_K = torch.tensor([len(tokens_ND) - 1.0 for tokens_ND in tokens])
@@ -382,7 +381,7 @@ class Model:
 
     def _check_classifier(self) -> None:
         if self._classifier is None:
-            raise UserError("this model has features but no classifier; fine-tune it, and load what comes of that")
+            raise UserError("this model has no classifier, only features; fine-tune it, and load the fine-tuned run")
 
     def _checked_layer(self, layer: int | None) -> int:
         if layer is None:
@@ -395,7 +394,7 @@ class Model:
         return int(layer)
 
     def _in_frames(self, name: str, seconds: float | None, most: int) -> int:
-        """A stretch of time in frames; `most` where none is given."""
+        """Convert a length in seconds to frames; `most` by default."""
         if seconds is None:
             return most
         frames = round(seconds * FRAMES_PER_S) if math.isfinite(seconds) else 0
@@ -420,9 +419,9 @@ class Model:
 
 
 def mean_logits(logits: Tensor, weight_K: Tensor, loss: str) -> Tensor:
-    """Logits of the weighted mean probabilities, [K, ..., C] -> [..., C]: log-odds (bce), or logarithms (ce).
+    """Compute logits of weighted mean probabilities, [K, ..., C] -> [..., C]: log-odds (bce) or logarithms (ce).
 
-    Logarithms throughout, because fp32 has no probability near 1 but 1.
+    All is in logarithms, because fp32 rounds probabilities near 1 to 1.
     """
     log_weight = (weight_K / weight_K.sum()).log().reshape(-1, *[1] * (logits.ndim - 1))
     if loss == "ce":
@@ -432,9 +431,9 @@ def mean_logits(logits: Tensor, weight_K: Tensor, loss: str) -> Tensor:
 
 
 def cut(wave_S: Tensor, window: int, hop: int) -> list[Tensor]:
-    """Stretches that make `window` log-mel frames, every `hop` frames, of a wave at 16 kHz, S >= 400.
+    """Cut a wave at 16 kHz, S >= 400, into stretches of `window` log-mel frames, every `hop` frames.
 
-    The last is the first that reaches the wave's last frame; it may be shorter, but has a frame at least.
+    The last one is the first that reaches the last frame; it may be shorter, but has at least one frame.
     """
     num_windows = 1 + max(0, math.ceil((num_frames(len(wave_S)) - window) / hop))
     starts = range(0, num_windows * hop * FRAME_SHIFT, hop * FRAME_SHIFT)
@@ -442,7 +441,7 @@ def cut(wave_S: Tensor, window: int, hop: int) -> list[Tensor]:
 
 
 def in_batches(chunks: Iterable[Tensor], num_patches: Callable[[Tensor], int]) -> Iterator[list[Tensor]]:
-    """Chunks in order, as many at once as have PATCHES_AT_ONCE patches when all are padded to the longest."""
+    """Group chunks in order; a group padded to its longest chunk has at most PATCHES_AT_ONCE patches."""
     batch: list[Tensor] = []
     longest = 0
     for chunk_S in chunks:
@@ -456,7 +455,7 @@ def in_batches(chunks: Iterable[Tensor], num_patches: Callable[[Tensor], int]) -
 
 
 def _like(audio: Audio | Sequence[Audio], results: list[Any]) -> Any:
-    """A list of results for a list of clips, the result for a clip."""
+    """Return the results for a list of clips, or the only result for a clip."""
     return results if is_list(audio) else results[0]
 
 

@@ -1,7 +1,7 @@
 """Train: deepspeed asda/train.py --config configs/as2m.json [section.key=value ...]
 
-The configuration is checked before torch and DeepSpeed are loaded, so a slip is answered within a second. What follows
-is asda/trainer.py.
+The configuration is checked before torch and DeepSpeed are loaded, so a mistake is reported within a second. The
+training itself is in asda/trainer.py.
 """
 
 import os
@@ -16,26 +16,34 @@ import argparse
 from asda.config.run import load_config
 from asda.errors import exit_with_sentence
 
-EXAMPLES = """examples:
-  deepspeed asda/train.py --config configs/as2m.json data.train=shards/as2m:train
-  deepspeed --num_accelerators 2 asda/train.py --config configs/real_pretrain.json
-  torchrun --nproc_per_node 2 asda/train.py --config configs/real_pretrain.json optimizer.steps=100 engine.zero_stage=2
+EPILOG = """examples:
+  asda train --config configs/demo_pretrain.json                                     one process
+  deepspeed asda/train.py --config configs/as2m.json data.train=shards/as2m:train    every GPU of this machine
+  torchrun --nproc_per_node 2 asda/train.py --config configs/real_pretrain.json optimizer.steps=100
 
-A value is JSON, or text where it does not parse as JSON. Stopped runs go on with the same command, on any number of
-ranks; the newest intact checkpoint of run.folder is used (resume=never refuses instead). SIGTERM, SIGINT and SIGUSR1
-finish the step, save, and end with exit code 75; a second one ends at once."""
+values:
+  section.key=value replaces a value of the file. A value is JSON, or text if it is not valid JSON:
+  engine.zero_stage=2, run.folder=runs/x, 'data.train=["a:train", "b:train"]'. An unknown key fails at once, with a
+  suggestion. configs/ has complete recipes; `asda describe` prints what one costs.
+
+stop and resume:
+  The same command resumes from the newest intact checkpoint in run.folder, on any number of ranks. Settings that
+  affect results must stay the same; any that differ are listed. resume=never refuses to resume.
+  SIGTERM, SIGINT and SIGUSR1 finish the step, save a checkpoint and end with exit code 75; a second one ends at once.
+
+run.folder gets config.json (every value), metrics.jsonl, tensorboard/ and checkpoints/."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(
-        prog="asda/train.py",
-        description="Pre-train or fine-tune, as a JSON configuration says.",
-        epilog=EXAMPLES,
+        prog="asda train",
+        description="Pre-train an audio encoder, or fine-tune a classifier, as a JSON configuration says.",
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, help="the run, a JSON file; see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
+    parser.add_argument("--config", required=True, help="JSON file that describes the run; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace a value of the file")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
     args = parser.parse_args(argv)
     config = load_config(args.config, args.overrides)

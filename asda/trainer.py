@@ -25,18 +25,8 @@ from asda.data.clips import Clip, ClipDataset, DamageBudget
 from asda.data.datasets import _open_data
 from asda.data.order import hash_of
 from asda.data.stream import patch_maker, training_batches, with_patches
-from asda.engine.partitions import optimizer_file, restore
+from asda.engine import partitions, zero
 from asda.engine.processes import Processes, from_all_ranks, join_processes, leave_processes
-from asda.engine.zero import (
-    gradient_norm,
-    guarded,
-    learning_rate,
-    make_engine,
-    micro_batch_of,
-    replicas_differ,
-    set_learning_rate,
-    was_applied,
-)
 from asda.errors import Stopped, UserError, say
 from asda.models.costs import gemm_rate, network_costs
 from asda.objectives import PRECISIONS, make_objective
@@ -89,7 +79,7 @@ class Trainer:
         """Make all parts, or restore them. The run folder is not touched before everything has been checked."""
         self.config, self.dataset, self.processes, self.stop = config, dataset, processes, stop
         self.folder = Path(config.run.folder)
-        self.micro_batch = micro_batch_of(config, processes.world_size)
+        self.micro_batch = zero.micro_batch_of(config, processes.world_size)
         self.accumulation = config.optimizer.batch // processes.world_size // self.micro_batch
         self.budget = DamageBudget(int(config.data.max_damaged * len(dataset)))
         self.validation = Validation(config, dataset, processes)
@@ -103,10 +93,10 @@ class Trainer:
         checkpoint = newest_for_all_ranks(self.folder, warn=say)
         changes = self._resume_from(checkpoint) if checkpoint else []
         self.objective = make_objective(config, dataset.vocabulary, processes.device, resumed=checkpoint is not None)
-        self.engine = make_engine(config, self.objective.module, self.objective.lr_scales, processes.world_size)
+        self.engine = zero.make_engine(config, self.objective.module, self.objective.lr_scales, processes.world_size)
         self.objective.follow(self.engine)
         if checkpoint:
-            restore(self.engine, checkpoint)
+            partitions.restore(self.engine, checkpoint)
             self.objective.restore(checkpoint)
 
         costs = network_costs(config.model, config.objective, config.data.frames, len(dataset.vocabulary))
@@ -163,8 +153,8 @@ class Trainer:
     def _step(self, batches: Iterator[tuple[Tensor, Batch]]) -> dict[str, float]:
         """Take one batch: forward, backward, and an update if loss and gradient are finite on all ranks."""
         config, counts, engine = self.config, self.counts, self.engine
-        rate_of = partial(learning_rate, config.optimizer, counts.applied_steps)
-        set_learning_rate(engine, rate_of)
+        rate_of = partial(zero.learning_rate, config.optimizer, counts.applied_steps)
+        zero.set_learning_rate(engine, rate_of)
         # Noise and drop path follow from (seed, step, rank): a resumed step repeats them without stored state.
         torch.manual_seed(int(hash_of(config.run.seed, counts.step, self.processes.rank)))
         engine.train()
@@ -173,15 +163,15 @@ class Trainer:
             patches_BNP, batch = self.throughput.wait_for(batches)
             self.clips += batch.clips
             loss, terms = self.objective.loss(engine, patches_BNP.to(self.processes.device), batch)
-            engine.backward(guarded(loss))
+            engine.backward(zero.guarded(loss))
             self.throughput.add(terms, len(batch.clips))
             if number == self.accumulation - 1:
                 self.writer.wait_until_copied()  # the tensors that are being saved are about to change
             engine.step()
-        applied = was_applied(engine)
+        applied = zero.was_applied(engine)
         self.throughput.end_step(applied=applied)
         counts.add(applied=applied)
-        figures = {"lr": rate_of(1.0), "grad_norm": gradient_norm(engine)}
+        figures = {"lr": rate_of(1.0), "grad_norm": zero.gradient_norm(engine)}
         if applied:
             return figures | self.objective.after_update(counts.applied_steps)
         self._note_bad_step()
@@ -219,7 +209,7 @@ class Trainer:
         every = self.config.run.check_replicas_every
         if not every or self.counts.step % every:
             return
-        if difference := replicas_differ(self.engine, self.objective.teacher, self.processes):
+        if difference := zero.replicas_differ(self.engine, self.objective.teacher, self.processes):
             raise UserError(
                 f"step {self.counts.step}: the ranks have drifted apart: {difference}. Look for a faulty device, "
                 "then resume from the last checkpoint"
@@ -284,7 +274,7 @@ class Trainer:
             best_on=self.validation.best_on,
         )
         with self.throughput.paused():
-            stem, moments = optimizer_file(self.engine)
+            stem, moments = partitions.optimizer_file(self.engine)
             files = {name: tensors for name, tensors in self.objective.weights().items() if tensors}
             self.writer.save(state, files | {stem: moments})
 

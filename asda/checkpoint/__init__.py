@@ -1,4 +1,1 @@
-"""Checkpoints that are whole or absent: read, verify, write beside the training.
-
-Training changes without opening it.
-"""
+"""Checkpoints that are whole or absent: read, verify, and write them while training continues."""

@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there.
+"""Find and read checkpoints, which are whole or absent.
 
     <run>/checkpoints/step-0001000/
         config.json                          the resolved run
-        state.json                           where it stands: step, counters, data (State)
+        state.json                           how far the run has come: step, counters, data (State)
         model.safetensors                    all trained weights, whole, fp32
         teacher.safetensors                  the EMA teacher, whole, fp32 (pre-training only)
         optimizer-00000-of-00002.safetensors each rank's part of Adam's moments, fp32
@@ -10,10 +10,9 @@
     <run>/checkpoints/latest, best           the names of the newest and of the best, for people and scripts
 
 A checkpoint is written to a temporary folder, every file is synced to the disk, then the folder gets its name in one
-rename (asda/checkpoint/writer.py). So a name exists only for whole checkpoints, and the newest whose files match its
-manifest is the one to use. asda never reads `latest` and `best`: the folders themselves say which is the newest, its
-state which is the best, and a pointer could be damaged. Nothing here is a pickle, and reading runs nothing that a file
-contains.
+rename (asda/checkpoint/writer.py). So only whole checkpoints have a name, and the newest whose files match its manifest
+is the one to use. asda never reads `latest` and `best`, which could be damaged: the folders themselves tell the newest,
+and its state tells the best. Nothing is a pickle, and reading a checkpoint runs no code from it.
 """
 
 import re
@@ -37,38 +36,38 @@ MAX_STATE_BYTES = 64 << 20  # 2 million damaged clips need 16 MiB
 
 @dataclass(frozen=True)
 class State:
-    """What a run needs besides tensors to go on: its place in the data and the schedules follow from the counters."""
+    """What a run needs to resume besides tensors; the position in the data and the schedules follow from the counters."""
 
     __pydantic_config__ = STRICT
 
-    step: int  # attempted steps; the place in the data follows from it
+    step: int  # attempted steps; the position in the data follows from it
     vocabulary: tuple[str, ...]  # empty in pre-training
     data_fingerprint: str  # of the training shards
     world_size: int  # ranks that saved it
-    damaged_clips: tuple[int, ...] = ()  # by number, those that others stood in for (data.max_damaged)
+    damaged_clips: tuple[int, ...] = ()  # numbers of damaged clips that others replaced (data.max_damaged)
     applied_steps: int = 0  # updates of the weights; the schedules follow from it
-    skipped_steps: int = 0  # attempted, but without a finite loss and gradient
-    bad_steps_in_a_row: int = 0  # the last of them without an update between
-    best_step: int = 0  # whose checkpoint run.keep_best keeps; 0: none
-    best_figure: float | None = None  # of that step, on data.valid
-    best_on: str = ""  # fingerprint of the shards of data.valid, which chose it
+    skipped_steps: int = 0  # attempted, but loss or gradient was not finite
+    bad_steps_in_a_row: int = 0  # skipped steps since the last update
+    best_step: int = 0  # its checkpoint is the best by run.keep_best; 0: none
+    best_figure: float | None = None  # its validation metric
+    best_on: str = ""  # fingerprint of the shards of data.valid that chose it
     order_version: int = ORDER_VERSION
     format: int = FORMAT
 
 
 def newest_checkpoint(run: Path, warn: Callable[[str], None] = print) -> Path | None:
-    """The newest checkpoint of a run whose files match their manifest; None when the run has no checkpoint.
+    """Return the newest checkpoint of a run whose files match their manifest; None if the run has no checkpoint.
 
     Raises:
-        UserError: there are checkpoints, but none is intact. A run never starts afresh over them in silence.
+        UserError: there are checkpoints, but none is intact. A run never silently starts over them.
     """
     return _newest_of(run, checkpoints_of(run), damage, warn)
 
 
 def newest_for_all_ranks(run: Path, warn: Callable[[str], None] = print) -> Path | None:
-    """As newest_checkpoint, by all ranks together: each hashes a share of the files, and all refuse what one refuses.
+    """Do the same on all ranks together: each hashes a share of the files, and all refuse what one refuses.
 
-    Only the first rank warns; the error is the same sentence on all of them.
+    Only the first rank warns; the error is the same sentence on all ranks.
     """
     found = [checkpoints_of(run)]
     dist.broadcast_object_list(found)
@@ -82,11 +81,11 @@ def _newest_of(
         complaint = complaint_about(folder)
         if complaint is None:
             return folder
-        warn(f"checkpoint {folder} is damaged ({complaint}); looking at the one before it")
+        warn(f"checkpoint {folder} is damaged ({complaint}); trying the one before it")
     if folders:
         raise UserError(
-            f"none of the {len(folders)} checkpoints in {run / 'checkpoints'} is intact; restore one, "
-            "or start in another run.folder"
+            f"none of the {len(folders)} checkpoints in {run / 'checkpoints'} is intact; restore one from a backup, or "
+            "start in another run.folder"
         )
     return None
 
@@ -99,26 +98,26 @@ def _damage_on_any_rank(folder: Path) -> str | None:
 
 
 def best_checkpoint(run: Path) -> Path:
-    """The checkpoint of a run that run.keep_best has kept, intact or not, as its newest intact one knows it.
+    """Return the best checkpoint of a run, intact or not, which its newest intact checkpoint names.
 
     Raises:
-        UserError: the run has no checkpoint, or has kept none as the best.
+        UserError: the run has no checkpoint, or none is the best.
     """
     _, state = read_state(resolve_checkpoint(run))
     if not state.best_step:
         raise UserError(
-            f"{run} has kept no checkpoint as its best; train it with run.keep_best=accuracy or mAP, and data.valid"
+            f"{run} has no best checkpoint; train with data.valid, and run.keep_best=accuracy or run.keep_best=mAP"
         )
     return step_folder(run, state.best_step)
 
 
 def step_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Return the folder of the checkpoint of a step."""
     return run / "checkpoints" / f"step-{step:07d}"
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """A checkpoint folder or a folder of weights as given, or the newest intact checkpoint of a run folder.
+    """Return a checkpoint or a folder of weights as given, or the newest intact checkpoint of a run folder.
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -126,7 +125,7 @@ def resolve_checkpoint(path: Path) -> Path:
     if (path / MANIFEST).is_file() or (path / "state.json").is_file():
         complaint = damage(path)
         if complaint:
-            raise UserError(f"checkpoint {path} is damaged: {complaint}; use another one of its run")
+            raise UserError(f"checkpoint {path} is damaged: {complaint}; use another checkpoint of the run")
         return path
     if (path / "model.safetensors").is_file():  # published weights need no manifest
         return path
@@ -139,31 +138,31 @@ def resolve_checkpoint(path: Path) -> Path:
 
 
 def read_state(folder: Path, *, to_resume: bool = False) -> tuple[Config, State]:
-    """The configuration and state of a checkpoint of a run.
+    """Read the configuration and the state of a checkpoint of a run.
 
     Args:
         folder: the checkpoint.
-        to_resume: whether the run is to go on from here, for which its clips must come in the order that it began in.
+        to_resume: whether the run resumes from it; then its clips must come in the same order as before.
 
     Raises:
-        UserError: it is no checkpoint of a run, or another version of asda wrote it.
+        UserError: it is not a checkpoint of a run, or another version of asda wrote it.
     """
     path = folder / "state.json"
     if not path.is_file():
         raise UserError(
-            f"{folder} holds weights and no run (it has no state.json): predict.py, extract_features.py and "
-            "objective.init_from take it, evaluating and continuing need a checkpoint that train.py saved"
+            f"{folder} has weights but no run (state.json is missing). asda predict, asda features and "
+            "objective.init_from accept it; evaluating and resuming need a checkpoint that asda train saved"
         )
     state = _parse_state(path)
     if to_resume and state.format < FORMAT:
         raise UserError(
             f"{folder} has format {state.format}, whose optimizer state is in pickles that this version of asda does "
-            "not open; continue with the version that began the run, or start another run.folder from its weights"
+            "not open; resume with the version that began the run, or start another run.folder from its weights"
         )
     if to_resume and state.order_version != ORDER_VERSION:
         raise UserError(
-            f"{folder} was trained in data order {state.order_version}, this version of asda draws in order "
-            f"{ORDER_VERSION}; continue with the version that began the run, or start another run.folder from it"
+            f"{folder} was trained in data order {state.order_version}, this version of asda uses order "
+            f"{ORDER_VERSION}; resume with the version that began the run, or start another run.folder from it"
         )
     return load_config(folder / "config.json"), state
 
@@ -184,7 +183,7 @@ def _parse_state(path: Path) -> State:
 
 
 def read_description(folder: Path) -> Description:
-    """The network, its input and its labels, of a checkpoint or of converted weights."""
+    """Read the network, its input and its labels, from a checkpoint or from converted weights."""
     if not (folder / "state.json").is_file():
         return load_description(folder / "config.json")
     config, state = read_state(folder)
@@ -192,25 +191,20 @@ def read_description(folder: Path) -> Description:
 
 
 def description_of(config: Config, labels: tuple[str, ...]) -> Description:
-    """What of a run concerns its network."""
+    """Return the part of a run's configuration that describes its network."""
     assert config.data.log_mel != "dataset", "a run resolves it before it saves"
     return Description(
         _about=config.about,
         preset=config.preset,
         size=config.size,
         objective=config.objective,
-        data=InputConfig(
-            frames=config.data.frames,
-            log_mel=config.data.log_mel,
-            pad_log_mel=config.data.pad_log_mel,
-            padding=config.data.padding,
-        ),
+        data=InputConfig(**{name: getattr(config.data, name) for name in InputConfig.model_fields}),
         model=config.model,
         labels=labels,
     )
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    """The checkpoints of a run by step, oldest first, damaged ones too."""
+    """Return the checkpoints of a run by step, the oldest first, with damaged ones."""
     named = [(STEP_NAME.fullmatch(path.name), path) for path in (run / "checkpoints").glob("step-*")]
     return [path for _, path in sorted((int(name[1]), path) for name, path in named if name)]

@@ -16,7 +16,6 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Decibels = Annotated[float, Field(ge=-200, le=200)]  # more than float32 and any sound have
 Preset = Literal["released", "paper", "learned", "eat", "ast"]  # asda/config/presets.py
 Size = Literal["tiny", "small", "base", "large"]
-Padding = Literal["constant", "masked"]  # of clips that are too short: seen as it is, or not seen
 
 Value = TypeVar("Value")
 MAY_CHANGE = "may change on resume"

@@ -5,19 +5,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from asda.config.base import (
-    Count,
-    Decibels,
-    MayChange,
-    NonNegative,
-    Number,
-    Padding,
-    PositiveFloat,
-    PositiveInt,
-    Section,
-    Share,
-)
+from asda.config.base import Count, Decibels, MayChange, NonNegative, Number, PositiveFloat, PositiveInt, Section, Share
 
+Padding = Literal["constant", "masked"]  # of clips that are too short: the network sees it, or does not
 DataSpecs = str | Annotated[list[str], Field(min_length=1)]  # "FOLDER:SPLIT" or "FOLDER:SPLIT+SPLIT", or several
 MIN_SHARE = 0.001  # of a dataset in a mixture; asda/data/order.py keeps the shares in blocks of 1 / MIN_SHARE visits
 
@@ -119,9 +109,7 @@ class DataConfig(Section):
 
     train: TrainData  # as DataSpecs, joined to one dataset; or a mixture: [{"data": "FOLDER:SPLIT", "share": 0.7}, ...]
     valid: MayChange[DataSpecs] = ""  # held-out shards of a classifier, evaluated while training; "" evaluates nothing
-    test: MayChange[DataSpecs] = (
-        ""  # others, evaluated at the end only: the last weights, and the ones that run.keep_best chose
-    )
+    test: MayChange[DataSpecs] = ""  # other held-out shards, for the last and the best weights at the end only
     frames: PositiveInt = 1024  # log-mel frames of 10 ms a clip is cut or padded to
     crop: Literal["start", "random"] = "start"  # where a longer clip is cut while training
     log_mel: LogMelStats | Literal["dataset"] = "dataset"  # "dataset" takes the figures of the training shards
@@ -129,20 +117,15 @@ class DataConfig(Section):
     padding: Padding = "constant"  # masked: no token takes anything from a patch of padding, nor does the classifier
     augment: AugmentConfig = AugmentConfig()  # while training
     device: MayChange[Literal["auto", "cpu", "gpu"]] = "auto"  # where DALI computes; auto follows the training device
-    workers: MayChange[Count] = (
-        0  # processes that read, and on the CPU make the patches, per rank; 0 leaves it to threads
-    )
+    workers: MayChange[Count] = 0  # processes per rank that read, and make patches on the CPU; 0: threads do it
     threads: MayChange[Count] = 2  # that read, verify and decompress, per rank; 0 reads when a batch is asked for
     prefetch: MayChange[PositiveInt] = 4  # micro-batches prepared ahead, per rank
     timeout_s: MayChange[PositiveFloat] = 300.0  # longest wait for a micro-batch before the run ends
-    max_damaged: MayChange[Share] = (
-        0.0  # of all clips: so many damaged ones are replaced by others and counted; 0 ends the run
-    )
+    max_damaged: MayChange[Share] = 0.0  # share of damaged clips that are replaced and counted; more end the run
     order: OrderConfig = OrderConfig()
     group_shards: PositiveInt = 16  # shards shuffled together
-    cache: MayChange[str] = (
-        ""  # folder that keeps copies of remote shards; "" is asda/shards below $XDG_CACHE_HOME or ~/.cache
-    )
+    # Folder with copies of remote shards; "" is asda/shards in $XDG_CACHE_HOME or ~/.cache
+    cache: MayChange[str] = ""
     cache_gib: MayChange[PositiveFloat] = 20.0  # bound of that folder; the ranks of a machine share it
 
     @property

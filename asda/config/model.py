@@ -1,4 +1,4 @@
-"""Configuration of the networks and of what they learn."""
+"""Configuration of the networks and of their objectives."""
 
 from typing import Annotated, Literal, Self
 
@@ -144,11 +144,11 @@ class MaskConfig(Section):
     block: PositiveInt = 5  # patches along each side
 
     def visible(self, num_patches: int) -> int:
-        """How many patches of a clip a student sees."""
+        """Return how many patches of a clip a student sees."""
         return int(num_patches * (1 - self.ratio))
 
     def blocks(self, num_patches: int) -> int:
-        """How many blocks are drawn for that; of short clips none, and then single patches are."""
+        """Return how many blocks are drawn for that; 0 for short clips, for which single patches are drawn."""
         return int(num_patches * ((1 - self.ratio) + self.adjust) / self.block**2)
 
 
@@ -188,19 +188,19 @@ class ClassifyConfig(Section):
 
     @model_validator(mode="after")
     def smooths_only_ce(self) -> Self:
-        """Refuse a value that would do nothing."""
+        """Refuse a value that has no effect."""
         if self.loss == "bce" and self.label_smoothing:
             raise ValueError(f"objective.label_smoothing {self.label_smoothing} must be 0 with loss bce")
         return self
 
 
 def _check_hidden(name: str, ratio: float, width: int) -> None:
-    """Refuse a feed-forward layer without features."""
+    """Refuse a feed-forward layer without hidden features."""
     if int(width * ratio) < 1:
         raise ValueError(f"{name} {ratio:g} times model.width {width} must be at least 1, the hidden width")
 
 
 def of_asda(model: ModelConfig | AstConfig) -> ModelConfig:
-    """A model section that is known to be ASDA's, because pre-training and the official layout have no other."""
+    """Return a model section that is known to be ASDA's; pre-training and the official layout have no other."""
     assert isinstance(model, ModelConfig)
     return model

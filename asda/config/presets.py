@@ -2,59 +2,36 @@
 
     {"preset": "eat", "size": "large", "model": {"mlp_ratio": 3.5}, ...}
 
-A preset is a network function, a size its dimensions; both also set the values of the pre-training objective that
-were published with them. What a configuration gives itself wins, and checkpoints record every value beside the names.
+A preset is a network function, a size its dimensions. Both also set the values of the pre-training objective that were
+published with them. Values in the configuration win, and checkpoints record every value beside the names.
 """
 
 from typing import Any
 
 Tree = dict[str, Any]
 
+_ASDA: Tree = {
+    "architecture": "asda",
+    "mlp_ratio": 3.5,
+    "attention_lambda": 0.1,
+    "attention_norm": "joint",
+    "attention_scale": 0.95,
+}
+# The Differential Transformer (Ye et al., 2024) learns lambda and normalises each head
+_LEARNED: Tree = {"attention_lambda": "learned", "attention_norm": "per_head", "attention_scale": "by_depth"}
+_ORDINARY: Tree = {"attention_lambda": "absent", "attention_norm": "none", "attention_scale": 1.0, "mlp_ratio": 4.0}
+_WEIGHT: Tree = {"utterance_weight": 96.0}  # 0.5, summed over 12 clips x 16 students
+
 PRESETS: dict[str, Tree] = {
     # ASDA as its published code computes it: 49.0 mAP on AS-2M
-    "released": {
-        "model": {
-            "architecture": "asda",
-            "mlp_ratio": 3.5,
-            "attention_lambda": 0.1,
-            "attention_norm": "joint",
-            "attention_scale": 0.95,
-        },
-        "objective": {"utterance_weight": 96.0},  # 0.5, summed over 12 clips x 16 students
-    },
+    "released": {"model": _ASDA, "objective": _WEIGHT},
     # ASDA as its paper describes it
-    "paper": {
-        "model": {
-            "architecture": "asda",
-            "mlp_ratio": 3.5,
-            "attention_lambda": 0.3,
-            "attention_norm": "joint",
-            "attention_scale": 0.95,
-        },
-        "objective": {"utterance_weight": 96.0},
-    },
-    # ASDA's attention with what the Differential Transformer (Ye et al., 2024) learns and normalises
-    "learned": {
-        "model": {
-            "architecture": "asda",
-            "mlp_ratio": 3.5,
-            "attention_lambda": "learned",
-            "attention_norm": "per_head",
-            "attention_scale": "by_depth",
-        },
-        "objective": {"utterance_weight": 96.0},
-    },
-    # EAT (Chen et al., IJCAI 2024), whose attention is the ordinary one; SSLAM has the same network
-    "eat": {
-        "model": {
-            "architecture": "asda",
-            "mlp_ratio": 4.0,
-            "attention_lambda": "absent",
-            "attention_norm": "none",
-            "attention_scale": 1.0,
-        },
-        "objective": {"utterance_weight": 192.0},  # 1, summed over 12 clips x 16 students
-    },
+    "paper": {"model": _ASDA | {"attention_lambda": 0.3}, "objective": _WEIGHT},
+    # ASDA with the attention of the Differential Transformer
+    "learned": {"model": _ASDA | _LEARNED, "objective": _WEIGHT},
+    # EAT (Chen et al., IJCAI 2024), which has ordinary attention; SSLAM has the same network. The weight is 1, summed
+    # over 12 clips x 16 students
+    "eat": {"model": _ASDA | _ORDINARY, "objective": {"utterance_weight": 192.0}},
     # The Audio Spectrogram Transformer (Gong et al., Interspeech 2021), and HAM-AST with its model.conformer and
     # model.channel_attention
     "ast": {"model": {"architecture": "ast", "mlp_ratio": 4.0}},
@@ -68,7 +45,7 @@ _BASE_OBJECTIVE: Tree = {
 
 
 def _of_base_depth(width: int, heads: int) -> Tree:
-    """The published base recipe at a width: 12 blocks of 64-wide heads, a decoder of 6 layers."""
+    """Return the published base recipe at a width: 12 blocks of 64-wide heads, a decoder of 6 layers."""
     decoder = {"layers": 6, "width": width, "kernel": 3, "groups": 16}
     return {
         "model": {"width": width, "depth": 12, "heads": heads},
@@ -97,7 +74,7 @@ DEFAULT_FRAMES = 1024  # as data.frames
 
 
 def filled(tree: Tree) -> Tree:
-    """A configuration with the values of its preset and its size where it gives none itself."""
+    """Fill in the values of the preset and the size that a configuration does not give."""
     given = {"preset": _preset_of(tree)} | tree
     defaults = _defaults(given["preset"], tree.get("size", DEFAULT_SIZE), _at(tree, "model.architecture"))
     objective = tree.get("objective")
@@ -110,12 +87,12 @@ def filled(tree: Tree) -> Tree:
 
 
 def _preset_of(tree: Tree) -> Any:
-    """The name of the preset; where none is given, that of the architecture that is."""
+    """Return the name of the preset; if it is not given, the default one of the architecture."""
     return tree.get("preset", "ast" if _at(tree, "model.architecture") == "ast" else DEFAULT_PRESET)
 
 
 def departures(tree: Tree) -> list[str]:
-    """Where a complete configuration departs from its preset and size: 'model.attention_lambda 0.2 (released: 0.1)'."""
+    """List how a complete configuration departs from its preset and size: 'model.depth 6 (base: 12)'."""
     found = []
     for name, source in ((tree["preset"], PRESETS), (tree["size"], SIZES)):
         for dotted, published in _leaves(source[name]).items():
@@ -126,9 +103,9 @@ def departures(tree: Tree) -> list[str]:
 
 
 def _defaults(preset: Any, size: Any, architecture: Any) -> Tree:
-    """Both tables in one; empty where a name is unknown, which the configuration's own check reports.
+    """Merge both tables. An unknown name gives an empty one, which the check of the configuration reports.
 
-    Of a preset of another architecture than the one given, the model is left out.
+    The model of the preset is left out if the configuration has another architecture.
     """
     of_preset = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
     if architecture not in (None, _at(of_preset, "model.architecture")):
@@ -153,7 +130,7 @@ def _leaves(tree: Tree, prefix: str = "") -> Tree:
 
 
 def _at(tree: Any, dotted: str) -> Any:
-    """The value at a dotted key; None when a section on the way lacks it, as a classifier's objective lacks masks."""
+    """Return the value at a dotted key; None if it is missing, as masks are in a classifier's objective."""
     for key in dotted.split("."):
         tree = tree.get(key) if isinstance(tree, dict) else None
     return tree

@@ -1,10 +1,8 @@
-"""A run as data: one JSON file, checked once against one tree.
+"""A run as data: one tree of sections, checked once. asda/config/load.py reads it from a JSON file.
 
-    load_config("configs/as2m.json", ["engine.zero_stage=2"]) -> Config
-
-Every level refuses unknown keys and names the nearest known one. Values carry their unit in the name or in the
-comment beside them. Where a default stands, it is the released ASDA recipe; a preset and a size replace it
-(asda/config/presets.py), and the config.json of a run spells all values out.
+Every level refuses unknown keys and names the nearest known one. Values carry their unit in the name or in the comment
+beside them. Defaults are the released ASDA recipe; a preset and a size replace them (asda/config/presets.py), and the
+config.json of a run has every value.
 """
 
 import json
@@ -40,8 +38,8 @@ class OptimizerConfig(Section):
     min_lr: NonNegative = 0.0  # at the end of a cosine, and the least in steps
     schedule: Literal["cosine", "steps"] = "cosine"  # after the warm-up
     step_decay: StepDecayConfig | None = None  # of schedule steps
-    # Of a layer whose rate objective.layer_decay scales, the floor is scaled alike, or the same for all ("absolute", as
-    # fairseq has it: where that is above a layer's peak, the layer's rate is constant)
+    # The floor of a layer whose rate objective.layer_decay scales: scaled too, or the same for all ("absolute", as in
+    # fairseq: a layer whose peak is below it has a constant rate)
     lr_floor: Literal["scaled", "absolute"] = "scaled"
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
@@ -51,44 +49,39 @@ class OptimizerConfig(Section):
 
     @model_validator(mode="after")
     def falls(self) -> Self:
-        """Refuse a floor above the peak, to which the rate would rise."""
+        """Refuse a floor above the peak: the rate would rise."""
         if self.min_lr > self.lr:
             raise ValueError(f"optimizer.min_lr {self.min_lr:g} must not be above optimizer.lr {self.lr:g}; lower it")
         return self
 
     @model_validator(mode="after")
     def has_its_decay(self) -> Self:
-        """Refuse steps without their sizes, and sizes that would do nothing."""
+        """Refuse the schedule steps without step_decay, and step_decay with another schedule."""
         if (self.schedule == "steps") != (self.step_decay is not None):
             raise ValueError(
-                f"optimizer.schedule is {self.schedule}: optimizer.step_decay (factor, every, start) is given with "
-                "schedule steps, and with it alone"
+                f"optimizer.schedule is {self.schedule}: schedule steps needs optimizer.step_decay (factor, every, "
+                "start), and no other schedule takes it"
             )
         return self
 
 
+ZeroStage = Annotated[int, Field(ge=0, le=3)]
+
+
 class EngineConfig(Section):
-    """How DeepSpeed runs it: what may change between machines without changing the recipe."""
+    """How DeepSpeed runs it; most of it may differ between machines without changing the recipe."""
 
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and activations; the master weights are fp32
-    attention: MayChange[Literal["auto", "explicit", "sdpa", "triton"]] = (
-        "auto"  # how it is computed; auto takes the fastest
-    )
-    zero_stage: MayChange[Annotated[int, Field(ge=0, le=3)]] = (
-        1  # partitioned over ranks: 1 optimizer, 2 gradients, 3 weights
-    )
-    micro_batch: MayChange[PositiveInt] = (
-        12  # most clips a rank takes at once; gradients are accumulated up to optimizer.batch
-    )
-    activation_checkpointing: MayChange[bool] = (
-        False  # keep only the input of each block, and compute it again in the backward
-    )
+    attention: MayChange[Literal["auto", "explicit", "sdpa", "triton"]] = "auto"  # auto takes the fastest
+    zero_stage: MayChange[ZeroStage] = 1  # partitioned over ranks: 1 optimizer, 2 gradients too, 3 weights too
+    micro_batch: MayChange[PositiveInt] = 12  # most clips per rank at once; the rest of a batch is accumulated
+    activation_checkpointing: MayChange[bool] = False  # keep only the input of each block, recompute it in backward
     offload_optimizer: MayChange[bool] = False  # the optimizer's state in the host's memory; stages 1 to 3
     timeout_s: MayChange[PositiveFloat] = 600.0  # longest that a rank waits for the others in one exchange
 
 
 class RunConfig(Section):
-    """The run's folder and its rhythm, in steps."""
+    """The folder of the run, and how often it logs, saves and evaluates, in steps."""
 
     folder: MayChange[Annotated[str, Field(min_length=1)]]
     seed: Count = 1
@@ -96,18 +89,17 @@ class RunConfig(Section):
     save_every: MayChange[PositiveInt] = 1000
     eval_every: MayChange[PositiveInt] = 1000
     keep: MayChange[PositiveInt] = 2  # newest checkpoints kept
-    # By which figure on data.valid a checkpoint is saved and kept beside them as the best; "" keeps none
-    keep_best: MayChange[Literal["", "accuracy", "mAP"]] = ""
+    keep_best: MayChange[Literal["", "accuracy", "mAP"]] = ""  # metric on data.valid whose best checkpoint is kept too
     on_failed_save: MayChange[Literal["stop", "continue"]] = "stop"  # when a checkpoint cannot be written (disk full)
     max_bad_steps: MayChange[PositiveInt] = 10  # in a row, without a finite loss and gradient; then the run ends
-    check_replicas_every: MayChange[Count] = 1000  # steps between comparisons of all ranks' weights; 0 compares never
-    min_target_spread: MayChange[NonNegative] = 0.1  # a smaller spread of the teacher's targets is said aloud: collapse
+    check_replicas_every: MayChange[Count] = 1000  # steps between comparisons of all ranks' weights; 0: never
+    min_target_spread: MayChange[NonNegative] = 0.1  # a smaller spread of the targets is warned of: collapse
     min_prediction_spread: MayChange[NonNegative] = 0.01  # the same of the students' predictions
-    wandb: MayChange[str] = ""  # project of Weights & Biases that is told as well; needs the extra wandb
+    wandb: MayChange[str] = ""  # project of Weights & Biases that gets the figures too; needs the extra wandb
 
 
 class ProbeConfig(Section):
-    """Labelled shards on which the teacher's features are judged while pre-training, every run.eval_every steps."""
+    """Labelled shards on which the teacher's features are evaluated in pre-training, every run.eval_every steps."""
 
     train: DataSpecs  # neighbours and the linear layer come from these
     test: DataSpecs  # held out
@@ -117,10 +109,9 @@ class ProbeConfig(Section):
 class Config(Section):
     """One run."""
 
-    about: MayChange[dict[str, str]] = Field(
-        default={}, alias="_about"
-    )  # the story: source, expected metric, hardware, command
-    preset: MayChange[Preset] = DEFAULT_PRESET  # with the size it sets what is not given
+    # The story of the run: source, expected metric, hardware, command
+    about: MayChange[dict[str, str]] = Field(default={}, alias="_about")
+    preset: MayChange[Preset] = DEFAULT_PRESET  # preset and size set what is not given
     size: MayChange[Size] = DEFAULT_SIZE
     objective: PretrainConfig | ClassifyConfig = Field(discriminator="kind")
     data: DataConfig
@@ -129,7 +120,7 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     run: RunConfig
     probe: MayChange[ProbeConfig | None] = None  # in pre-training only
-    resume: MayChange[Literal["auto", "never"]] = "auto"  # auto continues from run.folder's newest checkpoint, if any
+    resume: MayChange[Literal["auto", "never"]] = "auto"  # auto resumes from the newest checkpoint in run.folder
 
     @model_validator(mode="after")
     def fits(self) -> Self:
@@ -160,7 +151,9 @@ class Config(Section):
                 f"run.keep_best {self.run.keep_best} needs a validation metric; give data.valid=FOLDER:SPLIT"
             )
         if self.engine.offload_optimizer and not self.engine.zero_stage:
-            raise ValueError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3; DeepSpeed has none for 0")
+            raise ValueError(
+                "engine.offload_optimizer needs engine.zero_stage 1, 2 or 3; DeepSpeed cannot do it in stage 0"
+            )
         if self.engine.precision == "fp16" and not self.engine.zero_stage:
             # Measured with DeepSpeed 0.19.8: the first moments after a step are smaller by the loss scale.
             raise ValueError(
@@ -171,10 +164,7 @@ class Config(Section):
 
 
 class Description(Section):
-    """The network of a folder of weights, its input and its labels: config.json where no run of ours made the weights.
-
-    Keys are as in a run's configuration.
-    """
+    """The network, its input and its labels: config.json of a folder of weights. Keys are those of a run."""
 
     about: dict[str, str] = Field(default={}, alias="_about")
     preset: Preset = DEFAULT_PRESET
@@ -195,18 +185,17 @@ class Description(Section):
 def _check_architecture(
     model: ModelConfig | AstConfig, objective: PretrainConfig | ClassifyConfig, data: "DataConfig | InputConfig"
 ) -> None:
-    """Refuse of AST what it is not made for."""
+    """Refuse what AST cannot do."""
     if not isinstance(model, AstConfig):
         return
     if isinstance(objective, PretrainConfig):
         raise ValueError(
-            "model.architecture ast is for objective.kind classify: students and teacher are of architecture asda; "
-            "use that, or fine-tune an AST"
+            "model.architecture ast is for objective.kind classify; pre-training needs model.architecture asda"
         )
     if data.padding == "masked":
         raise ValueError(
-            "data.padding masked is for model.architecture asda: AST's patches overlap the padding and it was trained "
-            "to see it; use constant"
+            "data.padding masked is for model.architecture asda: AST's patches overlap the padding, and it was trained "
+            "with it; use data.padding=constant"
         )
 
 
@@ -214,8 +203,8 @@ def _check_pretraining(objective: PretrainConfig, data: DataConfig, model: Model
     """Refuse what students, teacher and decoder cannot do."""
     if data.padding == "masked":
         raise ValueError(
-            "data.padding masked is for objective.kind classify: the targets of pre-training know no padding; "
-            "use constant, and crop or choose clips that fill data.frames"
+            "data.padding masked is for objective.kind classify, because the targets of pre-training include padding; "
+            "use data.padding=constant, and clips that fill data.frames"
         )
     for key, value in (("data.valid", data.valid), ("data.test", data.test), ("run.keep_best", keep_best)):
         if value:
@@ -234,20 +223,20 @@ def _check_pretraining(objective: PretrainConfig, data: DataConfig, model: Model
     if not 0 < objective.mask.visible(num_patches) < num_patches:
         raise ValueError(
             f"objective.mask.ratio {objective.mask.ratio:g} leaves {objective.mask.visible(num_patches)} of the "
-            f"{num_patches} patches of a clip visible; one at least must be, and one must not: change it, or "
-            "data.frames"
+            f"{num_patches} patches of a clip visible; at least one must be visible and one hidden: change the ratio, "
+            "or data.frames"
         )
 
 
 def _check_frames(frames: int, model: ModelConfig | AstConfig) -> None:
-    """Refuse a clip that is no whole number of patches, or that the table of positions is not for."""
+    """Refuse a clip length that is not a multiple of a patch, or that the table of positions does not fit."""
     if frames % model.patch:
         raise ValueError(f"data.frames {frames} must be a multiple of model.patch {model.patch}")
     if isinstance(model, AstConfig):
         if frames != model.frames:
             raise ValueError(
                 f"data.frames {frames} must equal model.frames {model.frames}, for which AST learns its positions; "
-                "leave model.frames out"
+                "leave out model.frames"
             )
         return
     if frames > model.max_time_patches * model.patch:

@@ -1,4 +1,4 @@
-"""Several checkpoints as one: which they are, whether they may be combined, and the mean of their weights."""
+"""Evaluate several checkpoints as one: find them, check that they can be combined, average their weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,25 +36,25 @@ class Member:
 
     @property
     def loss(self) -> str:
-        """Of its objective: "ce" is for one label a clip, "bce" for any number."""
+        """The loss of its objective: "ce" for one label per clip, "bce" for any number."""
         assert isinstance(self.config.objective, ClassifyConfig)
         return self.config.objective.loss
 
     def weights(self) -> dict[str, Tensor]:
-        """On the CPU, in fp32."""
+        """Read the weights, on the CPU, in fp32."""
         return read_weights(self.folder, "model")
 
 
 def members(paths: list[Path], *, last: int = 0, best: bool = False) -> list[Member]:
-    """The checkpoints that are meant.
+    """Open the checkpoints that a command names.
 
     Args:
-        paths: run folders (the newest intact checkpoint of each) or checkpoints.
-        last: the newest so many of a single run instead, without one that is kept only as its best; 0: not asked for.
-        best: the one that run.keep_best has kept of each run instead.
+        paths: checkpoints, or run folders, of which the newest intact checkpoint is taken.
+        last: take the newest so many of a single run instead, without an older one kept only as its best; 0: do not.
+        best: take the best checkpoint of each run instead.
 
     Raises:
-        UserError: there is none, too few, or one is damaged or no classifier.
+        UserError: there are none or too few, or one is damaged or not of a classifier.
     """
     if last:
         paths = _newest(paths, last)
@@ -64,12 +64,12 @@ def members(paths: list[Path], *, last: int = 0, best: bool = False) -> list[Mem
 
 
 def those_of_the_first_rank(several: list[Member]) -> list[Member]:
-    """What the first rank found, on all ranks: a run may have saved a checkpoint between their look-ups.
+    """Return what the first rank found, on all ranks: a run may have saved a checkpoint between their look-ups.
 
     All ranks call this together.
 
     Raises:
-        UserError: it is not there any more, or damaged.
+        UserError: a checkpoint is gone or damaged.
     """
     found = [[one.folder for one in several]]
     dist.broadcast_object_list(found)
@@ -78,10 +78,10 @@ def those_of_the_first_rank(several: list[Member]) -> list[Member]:
 
 
 def averaged(several: list[Member]) -> dict[str, Tensor]:
-    """The mean of each weight, added up in fp64 and rounded once.
+    """Average each weight, in fp64, rounded once.
 
     Raises:
-        UserError: networks, input or classes are not the same.
+        UserError: networks, input or classes differ.
     """
     check_alike(several, _network, "--average")
     sums: dict[str, Tensor] = {}
@@ -96,12 +96,12 @@ def averaged(several: list[Member]) -> dict[str, Tensor]:
 
 
 def check_same_classes(several: list[Member]) -> None:
-    """Raise UserError where the scores of classifiers do not mean the same classes, or the same probabilities."""
+    """Raise UserError if the scores of classifiers mean other classes, or other probabilities."""
     check_alike(several, lambda one: {"loss": one.loss, "classes": one.state.vocabulary}, "--ensemble")
 
 
 def check_alike(several: list[Member], traits: Callable[[Member], dict[str, Any]], flag: str) -> None:
-    """Raise UserError naming what differs of what `traits` gives of each checkpoint."""
+    """Raise UserError if what `traits` returns differs between checkpoints; name what differs."""
     first = traits(several[0])
     for other in several[1:]:
         theirs = traits(other)
@@ -110,12 +110,12 @@ def check_alike(several: list[Member], traits: Callable[[Member], dict[str, Any]
             more = f" and {len(differing) - MOST_KEYS_NAMED} more" if len(differing) > MOST_KEYS_NAMED else ""
             raise UserError(
                 f"{flag} cannot combine {several[0].folder} and {other.folder}: they differ in "
-                f"{', '.join(differing[:MOST_KEYS_NAMED])}{more}; take checkpoints that agree in that"
+                f"{', '.join(differing[:MOST_KEYS_NAMED])}{more}; choose checkpoints that agree in these"
             )
 
 
 def _network(one: Member) -> dict[str, Any]:
-    """Everything that makes weights mean the same function: the network, its input, its classes."""
+    """Return everything that weights need to mean the same function: the network, its input, its classes."""
     description = description_of(one.config, one.state.vocabulary)
     objective = description.objective
     assert isinstance(objective, ClassifyConfig)
@@ -126,21 +126,21 @@ def _network(one: Member) -> dict[str, Any]:
 
 def _newest(paths: list[Path], last: int) -> list[Path]:
     if len(paths) > 1:
-        raise UserError(f"--last {last} is for one run, and --checkpoint names {len(paths)} folders")
+        raise UserError(f"--last {last} is for one run, but --checkpoint names {len(paths)} folders")
     found = checkpoints_of(paths[0])
     old_best = _kept_only_as_best(paths[0], found)
     found = [folder for folder in found if folder != old_best]
     if len(found) < last:
-        beside = f", and {old_best.name} kept only as its best" if old_best else ""
+        beside = f" (besides {old_best.name}, kept only as its best)" if old_best else ""
+        number = f"{len(found)} checkpoint" + ("" if len(found) == 1 else "s")
         raise UserError(
-            f"{paths[0]} holds {len(found)} checkpoints of a run{beside}, --last asks for {last}; ask for fewer, or "
-            "train with a larger run.keep"
+            f"{paths[0]} has {number}{beside}, --last asks for {last}; ask for fewer, or train with a larger run.keep"
         )
     return found[-last:]
 
 
 def _kept_only_as_best(run: Path, found: list[Path]) -> Path | None:
-    """The checkpoint that lies there for run.keep_best alone: those that came between it and the newest are gone."""
+    """Return the checkpoint that only run.keep_best has kept, older than the newest run.keep; None if there is none."""
     if not found:
         return None
     config, state = read_state(resolve_checkpoint(found[-1]))
@@ -156,9 +156,9 @@ def _opened(folder: Path) -> Member:
 
 
 def _anywhere(config: Config) -> Config:
-    """A run's configuration for any machine: with a GPU asked for by name it could not be evaluated on a CPU.
+    """Let a run's configuration work on any machine: one that names a GPU could not be evaluated on a CPU.
 
-    Where patches are made and how attention is computed decide no more than a rounding, and no override could be given.
+    The device that makes patches and the way attention is computed change only the rounding.
     """
     data = config.data.model_copy(update={"device": "auto"})
     engine = config.engine.model_copy(update={"attention": "auto"})

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
@@ -20,26 +19,24 @@ from asda.data.batches import Batch
 from asda.data.clips import ClipDataset
 from asda.data.datasets import held_out
 from asda.data.stream import evaluation_batches, patch_maker, with_patches
-from asda.engine.processes import Processes
+from asda.engine.processes import Processes, from_all_ranks
 from asda.evaluation.metrics import summary
 from asda.inference import Model
 from asda.models.attention import set_attention_path
 from asda.models.classifier import Classifier
 
-Weights = dict[str, Tensor]
-
 
 def evaluate_weights(
     config: Config,
-    weights: Weights,
+    weights: dict[str, Tensor],
     vocabulary: tuple[str, ...],
     processes: Processes,
     data: DataSpecs | None = None,
 ) -> dict[str, float | int]:
-    """Figures of a classifier on these clips, config.data.valid by default. All ranks call this together.
+    """Evaluate a classifier on these clips, config.data.valid by default. All ranks call this together.
 
-    Weights come whole rather than inside a ZeRO engine, so ranks may have different numbers of batches, and the
-    figures are those of the weights that a checkpoint holds.
+    Weights are whole and not inside a ZeRO engine. So ranks may have different numbers of batches, and the figures are
+    those of the weights that a checkpoint holds.
 
     Raises:
         UserError: the shards are damaged, or have other classes than the classifier.
@@ -50,17 +47,20 @@ def evaluate_weights(
 
 
 def logits_of_clips(
-    config: Config, weights: Weights, dataset: ClipDataset, processes: Processes, *, chunks: bool = False
+    config: Config, weights: dict[str, Tensor], dataset: ClipDataset, processes: Processes, *, chunks: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A classifier's logits of every clip, and the targets: fp32 [N, C], equal on all ranks. All call this together.
+    """Compute a classifier's logits of every clip. All ranks call this together and get the same.
 
     Args:
         config: the run; engine.micro_batch, precision and attention are used.
         weights: of its Classifier.
-        dataset: labelled clips.
-        processes: among which the clips are dealt.
-        chunks: whether a clip longer than data.frames is heard to its end, as asda.inference.Model.logits does;
-            otherwise its beginning stands for it.
+        dataset: labelled clips, N of them.
+        processes: the ranks that share the clips.
+        chunks: whether a clip longer than data.frames is scored in full, in chunks, as asda.inference.Model.logits
+            does; otherwise only its beginning is.
+
+    Returns:
+        Logits and targets, both fp32 [N, C].
     """
     assert isinstance(config.objective, ClassifyConfig)
     model = Classifier(config.model, config.objective, len(dataset.vocabulary))
@@ -79,13 +79,13 @@ def logits_of_clips(
 def over_clips(
     dataset: ClipDataset, config: Config, processes: Processes, rows_of: Callable[[Tensor, Batch], Tensor]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What a network makes of every clip, and the clips' targets, in the dataset's order, on every rank.
+    """Run a network over every clip; return its rows and the targets in the dataset's order, on every rank.
 
     Args:
         dataset: labelled clips.
-        config: the run, whose micro-batch and precision are used; of fp16 only what the weights have: the classifier's
-            are fp32 here, a teacher's are fp16 while it is trained.
-        processes: among which the clips are dealt.
+        config: the run, whose micro-batch and precision are used. fp16 changes nothing here: a classifier's weights
+            are fp32, and a teacher's are fp16 already.
+        processes: the ranks that share the clips.
         rows_of: patches [B, N, P] on the device, and their clips -> [B, X].
 
     Returns:
@@ -94,18 +94,16 @@ def over_clips(
     device = processes.device
     stream = _batches(dataset, config, processes, patches=patch_maker(config, device))
     with with_patches(stream, config, config.engine.micro_batch, device) as batches, _inference(config, device):
-        return _gathered(
-            ((rows_of(patches_BNP.to(device), clips), clips) for patches_BNP, clips in batches), dataset, processes
-        )
+        return _gathered(((rows_of(patches_BNP.to(device), clips), clips) for patches_BNP, clips in batches), dataset)
 
 
 def _over_whole_clips(
     dataset: ClipDataset, config: Config, processes: Processes, classifier: Classifier
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As over_clips, of clips in their whole length: logits of the mean probabilities of their chunks.
+    """Score clips in full: return logits of the mean probabilities of their chunks, and targets, as over_clips does.
 
-    Those of a single-label classifier are logarithms of probabilities for clips of one chunk too, so that all clips
-    are ranked by the same thing.
+    A single-label classifier gives logarithms of probabilities for clips of one chunk too, so that all clips have the
+    same kind of score.
     """
     assert isinstance(config.objective, ClassifyConfig)
     one_label = config.objective.loss == "ce"
@@ -118,11 +116,11 @@ def _over_whole_clips(
             yield (log_softmax(logits_BC.double(), dim=1) if one_label else logits_BC), batch
 
     with _inference(config, processes.device):
-        return _gathered(rows(), dataset, processes)
+        return _gathered(rows(), dataset)
 
 
 def _batches(dataset: ClipDataset, config: Config, processes: Processes, **options: Any) -> Iterator[Batch]:
-    """What this rank has to do."""
+    """Return this rank's share of the clips."""
     return evaluation_batches(
         dataset,
         config.data,
@@ -135,21 +133,18 @@ def _batches(dataset: ClipDataset, config: Config, processes: Processes, **optio
 
 @contextmanager
 def _inference(config: Config, device: torch.device) -> Iterator[None]:
-    """Without gradients, in the run's precision."""
+    """Compute without gradients, in the run's precision."""
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision == "bf16"):
         yield
 
 
-def _gathered(
-    made: Iterable[tuple[Tensor, Batch]], dataset: ClipDataset, processes: Processes
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and targets of this rank's batches, then of all ranks', in the dataset's order; fp32."""
+def _gathered(made: Iterable[tuple[Tensor, Batch]], dataset: ClipDataset) -> tuple[np.ndarray, np.ndarray]:
+    """Gather rows and targets of all ranks, in the dataset's order; fp32."""
     rows, targets = [], []
     for rows_BX, clips in made:
         rows.append(rows_BX.float().cpu().numpy())
         targets.append(clips.targets(len(dataset.vocabulary)))
-    parts: list[Any] = [None] * processes.world_size
-    dist.all_gather_object(parts, (rows, targets))
-    all_rows, all_targets = (np.concatenate([a for some in lists for a in some]) for lists in zip(*parts, strict=True))
+    parts = zip(*from_all_ranks((rows, targets)), strict=True)
+    all_rows, all_targets = (np.concatenate([a for some in lists for a in some]) for lists in parts)
     assert len(all_rows) == len(dataset), "every clip exactly once"
     return all_rows, all_targets

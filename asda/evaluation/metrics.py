@@ -1,7 +1,7 @@
-"""How good predictions are: accuracy, average precision, area under the ROC curve, d-prime. docs/evaluation.md.
+"""Metrics of predictions: accuracy, average precision, area under the ROC curve, d-prime. See docs/evaluation.md.
 
-Higher scores are likelier. Equal scores share a threshold, so no figure depends on the order of ties (scikit-learn's
-definitions). A score that is nan makes the figures that depend on it nan.
+Higher scores are likelier. Equal scores share a threshold, so no metric depends on the order of ties (scikit-learn's
+definitions). A score that is nan makes the metrics that depend on it nan.
 
 Shapes: N clips, C classes, P positives of a class.
 """
@@ -14,15 +14,15 @@ import numpy as np
 
 
 class ByClass(NamedTuple):
-    """What the scores of each class tell; nan where it is not defined."""
+    """Metrics of each class; nan where they are not defined."""
 
-    clips_C: np.ndarray  # int64, positives
-    average_precision_C: np.ndarray  # without a positive it is not defined
-    auc_C: np.ndarray  # without a positive or without a negative it is not defined
+    clips_C: np.ndarray  # int64, number of positives
+    average_precision_C: np.ndarray  # not defined without a positive
+    auc_C: np.ndarray  # not defined without a positive or without a negative
 
 
 def by_class(scores_NC: np.ndarray, targets_NC: np.ndarray) -> ByClass:
-    """The figures of each class by itself.
+    """Compute the metrics of each class.
 
     Args:
         scores_NC: [clips, classes], float32 (sorted fastest) or float64.
@@ -34,12 +34,12 @@ def by_class(scores_NC: np.ndarray, targets_NC: np.ndarray) -> ByClass:
 
 
 def _one_class(scores_N: np.ndarray, is_positive_N: np.ndarray) -> tuple[int, float, float]:
-    """Number of positives, average precision and AUC.
+    """Return the number of positives, the average precision and the AUC.
 
-    Both are means over the positives: of the precision at the positive's own score, which is the area under precision
-    over recall as a sum over thresholds, and of the share of negatives below it, equal ones counting half
-    (Mann-Whitney). So the scores are sorted by value, which is several times faster than finding their order, and only
-    positives, a few in a thousand of AudioSet's targets, are looked up. All counts are exact.
+    Both are means over the positives: of the precision at the positive's own score (the area under precision over
+    recall, as a sum over thresholds), and of the share of negatives below it, where equal ones count half
+    (Mann-Whitney). So scores are sorted by value, which is several times faster than finding their order, and only
+    positives are looked up, a few in a thousand of AudioSet's targets. All counts are exact.
     """
     ranked_N, hits_P = np.sort(scores_N), np.sort(scores_N[is_positive_N])
     positives, negatives = len(hits_P), len(ranked_N) - len(hits_P)
@@ -54,16 +54,16 @@ def _one_class(scores_N: np.ndarray, is_positive_N: np.ndarray) -> tuple[int, fl
 
 
 def accuracy(scores_NC: np.ndarray, targets_NC: np.ndarray) -> float:
-    """Share of clips whose highest score is at one of their labels."""
+    """Return the share of clips whose highest score is at one of their labels."""
     if np.isnan(scores_NC).any():
         return math.nan
     return float(targets_NC[np.arange(len(scores_NC)), scores_NC.argmax(axis=1)].mean(dtype=np.float64))
 
 
 def confusion(scores_NC: np.ndarray, targets_NC: np.ndarray) -> np.ndarray:
-    """Clips of each class by the class of their highest score: int64 [C of the label, C of the score].
+    """Count the clips of each class by the class of their highest score: int64 [C of the label, C of the score].
 
-    For targets with one label a clip, and finite scores.
+    Clips must have one label each, and scores must be finite.
     """
     classes = scores_NC.shape[1]
     pairs = targets_NC.argmax(axis=1) * classes + scores_NC.argmax(axis=1)
@@ -71,9 +71,9 @@ def confusion(scores_NC: np.ndarray, targets_NC: np.ndarray) -> np.ndarray:
 
 
 def d_prime(mean_auc: float) -> float:
-    """Distance of two normal distributions of variance 1 that have this AUC: sqrt(2) times its normal quantile.
+    """Return the distance of two normal distributions of variance 1 with this AUC: sqrt(2) times its normal quantile.
 
-    As AudioSet's papers have it (Hershey et al., 2017), of the mean of the classes' AUCs. Infinite at 0 and 1.
+    AudioSet's papers compute it from the mean AUC of the classes (Hershey et al., 2017). It is infinite at 0 and 1.
     """
     if not 0 < mean_auc < 1:
         return math.nan if math.isnan(mean_auc) else math.copysign(math.inf, mean_auc - 0.5)
@@ -81,21 +81,21 @@ def d_prime(mean_auc: float) -> float:
 
 
 def have_one_label(targets_NC: np.ndarray) -> bool:
-    """Whether every clip has one label: whatever the loss, as Speech Commands is trained with binary cross-entropy."""
+    """Return whether every clip has one label. The loss does not tell: Speech Commands is trained with bce."""
     return bool((targets_NC.sum(axis=1) == 1).all())
 
 
 def summary(scores_NC: np.ndarray, targets_NC: np.ndarray) -> dict[str, float | int]:
-    """The figures of an evaluation.
+    """Compute the figures of an evaluation.
 
     Args:
         scores_NC: [clips, classes] higher is likelier.
         targets_NC: [clips, classes] 1 where the clip has the label, else 0.
 
     Returns:
-        "accuracy" only where every clip has one label. "mAP" is the mean over classes that have a positive
-        ("classes_without_positives" counts the others), "mAUC" over those that have a negative too; both are nan
-        without such a class, or with a score that is nan.
+        "accuracy" only if every clip has one label. "mAP" is the mean over classes that have a positive
+        ("classes_without_positives" counts the others), "mAUC" over those that have a negative too. Both are nan
+        without such a class, or if a score is nan.
     """
     classes = by_class(scores_NC, targets_NC)
     has_positive_C, has_negative_C = classes.clips_C > 0, classes.clips_C < len(scores_NC)

@@ -1,11 +1,11 @@
-"""How much the teacher's features tell about labels that it has never seen, while it is being pre-trained.
+"""Evaluate frozen features with k-NN and a linear probe: of the teacher in pre-training, or of any encoder.
 
-Held-out clips are judged by their nearest neighbours among labelled clips, and by a linear layer that is fitted to
-those. Neither learns by gradient descent, so the figures follow from the weights alone and cost seconds.
+Held-out clips are classified by their nearest labelled clips, and by a linear layer fitted to those. Neither learns by
+gradient descent, so the figures follow from the weights alone and cost seconds.
 
-The feature of a clip is the mean over those tokens of the last block whose patches hold audio. The CLS token would not
-do: it learns to predict a clip's mean target, of which the norms of the targets leave next to nothing
-(asda/models/pretrain.py), and tells labels apart only after fine-tuning.
+The feature of a clip is the mean over the last block's tokens whose patches have audio. The CLS token is of no use: it
+learns to predict a clip's mean target, of which the norms of the targets leave next to nothing
+(asda/models/pretrain.py), and separates labels only after fine-tuning.
 
 Shapes: N labelled clips, T held-out clips, D width, C classes.
 """
@@ -28,27 +28,27 @@ from asda.models.ast import AstEncoder
 from asda.models.classifier import mean
 
 PENALTIES = tuple(10.0**power for power in range(-4, 3))  # of the linear layer's squared weights, per labelled clip
-ROWS = 1024  # held-out clips that are compared at once
+ROWS = 1024  # held-out clips compared at once
 
 
-class Features(NamedTuple):
-    """What an encoder makes of clips, and what they are: fp32, in the dataset's order, on the device of every rank."""
+class LabelledFeatures(NamedTuple):
+    """Features of clips and their labels: fp32, in the dataset's order, on the device of every rank."""
 
     of_clips_ND: Tensor
     targets_NC: Tensor
 
 
 class Probe:
-    """The two sets of labelled clips of config.probe. Open it before the first step: mistakes show then."""
+    """The two sets of labelled clips of config.probe. Make it before the first step, so that mistakes show then."""
 
     def __init__(self, config: Config):
         """Open the shards.
 
         Args:
-            config: with a section probe, and the log-mel statistics resolved: clips are seen as in training.
+            config: has a section probe, and the log-mel statistics resolved; clips become patches as in training.
 
         Raises:
-            UserError: shards are missing or have no labels, the two sets have other classes, or too few clips.
+            UserError: shards are missing or unlabelled, classes of the two sets differ, or there are too few clips.
         """
         assert config.probe is not None
         self._config, self._neighbours = config, config.probe.neighbours
@@ -56,14 +56,14 @@ class Probe:
         self._test = open_labelled(config, "probe.test", config.probe.test)
         if self._train.vocabulary != self._test.vocabulary:
             raise UserError(
-                f"probe.test {config.probe.test} has {len(self._test.vocabulary)} classes that are not the "
+                f"the {len(self._test.vocabulary)} classes of probe.test {config.probe.test} differ from the "
                 f"{len(self._train.vocabulary)} of probe.train {config.probe.train}; make the shards with the same "
                 "--labels FILE"
             )
         if self._test.shares_shards_with(self._train):
             raise UserError(
-                f"probe.test {config.probe.test} and probe.train {config.probe.train} have shards in common, where "
-                "each clip is its own neighbour; name splits that are apart"
+                f"probe.test {config.probe.test} and probe.train {config.probe.train} have shards in common, so "
+                "clips would be their own neighbours; name splits without common shards"
             )
         if len(self._train) < self._neighbours:
             raise UserError(
@@ -72,26 +72,26 @@ class Probe:
             )
 
     def figures(self, teacher: nn.Module, processes: Processes) -> dict[str, float | int]:
-        """Judge an encoder. All ranks call this together, and get the same figures.
+        """Evaluate an encoder. All ranks call this together and get the same figures.
 
-        Nothing is drawn from torch's generator, and the teacher stays as it is.
+        Nothing is drawn from torch's generator, and the encoder is not changed.
 
         Args:
-            teacher: an Encoder that is whole on every rank and does not communicate, so that ranks may have different
-                numbers of batches; in eval mode.
+            teacher: an Encoder in eval mode, whole on every rank. It must not communicate, because ranks may have
+                different numbers of batches.
             processes: all ranks.
 
         Returns:
-            "knn_accuracy" and "linear_accuracy" where every held-out clip has one label, otherwise "knn_mAP" and
-            "linear_mAP", the mean of the average precisions of all classes; nan where the features are not finite.
+            "knn_accuracy" and "linear_accuracy" if every held-out clip has one label, else "knn_mAP" and
+            "linear_mAP", the mean average precision of all classes; nan if features are not finite.
         """
         assert not teacher.training
         train, test = (features_of(teacher, clips, self._config, processes) for clips in (self._train, self._test))
-        return judge(train, test, self._neighbours)
+        return probe_figures(train, test, self._neighbours)
 
 
-def judge(train: Features, test: Features, neighbours: int) -> dict[str, float | int]:
-    """The figures of Probe.figures, from features that are there already."""
+def probe_figures(train: LabelledFeatures, test: LabelledFeatures, neighbours: int) -> dict[str, float | int]:
+    """Compute the figures of Probe.figures from features."""
     train_ND, test_TD = train.of_clips_ND, test.of_clips_ND
     targets_TC = test.targets_NC.double().cpu().numpy()
     name = "accuracy" if have_one_label(targets_TC) else "mAP"
@@ -106,9 +106,9 @@ def judge(train: Features, test: Features, neighbours: int) -> dict[str, float |
 
 
 def standardised(train_ND: Tensor, test_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sets in fp64, shifted and scaled so that each feature has mean 0 and variance 1 over the labelled clips.
+    """Shift and scale both sets so that each feature has mean 0 and variance 1 over the labelled clips; in fp64.
 
-    A feature that is always the same becomes 0.
+    A constant feature becomes 0.
     """
     train_ND, test_TD = train_ND.double(), test_TD.double()
     mean_D, std_D = train_ND.mean(0), train_ND.std(0, correction=0)
@@ -117,7 +117,7 @@ def standardised(train_ND: Tensor, test_TD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def neighbour_scores(train_ND: Tensor, train_targets_NC: Tensor, test_TD: Tensor, neighbours: int) -> Tensor:
-    """Share of the nearest labelled clips that have the label, [T, C]; nearest by the cosine."""
+    """Return the share of the nearest labelled clips, by cosine, that have each label: [T, C]."""
     train_ND = nn.functional.normalize(train_ND)
     nearest = [
         (nn.functional.normalize(rows_RD) @ train_ND.T).topk(neighbours, dim=1).indices
@@ -127,16 +127,16 @@ def neighbour_scores(train_ND: Tensor, train_targets_NC: Tensor, test_TD: Tensor
 
 
 def linear_scores(train_ND: Tensor, train_targets_NC: Tensor, test_TD: Tensor) -> Tensor:
-    """What a linear layer says of the held-out clips, [T, C], fitted to labels of 0 and 1 by ridge regression.
+    """Score held-out clips, [T, C], by a linear layer that ridge regression fits to labels of 0 and 1.
 
-    The weights minimise |X W + b - Y|^2 + penalty N |W|^2 in closed form. The penalty is the one of PENALTIES with the
-    least error when each labelled clip is predicted from all others, which follows from one decomposition too: the
-    error of a clip that was left out is its error within, over 1 minus its leverage.
+    The weights minimise |X W + b - Y|^2 + penalty N |W|^2 in closed form. Among PENALTIES the one is chosen that has
+    the least error when each labelled clip is predicted from all others. That follows from the same decomposition: the
+    error of a clip that is left out is its error within, divided by 1 minus its leverage.
 
     Args:
-        train_ND: features of mean 0, in fp64.
+        train_ND: features with mean 0, in fp64.
         train_targets_NC: 1 where the clip has the label.
-        test_TD: features of the held-out clips, shifted alike.
+        test_TD: features of the held-out clips, shifted by the same mean.
     """
     num_clips = len(train_ND)
     bias_C = train_targets_NC.double().mean(0)
@@ -157,16 +157,16 @@ def linear_scores(train_ND: Tensor, train_targets_NC: Tensor, test_TD: Tensor) -
     return test_TD @ weights_DC + bias_C
 
 
-def features_of(encoder: nn.Module, dataset: ClipDataset, config: Config, processes: Processes) -> Features:
-    """What an encoder, in eval mode, makes of all clips. All ranks call this together."""
+def features_of(encoder: nn.Module, dataset: ClipDataset, config: Config, processes: Processes) -> LabelledFeatures:
+    """Compute the features of all clips with an encoder in eval mode. All ranks call this together."""
     device = processes.device
 
     def mean_patch(patches_BNP: Tensor, clips: Batch) -> Tensor:
         tokens_BND = encoder(patches_BNP, present_BN=clips.present(config, device)).float()
-        if isinstance(encoder, AstEncoder):  # whose patches are others than the data's, and which knows no padding
+        if isinstance(encoder, AstEncoder):  # its patches are not the data's, and it does not mask padding
             return mean(tokens_BND[:, encoder.num_special :])
         audio_BN = torch.from_numpy(present_patches(clips.lengths, None, config.data.frames, config.model.patch))
         return mean(tokens_BND[:, 1:], audio_BN.to(device))
 
     features_ND, targets_NC = over_clips(dataset, config, processes, mean_patch)
-    return Features(torch.from_numpy(features_ND).to(device), torch.from_numpy(targets_NC).to(device))
+    return LabelledFeatures(torch.from_numpy(features_ND).to(device), torch.from_numpy(targets_NC).to(device))

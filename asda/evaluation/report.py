@@ -1,8 +1,8 @@
-"""What an evaluation leaves behind: its figures, a table of classes, and a picture of what is taken for what.
+"""The files of an evaluation: its figures, a table of classes, and a picture of the confusions.
 
     evaluation.json             the figures, of which checkpoint, on which clips
-    evaluation_classes.csv      class, clips, average_precision, auc; with one label a clip also recall and precision
-    evaluation_confusion.png    with one label a clip: clips of each class by the class they are taken for
+    evaluation_classes.csv      class, clips, average_precision, auc; with one label per clip also recall and precision
+    evaluation_confusion.png    with one label per clip: clips of each class by predicted class
 
 Shapes: N clips, C classes.
 """
@@ -34,27 +34,24 @@ LIGHT_FROM = 0.55  # share of a row from which a count is written in white
 
 
 def check_place(out: Path) -> None:
-    """Raise UserError where write_evaluation could not write; ask it before long work. Nothing is made."""
+    """Raise UserError if write_evaluation could not write; call it before long work. It writes nothing."""
     if out.is_dir():
         raise UserError(
-            f"{out} is a folder, and --out names the JSON file to write; add a file name: {out / 'evaluation.json'}"
+            f"{out} is a folder, but --out names the JSON file to write; add a file name: {out / 'evaluation.json'}"
         )
     files = [out, *_beside(out)]
     if folder := next((path for path in files if path.is_dir()), None):
-        raise UserError(f"{folder} is a folder, where a file of the evaluation would go; name another file in --out")
+        raise UserError(f"{folder} is a folder, but a file of the evaluation has this name; give another file in --out")
     if locked := next((path for path in files if path.exists() and not os.access(path, os.W_OK)), None):
-        raise UserError(f"{locked} is there and cannot be written to; make it writable, or name another file in --out")
+        raise UserError(f"{locked} exists and is not writable; make it writable, or give another file in --out")
     place = next(path for path in out.absolute().parents if path.exists())
     are_new = not all(path.exists() for path in files)
     if are_new and not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        raise UserError(
-            f"{place} is not a folder that can be written to, so {out} cannot be made there; name a file elsewhere "
-            "in --out"
-        )
+        raise UserError(f"{place} is not a writable folder, so {out} cannot be written; give a file elsewhere in --out")
 
 
 def _beside(out: Path) -> list[Path]:
-    """The table and the picture."""
+    """Return the paths of the table and the picture."""
     return [out.with_name(f"{out.stem}_{name}") for name in ("classes.csv", "confusion.png")]
 
 
@@ -66,25 +63,25 @@ def write_evaluation(
     targets_NC: np.ndarray,
     vocabulary: tuple[str, ...],
 ) -> list[str]:
-    """Write the files; the JSON first and the picture last, so that what is most likely to fail costs least.
+    """Write the files, the picture last because it is the most likely to fail.
 
     Args:
         out: the JSON file; the names of the others begin with its stem.
         about: what was evaluated, for the JSON.
-        figures: of asda.metrics.summary; where it has an accuracy, a clip has one label.
-        scores_NC: [clips, classes] finite.
+        figures: from metrics.summary; if they have an accuracy, every clip has one label.
+        scores_NC: [clips, classes], finite.
         targets_NC: [clips, classes] 1 where the clip has the label.
         vocabulary: names of the classes.
 
     Returns:
-        A line for each file, and one where the picture needs a package that is not there.
+        A line for each file, or for the missing package that the picture needs.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     table, picture = _beside(out)
     counts_CC = confusion(scores_NC, targets_NC) if "accuracy" in figures else None
     found = about | {key: _json(value) for key, value in figures.items()}
     if counts_CC is not None:
-        found |= {"labels": vocabulary, "confusion": counts_CC.tolist()}  # rows: labels; columns: taken for
+        found |= {"labels": vocabulary, "confusion": counts_CC.tolist()}  # rows: labels; columns: predictions
     lines_of_json = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in found.items()]
     write_whole_file(out, "{\n" + ",\n".join(lines_of_json) + "\n}\n")
     _write_table(table, vocabulary, by_class(scores_NC, targets_NC), counts_CC)
@@ -95,12 +92,12 @@ def write_evaluation(
 
 
 def _json(value: float) -> float | None:
-    """JSON has no nan and no infinity."""
+    """Return None for nan and infinity, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 
 def _write_table(path: Path, vocabulary: tuple[str, ...], classes: ByClass, counts_CC: np.ndarray | None) -> None:
-    """One line a class, in the order of the vocabulary; a cell is empty where the figure is not defined."""
+    """Write a line for each class, in the order of the vocabulary; undefined figures are empty cells."""
     columns: dict[str, Any] = {"class": vocabulary, "clips": classes.clips_C}
     columns |= {"average_precision": classes.average_precision_C, "auc": classes.auc_C}
     if counts_CC is not None:
@@ -120,11 +117,11 @@ def _cell(value: Any) -> str:
 
 
 def _try_to_draw(path: Path, counts_CC: np.ndarray, vocabulary: tuple[str, ...]) -> str:
-    """A line that says where the picture is, or why there is none."""
+    """Draw the picture; return a line that says where it is, or why there is none."""
     try:
         from matplotlib.figure import Figure  # an optional extra
     except ImportError:
-        return "no picture of the confusions: that needs matplotlib, pip install 'asda[report]'"
+        return "no picture of the confusions: it needs matplotlib; pip install 'asda[report]'"
     inches = min(LARGEST_INCHES, max(SMALLEST_INCHES, MARGIN_INCHES + CELL_INCHES * len(vocabulary)))
     figure = Figure(figsize=(inches, inches), dpi=DPI, layout="constrained")
     _draw(figure, counts_CC, vocabulary, cell_inches=min(CELL_INCHES, LARGEST_INCHES / len(vocabulary)))
@@ -133,7 +130,7 @@ def _try_to_draw(path: Path, counts_CC: np.ndarray, vocabulary: tuple[str, ...])
 
 
 def _draw(figure: "Figure", counts_CC: np.ndarray, vocabulary: tuple[str, ...], cell_inches: float) -> None:
-    """A row for each class, coloured by the share of its clips, with their numbers where they can be read."""
+    """Draw a row for each class, coloured by the share of its clips, with numbers if they are large enough to read."""
     axes = figure.subplots()
     shares_CC = counts_CC / np.maximum(counts_CC.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares_CC, cmap="Blues", vmin=0, vmax=1)
@@ -142,7 +139,7 @@ def _draw(figure: "Figure", counts_CC: np.ndarray, vocabulary: tuple[str, ...], 
     as_they_are = {"fontsize": NAME_POINTS * shrink, "parse_math": False}  # a name may hold a $
     axes.set_xticks(range(len(names)), names, rotation=90, **as_they_are)
     axes.set_yticks(range(len(names)), names, **as_they_are)
-    axes.set_xlabel("taken for", fontsize=TITLE_POINTS)
+    axes.set_xlabel("prediction", fontsize=TITLE_POINTS)
     axes.set_ylabel("label (colour: share of its clips)", fontsize=TITLE_POINTS)
     share = counts_CC.trace() / counts_CC.sum()
     axes.set_title(f"{counts_CC.sum()} clips, {100 * share:.1f} % on the diagonal", fontsize=TITLE_POINTS)

@@ -271,7 +271,7 @@ def test_weights_without_a_run_are_no_checkpoint_to_resume_or_evaluate(
     tmp_path: Path, description: Description
 ) -> None:
     write_weights(tmp_path / "weights", description, {"model": {"a": torch.zeros(2)}})
-    with pytest.raises(UserError, match=r"holds weights and no run \(it has no state\.json\)"):
+    with pytest.raises(UserError, match=r"has weights but no run \(state\.json is missing\)"):
         read_state(tmp_path / "weights")
 
 

@@ -201,7 +201,7 @@ def test_a_checkpoint_that_is_kept_only_as_the_best_is_none_of_the_last(lengths:
     old = write_run(tmp_path / "old", few, 1, 2, 3, 4, best_step=1)
     assert [folder.name[-1] for folder in checkpoints_of(old)] == ["1", "3", "4"]
     assert steps(old, 2) == [3, 4]
-    sentence = "old holds 2 checkpoints of a run, and step-0000001 kept only as its best, --last asks for 3; ask"
+    sentence = "old has 2 checkpoints (besides step-0000001, kept only as its best), --last asks for 3; ask"
     with pytest.raises(UserError, match=sentence):
         members([old], last=3)
     assert steps(write_run(tmp_path / "young", few, 1, 2, 3, 4, best_step=3), 2) == [3, 4]
@@ -339,7 +339,7 @@ def test_without_matplotlib_the_evaluation_says_so_and_is_whole(
     scores_NC, targets_NC = predictions()
     figures = summary(scores_NC, targets_NC)
     lines = write_evaluation(tmp_path / "e.json", {}, figures, scores_NC, targets_NC, (*CLASSES, "e"))
-    assert lines[-1] == "no picture of the confusions: that needs matplotlib, pip install 'asda[report]'"
+    assert lines[-1] == "no picture of the confusions: it needs matplotlib; pip install 'asda[report]'"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e.json", "e_classes.csv"]
 
 
@@ -391,11 +391,11 @@ def test_figures_are_printed_before_anything_is_written(
 @pytest.mark.parametrize(
     ("out", "sentence"),
     [
-        (".", r"\. is a folder, and --out names the JSON file to write; add a file name: evaluation\.json"),
-        ("{run}", "run is a folder, and --out names the JSON file to write; add a file name: .*run/evaluation.json"),
-        ("{run}/taken.json", "taken_classes.csv is a folder, .*; name another file in --out"),
-        ("{run}/checkpoints/latest/e.json", "checkpoints/latest is not a folder that can be written to, .* --out"),
-        ("{run}/checkpoints/latest/new/e.json", "checkpoints/latest is not a folder that can be written to, .* --out"),
+        (".", r"\. is a folder, but --out names the JSON file to write; add a file name: evaluation\.json"),
+        ("{run}", "run is a folder, but --out names the JSON file to write; add a file name: .*run/evaluation.json"),
+        ("{run}/taken.json", "taken_classes.csv is a folder, .*; give another file in --out"),
+        ("{run}/checkpoints/latest/e.json", "checkpoints/latest is not a writable folder, .* --out"),
+        ("{run}/checkpoints/latest/new/e.json", "checkpoints/latest is not a writable folder, .* --out"),
     ],
 )
 def test_a_place_that_cannot_be_written_is_refused_before_the_evaluation(
@@ -422,16 +422,16 @@ def test_figures_without_a_value_are_null_in_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["{a}", "{b}"], "2 checkpoints are named; say how to combine them: --average .* or --ensemble"),
-        (["{a}", "--average"], "--average combines several checkpoints, and 1 is named; give --last N .* --checkpoint"),
-        (["{a}", "--last", "1", "--ensemble"], "--ensemble combines several checkpoints, and 1 is named; give --last"),
+        (["{a}", "{b}"], "2 checkpoints are named; combine them with --average .* or --ensemble"),
+        (["{a}", "--average"], "--average combines several checkpoints, but 1 is named; give --last N .* --checkpoint"),
+        (["{a}", "--last", "1", "--ensemble"], "--ensemble combines several checkpoints, but 1 is named; give --last"),
         (["{a}", "{wide}", "--average"], r"they differ in model\.width, model\.heads; take"),
         (["{a}", "{other}", "--average"], r"they differ in data\.log_mel; take"),
         (["{a}", "{bce}", "--ensemble"], "they differ in loss; take"),
-        (["{a}", "--last", "2", "--average"], "holds 1 checkpoints of a run, --last asks for 2; ask for fewer"),
-        (["{a}", "{b}", "--last", "2", "--average"], "--last 2 is for one run, and --checkpoint names 2 folders"),
-        (["{a}", "--best"], "has kept no checkpoint as its best; train it with run.keep_best"),
-        (["{nan}"], r"step-0000001 gives no value \(nan\) for 14 of 14 clips, so there are no figures"),
+        (["{a}", "--last", "2", "--average"], "has 1 checkpoint, --last asks for 2; ask for fewer"),
+        (["{a}", "{b}", "--last", "2", "--average"], "--last 2 is for one run, but --checkpoint names 2 folders"),
+        (["{a}", "--best"], "has no best checkpoint; train with data.valid, and run.keep_best"),
+        (["{nan}"], r"step-0000001 gives nan for 14 of 14 clips, so there are no figures"),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_sentence(

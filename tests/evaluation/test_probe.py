@@ -25,12 +25,12 @@ from asda.engine.processes import Processes
 from asda.errors import UserError
 from asda.evaluation.probe import (
     PENALTIES,
-    Features,
+    LabelledFeatures,
     Probe,
     features_of,
-    judge,
     linear_scores,
     neighbour_scores,
+    probe_figures,
     standardised,
 )
 from asda.models.encoder import Encoder
@@ -159,9 +159,9 @@ def test_several_labels_a_clip_are_judged_by_the_mean_of_the_average_precisions(
     sets = []
     for features, classes in (clusters(200, 16, 1), clusters(300, 16, 2)):
         also = one_hot(np.where(features[:, 0] > 3, 0, classes))  # a second label that a feature tells
-        sets.append(Features(torch.from_numpy(features), one_hot(classes).maximum(also)))
+        sets.append(LabelledFeatures(torch.from_numpy(features), one_hot(classes).maximum(also)))
     train, test = sets
-    figures = judge(train, test, neighbours=10)
+    figures = probe_figures(train, test, neighbours=10)
     train_ND, test_TD = standardised(train.of_clips_ND, test.of_clips_ND)
     scores = linear_scores(train_ND, train.targets_NC, test_TD)
     assert list(figures) == ["knn_mAP", "linear_mAP"]
@@ -194,7 +194,7 @@ def test_features_without_a_value_give_figures_without_a_value(shards: Path, alo
     ("probe", "words"),
     [
         ({"train": "{}:nothing"}, "nothing"),
-        ({"train": "{}:train+test"}, "have shards in common, where each clip is its own neighbour"),
+        ({"train": "{}:train+test"}, "have shards in common, so clips would be their own neighbours"),
         ({"neighbours": 49}, "probe.neighbours 49 exceeds the 48 clips"),
     ],
 )
@@ -217,5 +217,7 @@ def test_sets_with_other_classes_are_refused(shards: Path, monkeypatch: pytest.M
             self.vocabulary = (*self.vocabulary[1:], "unheard of")
 
     monkeypatch.setattr(ClipDataset, "__init__", renamed)
-    with pytest.raises(UserError, match=r"probe.test .* 8 classes that are not the 8 of probe.train .* --labels FILE"):
+    with pytest.raises(
+        UserError, match=r"the 8 classes of probe.test .* differ from the 8 of probe.train .* --labels FILE"
+    ):
         Probe(config_with_probe(shards))
