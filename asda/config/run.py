@@ -267,7 +267,7 @@ def load_description(path: Path) -> Description:
 
 
 def dump_config(config: Config | Description) -> str:
-    """The resolved tree as JSON text; load_config or load_description reads it back to an equal tree."""
+    """Write the resolved tree as JSON text; load_config or load_description reads back an equal tree."""
     return config.model_dump_json(by_alias=True, indent=2) + "\n"
 
 
