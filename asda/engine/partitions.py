@@ -284,7 +284,7 @@ def _sent(
     for number, stretch in enumerate(stretches):
         for begin in range(0, stretch.size, CHUNK):
             size = min(CHUNK, stretch.size - begin)
-            values = pieces[number][begin : begin + size] if is_mine else torch.empty(size)
+            values = pieces[number][begin : begin + size] if is_mine else torch.empty(size, device=device)
             values = values.to(device).contiguous()
             dist.broadcast(values, source)
             yield Stretch(stretch.name, stretch.start + begin, size), values

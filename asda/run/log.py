@@ -88,7 +88,7 @@ class RunLog:
         self._metrics, self._bad_steps = JsonLines(folder / "metrics.jsonl"), JsonLines(folder / BAD_STEPS)
         for lines in (self._metrics, self._bad_steps):
             if num_damaged := lines.drop_after(first_step):
-                self._warn_aloud(f"{lines.path} had {num_damaged} damaged lines; they are dropped")
+                self._print_warning(f"{lines.path} had {num_damaged} damaged lines; they are dropped")
         self._boards: list[Board] = [TensorBoard(folder, first_step)]
         if wandb:
             self._boards.append(curves := WeightsAndBiases(folder, wandb, config or {}))
@@ -103,7 +103,7 @@ class RunLog:
     def warn(self, sentence: str) -> None:
         """Print a warning on stderr and keep it in metrics.jsonl."""
         if self._enabled:
-            self._warn_aloud(sentence)
+            self._print_warning(sentence)
             self._write(self._metrics, {"kind": "warning", "step": self._step, "text": sentence})
 
     def alarm(self, sentence: str | None) -> None:
@@ -168,13 +168,13 @@ class RunLog:
         try:
             lines.write(entry)
         except OSError as error:
-            self._warn_aloud(f"cannot write {lines.path}: {error.strerror}; its lines are kept for the next try")
+            self._print_warning(f"cannot write {lines.path}: {error.strerror}; its lines are kept for the next try")
 
     def _leave_out(self, board: Board, error: OSError) -> None:
         self._boards.remove(board)
         self.warn(f"{board.name} failed and gets no more figures: {error}; metrics.jsonl has all of them")
 
-    def _warn_aloud(self, sentence: str) -> None:
+    def _print_warning(self, sentence: str) -> None:
         self._bar.write(f"warning: {sentence}", file=sys.stderr)
         sys.stderr.flush()
 
