@@ -359,7 +359,7 @@ class Progress:
     def summary(self, out: Path) -> str:
         """Say what was done, with units."""
         if self.kept == self._num_clips:
-            return f"All {self.kept} clips are already extracted in {out}; nothing to do."
+            return f"{self.kept} of {self.kept} clips are already extracted in {out}; nothing to do"
         seconds = time.monotonic() - self._started
         return (
             f"{self._made} clips in {seconds:.1f} s: {self._made / seconds:.1f} clips/s, "

@@ -175,10 +175,10 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(
     assert found.items() <= whole.items()
     written_ns = {name: (out / name).stat().st_mtime_ns for name in found}
 
-    assert "All 32 clips are already extracted" in succeed(*arguments, "--out", out).out
+    assert "32 clips were already extracted" in succeed(*arguments, "--out", out).out
     assert files_of(out) == whole
     assert written_ns == {name: (out / name).stat().st_mtime_ns for name in found}, "finished files are not touched"
-    assert succeed(*arguments, "--out", out).out.startswith("0 clips in ")
+    assert succeed(*arguments, "--out", out).out.startswith("64 of 64 clips are already extracted")
 
 
 def test_bytes_do_not_depend_on_the_hour(recordings: Path, weights: Path, tmp_path: Path):
@@ -207,7 +207,7 @@ def test_features_of_other_settings_or_models_are_never_mixed(recordings: Path, 
         (line,) = done.err.splitlines()
         assert words in line
         assert "--out" in line
-    assert succeed("--model", same, *common).out.startswith("0 clips"), "a copy of the model is the same model"
+    assert succeed("--model", same, *common).out.startswith("1 of 1 clips"), "a copy of the model is the same model"
     assert files_of(out) == before
 
 
@@ -335,7 +335,7 @@ def test_what_cannot_be_done_is_one_sentence(shards: Path, recordings: Path, wei
         "there is no checkpoint in": ("--model", tmp_path / "nowhere", sound),
         "--layer 4 must be from 0 to 3": ("--model", weights, "--layer", 4, sound),
         "would both become dog/a": ("--model", weights, recordings),
-        "name one of their splits (test, train)": ("--model", weights, shards),
+        "name its splits (test, train)": ("--model", weights, shards),
         "has no split 'nope'": ("--model", weights, f"{shards}:nope"),
         "holds files but no features.json": ("--model", weights, "--out", recordings, sound),
         "is not a folder": ("--model", weights, "--out", tmp_path / "file", sound),

@@ -348,7 +348,7 @@ def test_the_columns_of_a_long_clip_are_means_of_its_frames():
         (["--key", "SIREN_00"], "keys that contain it: siren_00"),
         (["--find", "sirens"], "--find sirens: {shards} has no such class; did you mean 'siren'?"),
         (["--find", "zzz"], "--classes all shows its classes"),
-        (["--find", "siren", "--verify"], "--find chooses clips for --list and --sheet"),
+        (["--find", "siren", "--verify"], "--find goes with --list and --sheet"),
         (["--list", "--json"], "--list and --find print CSV"),
         (["--classes", "-1"], "--classes -1 must be a whole number, or all"),
         (["--list", "--columns", "key,name"], "unknown column 'name'; choose from key,split"),
