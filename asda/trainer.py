@@ -24,7 +24,7 @@ from asda.data.batches import Batch
 from asda.data.clips import Clip, ClipDataset, DamageBudget
 from asda.data.datasets import _open_data
 from asda.data.order import hash_of
-from asda.data.stream import patch_maker, training_batches, with_patches
+from asda.data.stream import training_batches, with_patches
 from asda.engine import partitions, zero
 from asda.engine.processes import Processes, from_all_ranks, join_processes, leave_processes
 from asda.errors import Stopped, UserError, say
@@ -301,7 +301,6 @@ class Trainer:
             world_size=self.processes.world_size,
             masks=self.objective.masks(),
             budget=self.budget,
-            patches=patch_maker(self.config, self.processes.device, training=True),
         )
 
     @property

@@ -216,7 +216,7 @@ def test_slow_reads_change_nothing_but_the_time(
     monkeypatch.setattr(ShardFile, "read_frame", slowly)
     monkeypatch.setattr(reader, "STALL_S", 0.2)
     clips, _ = target.epoch()
-    warned = "waiting for data since" in capfd.readouterr().err
+    warned = "waiting for data for" in capfd.readouterr().err
     count_fault(
         "11",
         "reads that stall now and then",

@@ -140,14 +140,14 @@ def test_finetuning_starts_from_the_pretrained_encoder(pretrained: Path, finetun
 
 
 @pytest.mark.launch
-def test_a_run_goes_on_with_other_ranks_stages_and_workers_through_the_same_batches(
+def test_a_run_goes_on_with_other_ranks_stages_and_threads_through_the_same_batches(
     shards: Path, pretrained: Path, tmp_path: Path, count_fault: Count
 ) -> None:
     run = shutil.copytree(pretrained, tmp_path / "run")
     for step in (4, 6):
         shutil.rmtree(run / "checkpoints" / f"step-{step:07d}")
     uninterrupted = read_metrics(pretrained, "train")
-    one_rank = command(0, "train.py", *pretraining(shards, run, "engine.zero_stage=3", "data.workers=1"))
+    one_rank = command(0, "train.py", *pretraining(shards, run, "engine.zero_stage=3", "data.threads=1"))
     with subprocess.Popen(one_rank, env=environment(), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         told = ""
@@ -164,7 +164,7 @@ def test_a_run_goes_on_with_other_ranks_stages_and_workers_through_the_same_batc
     # Noise in the decoder is drawn by each rank for its own clips, so the losses differ by what it does to them.
     assert [entry["loss"] for entry in entries] == pytest.approx([e["loss"] for e in uninterrupted], rel=2**-6)
     count_fault("24", "other ranks and stages: 2 ranks, then 1, then 2", 2, 2, lost=0, recovered=2 * equal)
-    count_fault("25", "other workers and threads: 2 threads, 1 worker, none", 2, 2, lost=0, recovered=2 * equal)
+    count_fault("25", "other threads: 2, 1, none", 2, 2, lost=0, recovered=2 * equal)
 
 
 @pytest.mark.launch

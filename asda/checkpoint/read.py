@@ -26,7 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from asda.checkpoint.manifest import FORMAT, MANIFEST, READABLE_FORMATS, STRICT, damage
 from asda.config.data import InputConfig
-from asda.config.run import Config, Description, load_config, load_description
+from asda.config.run import Config, Description, load_description, load_stored_config
 from asda.data.order import ORDER_VERSION
 from asda.errors import UserError
 
@@ -164,7 +164,7 @@ def read_state(folder: Path, *, to_resume: bool = False) -> tuple[Config, State]
             f"{folder} was trained in data order {state.order_version}, this version of asda uses order "
             f"{ORDER_VERSION}; resume with the version that began the run, or start another run.folder from it"
         )
-    return load_config(folder / "config.json"), state
+    return load_stored_config(folder / "config.json"), state
 
 
 def _parse_state(path: Path) -> State:

@@ -11,7 +11,7 @@ import numpy as np
 
 from asda.checkpoint.read import State, newest_checkpoint, read_state
 from asda.config.model import PretrainConfig
-from asda.config.run import Config, load_config
+from asda.config.run import Config, load_stored_config
 from asda.data.remote.fetch import shareable
 from asda.errors import UserError
 from asda.run.log import read_metrics
@@ -69,7 +69,7 @@ def _read_run(folder: Path, name: str) -> Run:
     return Run(
         name=name,
         folder=folder,
-        config=load_config(folder / "config.json"),
+        config=load_stored_config(folder / "config.json"),
         entries={kind: without_repeats(read_metrics(folder, kind)) for kind in KINDS}
         | {"warning": read_metrics(folder, "warning")},
         evaluation=_read_evaluation(folder / "evaluation.json"),

@@ -117,7 +117,6 @@ class DataConfig(Section):
     padding: Padding = "constant"  # masked: no token takes anything from a patch of padding, nor does the classifier
     augment: AugmentConfig = AugmentConfig()  # while training
     device: MayChange[Literal["auto", "cpu", "gpu"]] = "auto"  # where DALI computes; auto follows the training device
-    workers: MayChange[Count] = 0  # processes per rank that read, and make patches on the CPU; 0: threads do it
     threads: MayChange[Count] = 2  # that read, verify and decompress, per rank; 0 reads when a batch is asked for
     prefetch: MayChange[PositiveInt] = 4  # micro-batches prepared ahead, per rank
     timeout_s: MayChange[PositiveFloat] = 300.0  # longest wait for a micro-batch before the run ends

@@ -8,8 +8,10 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import ValidationError
 
 from asda.config.base import Section, alternatives, sections_of
-from asda.errors import UserError
+from asda.errors import UserError, say
 
+# Keys of earlier versions, each with what to write instead.
+RETIRED = {"data.workers": "data.threads threads read ahead; set data.threads, and leave data.workers out"}
 MAX_CONFIG_BYTES = 1 << 20  # a run is described in a few kilobytes; more is not a config
 
 
@@ -53,6 +55,30 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"the override {override!r} goes through {section!r}, which is a value and not a section")
     tree[key] = value
+
+
+def refuse_retired_keys(tree: dict[str, Any], path: str | Path) -> None:
+    """Raise UserError if a user's configuration has a key of an earlier version."""
+    for key, value in _pop_retired_keys(tree).items():
+        raise UserError(f"{path}: {key}={json.dumps(value)} is no longer a key: {RETIRED[key]}")
+
+
+def drop_retired_keys(tree: dict[str, Any], path: str | Path) -> None:
+    """Take keys of earlier versions out of a configuration that a run has stored, and say so."""
+    for key, value in _pop_retired_keys(tree).items():
+        say(f"{path}: ignoring {key}={json.dumps(value)}, which an earlier version wrote: {RETIRED[key]}")
+
+
+def _pop_retired_keys(tree: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for dotted in RETIRED:
+        *sections, key = dotted.split(".")
+        part: Any = tree
+        for section in sections:
+            part = part.get(section) if isinstance(part, dict) else None
+        if isinstance(part, dict) and key in part:
+            found[dotted] = part.pop(key)
+    return found
 
 
 def explain(error: ValidationError, kind: type[Section]) -> str:

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from asda.config.base import Count, Fraction, MayChange, NonNegative, PositiveFloat, PositiveInt, Preset, Section, Size
 from asda.config.data import DataConfig, DataSpecs, InputConfig
-from asda.config.load import apply_override, explain, read_json_object
+from asda.config.load import apply_override, drop_retired_keys, explain, read_json_object, refuse_retired_keys
 from asda.config.model import AnyModelConfig, AstConfig, ClassifyConfig, ModelConfig, PretrainConfig, of_asda
 from asda.config.presets import DEFAULT_PRESET, DEFAULT_SIZE, filled
 from asda.errors import UserError
@@ -258,6 +258,18 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     tree = read_json_object(Path(path))
     for override in overrides or []:
         apply_override(tree, override)
+    refuse_retired_keys(tree, path)
+    return _checked(tree, Config, path)
+
+
+def load_stored_config(path: Path) -> Config:
+    """Read the config.json that a run or a checkpoint has stored, without keys that are retired since.
+
+    Raises:
+        UserError: as load_config does.
+    """
+    tree = read_json_object(path)
+    drop_retired_keys(tree, path)
     return _checked(tree, Config, path)
 
 

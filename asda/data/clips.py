@@ -5,7 +5,7 @@ Damage is never passed over in silence. Strict, which is the default, the first 
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -17,6 +17,7 @@ import xxhash
 from asda.config.data import DataConfig, DataSpecs, LogMelStats
 from asda.data.audio.waves import decode_wav
 from asda.data.order import Draw, OrderedDataset
+from asda.data.prefetch import Note
 from asda.data.remote.cache import CacheConfig
 from asda.data.remote.fetch import without_credentials
 from asda.data.shards.index import DatasetIndex, SplitIndex, class_weight
@@ -28,7 +29,6 @@ TAR_HEADER_BYTES = 512
 TAR_NAME, TAR_SIZE = slice(0, 100), slice(124, 136)  # of a ustar header; the size is octal
 
 Part = tuple[DatasetIndex, str]  # a dataset, and the name of one of its splits
-Note = Callable[[str], None]  # hears what is being read, for messages about whoever hangs
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,6 @@ class ClipDataset:
             UserError: a dataset, split or shard is missing or damaged, a source has a shard twice, or the vocabularies
                 differ.
         """
-        self._again = partial(ClipDataset, *sources, labelled=labelled, tolerant=tolerant, cache=cache)
         opened = partial(_opened, tolerant=tolerant, cache=cache or CacheConfig())
         self._sources = [
             _each_once([part for spec in ([specs] if isinstance(specs, str) else specs) for part in opened(spec)])
@@ -79,9 +78,6 @@ class ClipDataset:
         self.num_labels = sum(sum(_split(part).class_counts) for part in parts)
         self.fingerprint = xxhash.xxh3_128_hexdigest("".join(shard.entry.hash for shard in self.shards).encode())
         self._first_clip = [0, *accumulate(shard.entry.clips for shard in self.shards)]
-
-    def __reduce__(self) -> tuple:
-        return self._again, ()  # another process opens it anew
 
     def __len__(self) -> int:
         return self._first_clip[-1]
@@ -128,10 +124,7 @@ class ClipDataset:
 
 @dataclass
 class DamageBudget:
-    """How many damaged clips a run may go on without, and which it has met.
-
-    Threads share it; a worker process has one of its own, which `add` brings home.
-    """
+    """How many damaged clips a run may have, and which it has met. Threads share it."""
 
     num_clips: int = 0  # most; 0 is strict
     met: set[int] = field(default_factory=set)  # clips by number
@@ -149,7 +142,7 @@ class DamageBudget:
         say(f"damaged clip {len(self.met)} of at most {self.num_clips}, another one stands in for it: {error}")
 
     def add(self, clips: Iterable[int]) -> None:
-        """Count what another budget has met; raises UserError when there are too many."""
+        """Count what other ranks have met; raises UserError when there are too many."""
         with self._lock:
             self.met.update(clips)
             self._check("their messages stand above")
@@ -157,9 +150,6 @@ class DamageBudget:
     def _check(self, details: str) -> None:
         if len(self.met) > self.num_clips:
             raise UserError(f"{len(self.met)} clips are damaged, data.max_damaged allows {self.num_clips}; {details}")
-
-    def __reduce__(self) -> tuple:
-        return DamageBudget, (self.num_clips, set(self.met))
 
 
 def read_clips(
@@ -171,7 +161,7 @@ def read_clips(
         dataset: that numbers them.
         draws: the visits.
         budget: of damaged clips; None is strict.
-        note: hears the shard and clip that is being read.
+        note: is told which clip is being read.
 
     Raises:
         UserError: a frame is damaged, or holds another clip than the index says; nothing of it is used.
@@ -196,7 +186,7 @@ def _read_or_stand_in(dataset: ClipDataset, draw: Draw, budget: DamageBudget, no
 def _read_clip(dataset: ClipDataset, draw: Draw, clip: int, note: Note) -> Clip:
     """The clip of that number, for a draw of it or of a damaged one."""
     shard, number = dataset.locate(clip)
-    note(f"clip {number} of shard {shard.entry.name}")
+    note(f"reads clip {number} of shard {shard.entry.name}")
     index = shard.index
     key = index.keys[number]
     frame = shard.read_frame(number)

@@ -6,17 +6,16 @@
 4. batches   crop, masks and augmentation of every visit       `training_batches`, `evaluation_batches`
 5. patches   normalised log-mel patches on the device          asda.data.features.dali, in DALI
 
-Steps 3 and 4 are done ahead in threads or, with data.workers, in processes (asda.data.prefetch); those make the patches
-too where no GPU does.
+Steps 3 and 4 are done ahead in threads (asda.data.prefetch).
 
 The order is chosen before anything is read, so a shard's neighbours are not read one after another as webdataset does
 alone; every frame of a shard is reached by its offset instead, within the few shards of a group.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,17 +23,17 @@ from webdataset.pipeline import DataPipeline
 
 from asda.config.data import AugmentConfig, DataConfig, LogMelStats
 from asda.config.run import Config
-from asda.data.batches import Batch, PatchMaker
-from asda.data.clips import Clip, ClipDataset, DamageBudget, Note, read_clips
+from asda.data.batches import Batch
+from asda.data.clips import Clip, ClipDataset, DamageBudget, read_clips
 from asda.data.features.augment import ClipAugmentation, draw_augmentations
 from asda.data.features.cpu import PatchLayout
 from asda.data.features.dali import PatchPipeline
 from asda.data.features.fbank import num_samples
 from asda.data.order import ClipOrder, Draw, clip_rng, rank_slice
-from asda.data.prefetch import read_ahead, read_ahead_in_processes
+from asda.data.prefetch import Note, read_ahead
 from asda.errors import UserError
 
-MaskMaker = Callable[[np.random.Generator], np.ndarray]  # -> [M, K] int64; pickled where there are worker processes
+MaskMaker = Callable[[np.random.Generator], np.ndarray]  # -> [M, K] int64
 
 
 def training_batches(
@@ -49,7 +48,6 @@ def training_batches(
     world_size: int,
     masks: MaskMaker | None,
     budget: DamageBudget | None = None,
-    patches: PatchMaker | None = None,
 ) -> Iterator[Batch]:
     """Rank's micro-batches from step `first_step` on, without end; `batch` clips a step over all ranks.
 
@@ -64,7 +62,6 @@ def training_batches(
         world_size: ranks.
         masks: draws what the students of a clip see, if there are students.
         budget: of damaged clips; None is strict.
-        patches: makes them in worker processes; None leaves it to DALI. See `patch_maker`.
 
     Raises:
         UserError: what `read_clips` and `read_ahead` raise; sample weights that are needed and not there.
@@ -83,23 +80,18 @@ def training_batches(
             start += batch
 
     budget = budget or DamageBudget()
-    load = _TrainingLoad(dataset, config, seed, masks, budget, patches)
-    for loaded in _ahead(draws(), load, config, dataset):
-        if loaded.damaged:
-            budget.add(loaded.damaged)
-        yield loaded
+    yield from _ahead(draws(), _TrainingLoad(dataset, config, seed, masks, budget), config)
 
 
 @dataclass(frozen=True)
 class _TrainingLoad:
-    """From the visits of a micro-batch to its batch, in a thread or in a worker process."""
+    """From the visits of a micro-batch to its batch, in a thread."""
 
     dataset: ClipDataset
     config: DataConfig
     seed: int
     masks: MaskMaker | None
     budget: DamageBudget
-    patches: PatchMaker | None
 
     def __call__(self, draws: list[Draw], note: Note) -> Batch:
         clips = read_clips(self.dataset, draws, self.budget, note)
@@ -108,9 +100,7 @@ class _TrainingLoad:
         visible = [self.masks(clip_rng(self.seed, draw, "masks")) for draw in draws] if self.masks else None
         lengths = tuple(len(clip.samples) for clip in clips)
         augmentations = draw_augmentations(draws, lengths, self.config, self.seed)
-        batch = Batch(clips, np.stack(visible) if visible else None, augmentations, lengths=lengths)
-        batch = self.patches(batch) if self.patches else batch
-        return replace(batch, damaged=frozenset(self.budget.met))
+        return Batch(clips, np.stack(visible) if visible else None, augmentations, lengths=lengths)
 
 
 def evaluation_batches(
@@ -120,12 +110,11 @@ def evaluation_batches(
     batch: int,
     rank: int,
     world_size: int,
-    patches: PatchMaker | None = None,
 ) -> Iterator[Batch]:
     """Rank's share of the clips, in order, once; all ranks together see every clip exactly once. Always strict."""
     mine = rank_slice(0, len(dataset), rank, world_size)
     draws = ([Draw(0, clip) for clip in mine[low : low + batch]] for low in range(0, len(mine), batch))
-    return _ahead(draws, _EvaluationLoad(dataset, patches), config, dataset)
+    return _ahead(draws, _EvaluationLoad(dataset), config)
 
 
 @dataclass(frozen=True)
@@ -133,58 +122,28 @@ class _EvaluationLoad:
     """As _TrainingLoad, without chance."""
 
     dataset: ClipDataset
-    patches: PatchMaker | None
 
     def __call__(self, draws: list[Draw], note: Note) -> Batch:
         clips = read_clips(self.dataset, draws, note=note)
-        batch = Batch(clips, None, lengths=tuple(len(clip.samples) for clip in clips))
-        return self.patches(batch) if self.patches else batch
+        return Batch(clips, None, lengths=tuple(len(clip.samples) for clip in clips))
 
 
 def _ahead(
-    draws: Iterator[list[Draw]],
-    load: Callable[[list[Draw], Note], Batch],
-    config: DataConfig,
-    dataset: ClipDataset,
+    draws: Iterator[list[Draw]], load: Callable[[list[Draw], Note], Batch], config: DataConfig
 ) -> Iterator[Batch]:
-    """Batches in order, loaded by threads of this process or by worker processes."""
-
-    def by_threads(source: Iterator[list[Draw]]) -> Iterator[Batch]:
-        return read_ahead(source, load, threads=config.threads, ahead=config.prefetch, timeout_s=config.timeout_s)
-
-    def by_processes(source: Iterator[list[Draw]]) -> Iterator[Batch]:
-        return read_ahead_in_processes(
-            source,
-            load,
-            processes=config.workers,
-            ahead_each=batches_per_worker(config),
-            timeout_s=config.timeout_s,
-            describe=lambda some: " and ".join(sorted({dataset.locate(draw.clip)[0].entry.name for draw in some})),
-        )
-
-    return iter(DataPipeline(lambda: draws, by_processes if config.workers else by_threads))
-
-
-def patch_maker(config: Config, device: torch.device, *, training: bool = False) -> PatchMaker | None:
-    """What makes the patches inside worker processes: where there are such, and no GPU makes them."""
-    if not config.data.workers or _on_gpu(config.data, device):
-        return None
-    augmented = training and config.data.augment != AugmentConfig()
-    return PatchMaker(_layout(config), augmented, batches_per_worker(config.data))
+    """Batches in order, loaded by threads."""
+    ahead = partial(read_ahead, work=load, threads=config.threads, ahead=config.prefetch, timeout_s=config.timeout_s)
+    return iter(DataPipeline(lambda: draws, ahead))
 
 
 @contextmanager
 def with_patches(
     batches: Iterator[Batch], config: Config, batch_size: int, device: torch.device, *, training: bool = False
 ) -> Iterator[Iterator[tuple[torch.Tensor, Batch]]]:
-    """Add the patches: gives an iterator over (float32 [B, N, P] where they are made, the batch they belong to).
+    """Add the patches: gives an iterator over (float32 [B, N, P], their batch).
 
-    DALI makes them, but for batches that have theirs from a `patch_maker`. While training, what data.augment asks for
-    happens to the clips.
+    While training, what data.augment asks for happens to the clips.
     """
-    if patch_maker(config, device):
-        yield _hold(batches, config.data.workers * (batches_per_worker(config.data) + 2))
-        return
     layout, augmented = _layout(config), training and config.data.augment != AugmentConfig()
 
     def augmentations(batch: Batch) -> list[ClipAugmentation]:
@@ -206,20 +165,6 @@ def with_patches(
         mask_first=layout.mask_first,
     ) as pipeline:
         yield pipeline
-
-
-def _hold(batches: Iterator[Batch], num_held: int) -> Iterator[tuple[torch.Tensor, Batch]]:
-    """Take out the patches, and keep the last ones: torch finds their shared memory mapped when it comes again."""
-    held: deque[torch.Tensor] = deque(maxlen=num_held)
-    for batch in batches:
-        assert batch.patches_BNP is not None, "these batches are made without a patch_maker"
-        held.append(batch.patches_BNP)
-        yield batch.patches_BNP, batch
-
-
-def batches_per_worker(config: DataConfig) -> int:
-    """How far ahead each worker process works."""
-    return max(1, config.prefetch // max(1, config.workers))
 
 
 def _on_gpu(config: DataConfig, device: torch.device) -> bool:

@@ -18,7 +18,7 @@ from asda.data.audio.waves import SAMPLE_RATE_HZ
 from asda.data.batches import Batch
 from asda.data.clips import ClipDataset
 from asda.data.datasets import held_out
-from asda.data.stream import evaluation_batches, patch_maker, with_patches
+from asda.data.stream import evaluation_batches, with_patches
 from asda.engine.processes import Processes, from_all_ranks
 from asda.evaluation.metrics import summary
 from asda.inference import Model
@@ -92,7 +92,7 @@ def over_clips(
         fp32, [clips, X] and [clips, classes].
     """
     device = processes.device
-    stream = _batches(dataset, config, processes, patches=patch_maker(config, device))
+    stream = _batches(dataset, config, processes)
     with with_patches(stream, config, config.engine.micro_batch, device) as batches, _inference(config, device):
         return _gathered(((rows_of(patches_BNP.to(device), clips), clips) for patches_BNP, clips in batches), dataset)
 
@@ -119,7 +119,7 @@ def _over_whole_clips(
         return _gathered(rows(), dataset)
 
 
-def _batches(dataset: ClipDataset, config: Config, processes: Processes, **options: Any) -> Iterator[Batch]:
+def _batches(dataset: ClipDataset, config: Config, processes: Processes) -> Iterator[Batch]:
     """Return this rank's share of the clips."""
     return evaluation_batches(
         dataset,
@@ -127,7 +127,6 @@ def _batches(dataset: ClipDataset, config: Config, processes: Processes, **optio
         batch=config.engine.micro_batch,
         rank=processes.rank,
         world_size=processes.world_size,
-        **options,
     )
 
 

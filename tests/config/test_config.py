@@ -7,7 +7,7 @@ import pytest
 
 from asda.config.load import MAX_CONFIG_BYTES
 from asda.config.model import PretrainConfig
-from asda.config.run import dump_config, load_config
+from asda.config.run import dump_config, load_config, load_stored_config
 from asda.errors import UserError
 
 AS2M = Path(__file__).parents[2] / "configs" / "as2m.json"
@@ -161,3 +161,22 @@ def test_a_file_that_is_no_config_is_refused(text: str, sentence: str, tmp_path:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no config file"):
         load_config(tmp_path / "nowhere.json")
+
+
+def test_a_retired_key_is_refused_with_its_replacement_in_a_users_config(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.workers=2 is no longer a key: .*set data\.threads"):
+        load_config(AS2M, ["data.workers=2"])
+    tree = json.loads(AS2M.read_text())
+    (tmp_path / "run.json").write_text(json.dumps(tree | {"data": tree["data"] | {"workers": 0}}))
+    with pytest.raises(UserError, match=r"data\.workers=0 is no longer a key"):
+        load_config(tmp_path / "run.json")
+
+
+def test_a_retired_key_is_dropped_aloud_from_the_config_that_a_run_has_stored(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(AS2M)
+    tree = json.loads(dump_config(config))
+    (tmp_path / "config.json").write_text(json.dumps(tree | {"data": tree["data"] | {"workers": 2}}))
+    assert load_stored_config(tmp_path / "config.json") == config
+    assert "config.json: ignoring data.workers=2, which an earlier version wrote" in capfd.readouterr().err

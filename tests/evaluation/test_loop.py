@@ -149,7 +149,7 @@ def to_probabilities(config: Config, logits_NC: np.ndarray) -> np.ndarray:
 @pytest.mark.launch
 def test_long_clips_by_chunks_on_two_ranks_equal_one_clip_at_a_time(lengths: Path) -> None:
     bce = ["objective.loss=bce", "objective.label_smoothing=0"]
-    kinds = (["data.workers=1"], bce, [*bce, "data.padding=masked"])
+    kinds = (["data.threads=1"], bce, [*bce, "data.padding=masked"])
     jobs = [(config := config_of(lengths, *overrides), weights_of(config, 1)) for overrides in kinds]
     on_ranks = run_ranks(2, heard_whole, jobs)
     for number, (config, weights) in enumerate(jobs):

@@ -68,8 +68,8 @@ def ranks() -> Iterator[RankServer]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(ranks: RankServer, shards: Path) -> TinyRun:
-    """On two ranks that read through worker processes."""
-    more = ("data.workers=2", f"engine.timeout_s={HEARTBEAT_S}")
+    """On two ranks."""
+    more = (f"engine.timeout_s={HEARTBEAT_S}",)
     run = TinyRun(ranks, shards, shards.parent / "never-stopped", STEPS, 2, more)
     run.finish()
     return run
@@ -161,7 +161,7 @@ def test_any_signal_to_one_rank_or_all_saves_the_same_step_and_loses_nothing(
         ranks = run.start(session)
         wait_until(lambda session=session: run.steps_begun(session) >= 3, ranks)
         for rank in hit:
-            os.killpg(ranks[rank].pid, signal.Signals[name])  # its data workers too
+            os.killpg(ranks[rank].pid, signal.Signals[name])
         asked = time.monotonic()
         assert [rank.wait(15) for rank in ranks] == [STOPPED_EXIT] * 2, ranks[0].text()
         assert time.monotonic() - asked < 15
@@ -170,24 +170,6 @@ def test_any_signal_to_one_rank_or_all_saves_the_same_step_and_loses_nothing(
     run.finish(len(trials))
     assert_same_runs(run, uninterrupted)
     count_fault("22", "SIGTERM, SIGINT, SIGUSR1 to one rank and to all", 3, detected=3, recovered=3)
-
-
-@pytest.mark.launch
-def test_a_signal_while_data_workers_start_loses_no_run(
-    uninterrupted: TinyRun, tmp_path: Path, count_fault: Count
-) -> None:
-    run = replace(uninterrupted, folder=tmp_path / "run")
-    ranks = run.start()
-
-    def workers_start() -> bool:
-        return any(len(psutil.Process(rank.pid).children()) > 1 for rank in ranks)
-
-    wait_until(workers_start, ranks)
-    for rank in ranks:
-        os.killpg(rank.pid, signal.SIGTERM)
-    assert [rank.wait(30) for rank in ranks] == [STOPPED_EXIT] * 2, ranks[0].text()
-    assert run.newest_step() == 1
-    count_fault("22", "SIGTERM to the group while data workers start", 1, detected=1, recovered=1)
 
 
 @pytest.mark.launch

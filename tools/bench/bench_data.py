@@ -56,7 +56,7 @@ from asda.data.shards.index import (
     class_weight,
     tagged_hash,
 )
-from asda.data.stream import patch_maker, training_batches, with_patches
+from asda.data.stream import training_batches, with_patches
 from asda.models.masks import visible_patches
 from asda.sharding.writer import write_dataset
 
@@ -180,8 +180,8 @@ def writer_rate(folder: Path, few_s: float) -> float:
     return (LINKS - 1) * NUM_CLIPS / (many_s - few_s)
 
 
-def config_for(shards: Path, workers: int = 0, overrides: Sequence[str] = ()) -> Config:
-    """configs/as2m.json on these shards, with a thread a core or with worker processes."""
+def config_for(shards: Path, overrides: Sequence[str] = ()) -> Config:
+    """configs/as2m.json on these shards, with a thread a core."""
     stats = f'data.log_mel={{"mean": {MEAN}, "std": {STD}}}'
     return load_config(
         ROOT / "configs" / "as2m.json",
@@ -190,26 +190,24 @@ def config_for(shards: Path, workers: int = 0, overrides: Sequence[str] = ()) ->
             stats,
             f"data.threads={WORKERS}",
             f"data.prefetch={AHEAD}",
-            f"data.workers={workers}",
             "data.device=cpu",
         ],
     )
 
 
-def our_batches(shards: Path, *, masks: bool = True, first_step: int = 0, workers: int = 0) -> Iterator[Batch]:
+def our_batches(shards: Path, *, masks: bool = True, first_step: int = 0) -> Iterator[Batch]:
     """Without end, in the order of training."""
-    config = config_for(shards, workers)
+    config = config_for(shards)
     dataset = ClipDataset(config.data.train, labelled=False)  # type: ignore[arg-type]
-    maker = patch_maker(config, torch.device("cpu"), training=True)
     return training_batches(
-        dataset, config.data, first_step=first_step, masks=draw_masks if masks else None, patches=maker, **ONE_RANK
+        dataset, config.data, first_step=first_step, masks=draw_masks if masks else None, **ONE_RANK
     )
 
 
-def our_patches(shards: Path, workers: int = 0, first_step: int = 0) -> Iterator[tuple[torch.Tensor, Batch]]:
+def our_patches(shards: Path, first_step: int = 0) -> Iterator[tuple[torch.Tensor, Batch]]:
     """The whole way, without end."""
-    batches = our_batches(shards, workers=workers, first_step=first_step)
-    with with_patches(batches, config_for(shards, workers), BATCH, torch.device("cpu")) as patches:
+    batches = our_batches(shards, first_step=first_step)
+    with with_patches(batches, config_for(shards), BATCH, torch.device("cpu")) as patches:
         yield from patches
 
 
@@ -241,8 +239,7 @@ def bench_data() -> Figures:
         write_clips(folder, NUM_CLIPS)
         shards, few_s = make_shards(folder, 64)
         streams: dict[str, Iterator[object]] = {
-            "ours": our_patches(shards, WORKERS),
-            "ours_in_threads": our_patches(shards),
+            "ours": our_patches(shards),
             "read_and_verify": our_batches(shards, masks=False),
         }
         loaders = {
@@ -255,7 +252,7 @@ def bench_data() -> Figures:
         _, host_ms = in_turn({"handed_over": partial(part_of, handed_over(shards))})
         seconds, _ = in_turn(ways | {name: partial(iter, some) for name, some in loaders.items()})
         few, many = (make_shards(folder, size)[0] for size in (NUM_CLIPS, 4))
-        grown = {"1_shard": our_patches(few, WORKERS), "96_shards": our_patches(many, WORKERS)}
+        grown = {"1_shard": our_patches(few), "96_shards": our_patches(many)}
         growth, _ = in_turn({name: partial(part_of, stream) for name, stream in grown.items()})
         return {
             **{f"{name}_clips_per_s": NUM_CLIPS / taken for name, taken in (seconds | growth).items()},

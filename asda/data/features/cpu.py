@@ -163,14 +163,15 @@ class _Scratch(threading.local):
 def _single_core_threads(num_threads: int) -> ThreadPoolExecutor:
     """Threads in which torch computes on one core each; elsewhere it computes as before.
 
-    torch.set_num_threads concerns the calling thread and all that have not computed yet, so the setting is put back
-    once every thread of the pool has its own.
+    torch.set_num_threads concerns the calling thread and all that have not asked for their number yet. So each thread
+    of the pool asks, and then the setting is put back.
     """
     before = torch.get_num_threads()
     all_here = threading.Barrier(num_threads)
 
     def settle(_: int) -> None:
         torch.set_num_threads(1)
+        torch.get_num_threads()
         all_here.wait()  # holds the thread, so that the next task starts another one
 
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="asda-fbank")

@@ -28,7 +28,7 @@ from asda.data.features.augment import (
 from asda.data.features.cpu import CpuPatches, PatchLayout
 from asda.data.features.fbank import num_samples
 from asda.data.order import Draw
-from asda.data.stream import evaluation_batches, patch_maker, training_batches, with_patches
+from asda.data.stream import evaluation_batches, training_batches, with_patches
 from asda.engine.zero import micro_batch_of
 from asda.errors import UserError
 
@@ -241,24 +241,6 @@ def test_a_step_is_the_same_however_it_is_cut(shards: Path, ranks: int, micro_ba
     expected = steps(1, 2, 2)
     assert all(torch.equal(a, b) for a, b in zip(steps(ranks, micro_batch, threads), expected, strict=True))
     assert torch.equal(steps(ranks, micro_batch, threads, first_step=1)[0], expected[1])  # as after a resume
-
-
-@pytest.mark.parametrize("augment", [{}, {"magnitude": 10.0}, EVERYTHING])
-def test_threads_and_worker_processes_make_the_same_patches_of_clips_that_are_longer(shards: Path, augment: dict):
-    overrides = [f"data.augment={json.dumps(augment)}", 'data.log_mel={"mean": -4, "std": 3}', "data.frames=64"]
-    config = load_config(CONFIG, [*overrides, "data.device=cpu", "data.crop=start"])
-    cpu, dataset = torch.device("cpu"), ClipDataset(f"{shards}:train", labelled=True)
-    batch = next(
-        training_batches(
-            dataset, config.data, seed=1, first_step=0, batch=4, micro_batch=4, rank=0, world_size=1, masks=None
-        )
-    )
-    assert min(len(clip.samples) for clip in batch.clips) > num_samples(64)
-    maker = patch_maker(load_config(CONFIG, [*overrides, "data.device=cpu", "data.workers=1"]), cpu, training=True)
-    assert maker is not None
-    with with_patches(iter([batch]), config, 4, cpu, training=True) as batches:
-        patches_BNP, _ = next(batches)
-        assert torch.equal(patches_BNP, maker(batch).patches_BNP)  # pyright: ignore[reportArgumentType]
 
 
 def test_evaluation_changes_nothing_and_the_masks_of_students_ignore_augmentation(shards: Path):

@@ -384,7 +384,7 @@ def test_an_error_of_the_source_ends_every_thread():
     assert caught.traceback  # alive, and with it the frames of DALI
 
 
-def test_torch_computes_with_as_many_threads_as_before_elsewhere():
+def test_torch_computes_on_one_core_in_a_thread_of_the_pool_and_as_before_elsewhere():
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     seen = []
@@ -393,7 +393,9 @@ def test_torch_computes_with_as_many_threads_as_before_elsewhere():
         thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
         thread.start()
         thread.join()
-    seen.append(torch.get_num_threads())
+        seen.append(torch.get_num_threads())
+        pool = batches._cpu_patches._pool  # pyright: ignore[reportOptionalMemberAccess]
+        assert set(pool.map(lambda _: torch.get_num_threads(), range(9))) == {1}  # pyright: ignore[reportOptionalMemberAccess]
     torch.set_num_threads(before)
     assert seen == [3, 3]
 
