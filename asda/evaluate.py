@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from asda.data.clips import ClipDataset
-from asda.data.datasets import held_out
+from asda.data.datasets import open_evaluation_data
 from asda.engine.processes import Processes, join_processes, leave_processes
 from asda.errors import UserError, exit_with_sentence
 from asda.evaluation.combine import Member, averaged, check_same_classes, members, those_of_the_first_rank
@@ -68,7 +68,7 @@ def evaluate(several: list[Member], data: str | None, out: Path | None, *, ensem
     out = out or default_out(newest.folder, way)
     if processes.is_first:
         check_place(out)  # the only rank that writes
-    dataset = held_out(newest.config, newest.state.vocabulary, specs)
+    dataset = open_evaluation_data(newest.config, newest.state.vocabulary, specs)
     logits_NC, targets_NC = combined_logits(several, dataset, processes, ensemble=ensemble, chunks=chunks)
     leave_processes()
     _check_values(logits_NC, newest.folder)

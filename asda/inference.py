@@ -39,6 +39,7 @@ from asda.config.run import Description
 from asda.data.audio.arrays import Audio, is_list, to_wave, to_waves
 from asda.data.audio.waves import SAMPLE_RATE_HZ
 from asda.data.features.fbank import FRAME_SHIFT, FRAME_WINDOW, log_mel_of_wave, num_frames, num_samples
+from asda.data.features.patches import normalised, padded, to_patches
 from asda.errors import UserError
 from asda.models.ast import AstEncoder
 from asda.models.classifier import Classifier, make_encoder
@@ -292,9 +293,8 @@ class Model:
         return self._classifier(self._patches(mel_BTM)).cpu()
 
     def _patches(self, mel_BTM: Tensor) -> Tensor:
-        """Cut into patches [B, N, P] on the device: time-major, the pixels of a patch frame by frame."""
-        blocks = mel_BTM.to(self._device, torch.float32).unflatten(1, (-1, self._patch)).unflatten(3, (-1, self._patch))
-        return blocks.transpose(2, 3).flatten(3).flatten(1, 2)
+        """Return patches [B, N, P] on the device."""
+        return to_patches(mel_BTM.to(self._device, torch.float32), self._patch)
 
     def _encode_chunks(self, chunks: list[Tensor], depth: int) -> list[Tensor]:
         """Compute tokens [1 + N, D] of each chunk: CLS, then patches frame by frame. N may differ between chunks."""
@@ -334,16 +334,15 @@ class Model:
         return self._chunk if is_filled else whole_patches
 
     def _stack(self, chunks: list[Tensor], frames: int) -> Tensor:
-        """Compute normalised log-mels of waves [S], padded to `frames` frames: [B, T, M]."""
-        padding = self._normalised(torch.tensor(self.description.data.pad_log_mel))
-        mel_BTM = padding.repeat(len(chunks), frames, self.description.model.mel_bins)
-        for mel_TM, chunk_S in zip(mel_BTM, chunks, strict=True):
-            mel_TM[: num_frames(len(chunk_S))] = self._normalised(log_mel_of_wave(chunk_S))
-        return mel_BTM
+        """Compute normalised log-mels of waves [S], filled up to `frames` frames: [B, T, M]."""
+        pad_log_mel = self.description.data.pad_log_mel
+        return torch.stack(
+            [self._normalised(padded(log_mel_of_wave(chunk_S), frames, pad_log_mel)) for chunk_S in chunks]
+        )
 
-    def _normalised(self, mel: Tensor) -> Tensor:
+    def _normalised(self, mel_TM: Tensor) -> Tensor:
         stats = self.description.data.log_mel
-        return (mel - stats.mean) / (2 * stats.std)
+        return normalised(mel_TM, stats.mean, stats.std)
 
     def _num_patches(self, chunk_S: Tensor) -> int:
         return math.ceil(num_frames(len(chunk_S)) / self._patch) * self._num_bands

@@ -14,8 +14,7 @@ from asda.checkpoint.read import resolve_checkpoint
 from asda.checkpoint.weights import load_encoder
 from asda.config.model import ClassifyConfig, PretrainConfig, of_asda
 from asda.config.run import Config
-from asda.data.batches import Batch
-from asda.data.stream import MaskMaker
+from asda.data.stream import Batch, MaskMaker
 from asda.engine.ema import Ema, ema_decay
 from asda.engine.zero import full_weights
 from asda.errors import UserError

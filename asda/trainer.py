@@ -9,6 +9,7 @@ loss or gradient was not finite: such a step changes nothing on any rank.
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,15 +17,15 @@ from pathlib import Path
 import torch
 import xxhash
 from torch import Tensor
+from webdataset.pipeline import DataPipeline
 
 from asda.checkpoint.read import State, newest_for_all_ranks
 from asda.checkpoint.writer import CheckpointWriter, Outcome
 from asda.config.run import Config, dump_config
-from asda.data.batches import Batch
 from asda.data.clips import Clip, ClipDataset, DamageBudget
-from asda.data.datasets import _open_data
+from asda.data.datasets import open_training_data
 from asda.data.order import hash_of
-from asda.data.stream import training_batches, with_patches
+from asda.data.stream import Batch, make_patches, training_batches
 from asda.engine import partitions, zero
 from asda.engine.processes import Processes, from_all_ranks, join_processes, leave_processes
 from asda.errors import Stopped, UserError, say
@@ -43,7 +44,7 @@ from asda.run.validation import Validation
 def train(config: Config) -> None:
     """Run a configuration to its last step, from its newest checkpoint if it has one."""
     check_wandb(config.run.wandb)
-    dataset = _open_data(config)
+    dataset = open_training_data(config)
     if config.data.log_mel == "dataset":
         config = config.model_copy(update={"data": config.data.model_copy(update={"log_mel": dataset.log_mel})})
     processes = join_processes(config.engine.timeout_s)
@@ -139,8 +140,7 @@ class Trainer:
         Raises:
             Stopped: the run was asked to stop and has saved a checkpoint.
         """
-        made = with_patches(self._stream(), self.config, self.micro_batch, self.processes.device, training=True)
-        with made as batches, self.writer:
+        with closing(iter(self._stream())) as batches, self.writer:
             while self.counts.step < self.config.optimizer.steps:
                 figures = self._step(batches)
                 self.log.advance()
@@ -289,8 +289,8 @@ class Trainer:
                 self.log.say(f"saved {outcome.folder} ({gib:.2f} GiB in {seconds:.1f} s, while training)")
             outcome = self.writer.poll()
 
-    def _stream(self) -> Iterator[Batch]:
-        return training_batches(
+    def _stream(self) -> DataPipeline:
+        batches = training_batches(
             self.dataset,
             self.config.data,
             seed=self.config.run.seed,
@@ -302,6 +302,7 @@ class Trainer:
             masks=self.objective.masks(),
             budget=self.budget,
         )
+        return batches.compose(make_patches(self.config, self.processes.device, self.micro_batch, training=True))
 
     @property
     def _is_last(self) -> bool:

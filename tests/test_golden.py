@@ -10,7 +10,6 @@ from pathlib import Path
 
 import golden
 import golden_check
-import golden_data
 import golden_networks
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from asda.config.presets import PRESETS
 from asda.data.features import fbank
 from asda.data.features.cpu import CpuPatches
+from asda.data.features.patches import from_patches
 from asda.engine import ema as ema_module
 from asda.errors import UserError
 from asda.models import attention, classifier, encoder, masks, pretrain
@@ -320,4 +320,4 @@ def test_an_error_that_is_no_number_exceeds_every_tolerance():
 
 def test_patches_go_back_to_the_log_mel_that_they_came_from():
     mel_TF = torch.from_numpy(np.arange(32 * 128, dtype=np.float32)).reshape(32, 128)
-    assert torch.equal(golden_data.from_patches(golden.patchify(mel_TF[None, None])[0]), mel_TF)
+    assert torch.equal(from_patches(golden.patchify(mel_TF[None, None])[0], golden.PATCH), mel_TF)

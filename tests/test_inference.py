@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import warnings
+from contextlib import closing
 from pathlib import Path
 
 import golden
@@ -24,7 +25,7 @@ from asda.config.run import Description
 from asda.data.audio.read import read_wave
 from asda.data.clips import ClipDataset
 from asda.data.features import fbank
-from asda.data.stream import evaluation_batches, with_patches
+from asda.data.stream import evaluation_batches, make_patches
 from asda.errors import UserError
 from asda.inference import Model
 from asda.models.classifier import Classifier
@@ -370,7 +371,8 @@ def test_tags_of_a_run_are_what_evaluation_computes(finetuned: Path, shards: Pat
     dataset = ClipDataset(f"{shards}:test", labelled=True)
     stream = evaluation_batches(dataset, config.data, batch=4, rank=0, world_size=1)
     compared = 0
-    with with_patches(stream, config, 4, torch.device("cpu")) as batches, torch.inference_mode():
+    patches = make_patches(config, torch.device("cpu"), 4)
+    with closing(iter(stream.compose(patches))) as batches, torch.inference_mode():
         for patches_BNP, batch in batches:
             expected_BC = classifier(patches_BNP)
             seen = [clip.samples[: fbank.num_samples(config.data.frames)] for clip in batch.clips]

@@ -295,7 +295,7 @@ def wrong(name: str, shards: Path, pretrained: Path, tmp_path: Path) -> list[str
     [
         ("unknown key", "unknown key optimizer.lrr; did you mean optimizer.lr?"),
         ("no shards", "holds no dataset.json"),
-        ("two labels", "000 has 2 labels; objective.loss ce wants one label on every clip"),
+        ("two labels", "000 has 2 labels. objective.loss ce needs exactly one label on every clip"),
         ("no split", "has no split 'nosplit'; it has test, train"),
         ("cut shard", "train-000000.tar.zst has 1000 bytes"),
         ("batch", "these decide what is learned: optimizer.batch 8 -> 16"),

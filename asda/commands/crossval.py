@@ -19,9 +19,8 @@ from tqdm import tqdm
 
 from asda.commands.parsing import check_range, comma_list, make_parser
 from asda.commands.text import percent
-from asda.config.run import load_config
-from asda.data.clips import ClipDataset
-from asda.data.remote.cache import CacheConfig
+from asda.config.run import load_stored_config
+from asda.data.datasets import open_clips
 from asda.data.remote.fetch import shareable, without_credentials
 from asda.data.shards.read import load_dataset
 from asda.errors import STOPPED_EXIT, Stopped, UserError
@@ -126,10 +125,10 @@ def check_unchanged(plan: Plan, cell: Cell) -> None:
     if not (folder / "config.json").is_file():
         return
     if config.data.log_mel == "dataset":  # a training writes the figures themselves
-        cache = CacheConfig(config.data.cache, config.data.cache_gib)
-        dataset = ClipDataset(*(part.data for part in config.data.datasets), labelled=False, cache=cache)
-        config = config.model_copy(update={"data": config.data.model_copy(update={"log_mel": dataset.log_mel})})
-    changed = [line for key, line in changes(load_config(folder / "config.json"), config).items() if decides(key)]
+        log_mel = open_clips(config.data).log_mel
+        config = config.model_copy(update={"data": config.data.model_copy(update={"log_mel": log_mel})})
+    saved = load_stored_config(folder / "config.json")
+    changed = [line for key, line in changes(saved, config).items() if decides(key)]
     if changed:
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise UserError(

@@ -82,8 +82,8 @@ class ClipDataset:
     def __len__(self) -> int:
         return self._first_clip[-1]
 
-    def without_one_label(self) -> str | None:
-        """Which clip, the first of them, has several labels or none; None where each has one. Reads all indexes."""
+    def complaint_about_labels(self) -> str | None:
+        """Name the first clip that has several labels or none; None if each has one. Reads all indexes."""
         for shard in self.shards:
             try:
                 index = shard.index

@@ -1,6 +1,6 @@
-"""Open the data that a configuration names."""
+"""Open the data that a configuration names: every kind here, with the checks that it needs."""
 
-from asda.config.data import DataSpecs
+from asda.config.data import DataConfig, DataSpecs
 from asda.config.model import ClassifyConfig
 from asda.config.run import Config
 from asda.data.clips import ClipDataset
@@ -8,86 +8,129 @@ from asda.data.remote.cache import CacheConfig
 from asda.errors import UserError
 
 
-def open_held_out(config: Config, train: ClipDataset) -> tuple[ClipDataset | None, list[str]]:
-    """Open data.valid and data.test before the first step, so that mistakes show then, and not after hours.
+def open_clips(data: DataConfig, *sources: DataSpecs, labelled: bool = False, tolerant: bool = False) -> ClipDataset:
+    """Open any clips, by default those of data.train, through the cache that the configuration names."""
+    cache = CacheConfig(data.cache, data.cache_gib)
+    sources = sources or tuple(part.data for part in data.datasets)
+    return ClipDataset(*sources, labelled=labelled, tolerant=tolerant, cache=cache)
 
-    Returns:
-        data.valid, if there is one, and warnings where a network is judged on clips that it learns.
+
+def open_labelled(config: Config, key: str, specs: DataSpecs) -> ClipDataset:
+    """Open clips with labels.
+
+    Args:
+        config: of the run.
+        key: says in messages who asks, as "data.valid".
+        specs: the splits.
 
     Raises:
-        UserError: they are not what can be judged on; or they have clips in common.
+        UserError: the shards are missing, or no clip has a label.
     """
-    opened = {}
-    for key, data in (("data.valid", config.data.valid), ("data.test", config.data.test)):
-        if data:
-            opened[key] = held_out(config, train.vocabulary, data)
-            check_labels(config, data, opened[key])
+    dataset = open_clips(config.data, specs, labelled=True)
+    _check_labelled(dataset, key, specs)
+    return dataset
+
+
+def open_training_data(config: Config) -> ClipDataset:
+    """Open data.train.
+
+    Raises:
+        UserError: the shards are missing, or do not have the labels that the objective needs.
+    """
+    objective, tolerant = config.objective, config.data.max_damaged > 0
+    dataset = open_clips(config.data, labelled=isinstance(objective, ClassifyConfig), tolerant=tolerant)
+    if isinstance(objective, ClassifyConfig):
+        _check_labelled(dataset, "data.train", config.data.train)
+        if objective.loss == "ce" and (complaint := dataset.complaint_about_labels()):
+            raise UserError(
+                f"data.train {config.data.train}: {complaint}. objective.loss ce needs exactly one label on every "
+                "clip; use objective.loss=bce"
+            )
+    return dataset
+
+
+def open_held_out(config: Config, train: ClipDataset) -> tuple[ClipDataset | None, list[str]]:
+    """Open data.valid and data.test before the first step, so that mistakes show at once.
+
+    Returns:
+        data.valid, or None without one; and a warning for each set that shares shards with data.train.
+
+    Raises:
+        UserError: a set cannot be evaluated, or data.valid and data.test share shards.
+    """
+    opened: dict[str, ClipDataset] = {}
+    for key, specs in (("data.valid", config.data.valid), ("data.test", config.data.test)):
+        if specs:
+            opened[key] = open_evaluation_data(config, train.vocabulary, specs, key)
+            check_one_label(config, key, specs, opened[key])
     valid, test = opened.get("data.valid"), opened.get("data.test")
     if valid and test and test.shares_shards_with(valid):
         raise UserError(
-            f"data.test {config.data.test} and data.valid {config.data.valid} have shards in common; a test set must "
-            "not choose the checkpoint"
+            f"data.test {config.data.test} and data.valid {config.data.valid} share shards. A test set must not select "
+            "the checkpoint; name splits that are apart"
         )
     return valid, [
-        f"{key} has shards of data.train: its figures are of clips that the network learns, not of held-out ones"
+        f"{key} shares shards with data.train, so its figures are not those of held-out clips"
         for key, dataset in opened.items()
         if dataset.shares_shards_with(train)
     ]
 
 
-def check_labels(config: Config, data: DataSpecs, judged: ClipDataset) -> None:
-    """Raise UserError where an accuracy shall choose, and held-out clips have several labels or none."""
-    if config.run.keep_best == "accuracy" and (complaint := judged.without_one_label()):
-        raise UserError(f"run.keep_best accuracy needs one label a clip. {data}: {complaint}; choose by mAP")
+def open_evaluation_data(
+    config: Config, vocabulary: tuple[str, ...], specs: DataSpecs, key: str = "evaluation data"
+) -> ClipDataset:
+    """Open clips to evaluate a classifier on.
 
-
-def held_out(config: Config, vocabulary: tuple[str, ...], data: DataSpecs | None = None) -> ClipDataset:
-    """The clips that a classifier is judged on: config.data.valid by default.
+    Args:
+        config: of the classifier's run.
+        vocabulary: its classes.
+        specs: the splits.
+        key: says in messages who asks.
 
     Raises:
         UserError: the shards are missing, have no labels, or other classes than the classifier.
     """
-    cache = CacheConfig(config.data.cache, config.data.cache_gib)
-    data = data or config.data.valid
-    dataset = ClipDataset(data, labelled=True, cache=cache)
-    if not dataset.num_labels:
-        raise UserError(
-            f"{data} has no labels on its {len(dataset)} clips, so there is nothing to measure; name a "
-            "split of labelled clips"
-        )
+    dataset = open_labelled(config, key, specs)
     if dataset.vocabulary != vocabulary:
         raise UserError(
-            f"{data} has {len(dataset.vocabulary)} classes that are not the {len(vocabulary)} the "
-            "classifier was trained on; make the shards with the same --labels FILE"
+            f"{key} {specs} has {len(dataset.vocabulary)} classes, which differ from the {len(vocabulary)} of the "
+            "classifier; make the shards with the same --labels FILE"
         )
     return dataset
 
 
-def open_labelled(config: Config, key: str, specs: DataSpecs) -> ClipDataset:
-    """Clips with labels; a UserError that begins with `key` if there are none."""
-    dataset = ClipDataset(specs, labelled=True, cache=CacheConfig(config.data.cache, config.data.cache_gib))
-    if not dataset.num_labels:
-        raise UserError(f"{key} {specs} has no labels on its {len(dataset)} clips; name a split of labelled clips")
-    return dataset
-
-
-def _open_data(config: Config) -> ClipDataset:
-    """The training shards.
+def open_probe_data(config: Config) -> tuple[ClipDataset, ClipDataset]:
+    """Open probe.train and probe.test.
 
     Raises:
-        UserError: they do not have the labels that the objective needs.
+        UserError: shards are missing or have no labels, the classes differ, the sets share shards, or there are fewer
+            clips than neighbours.
     """
-    sources = [part.data for part in config.data.datasets]
-    cache = CacheConfig(config.data.cache, config.data.cache_gib)
-    labelled = isinstance(config.objective, ClassifyConfig)
-    dataset = ClipDataset(*sources, labelled=labelled, tolerant=config.data.max_damaged > 0, cache=cache)
-    if labelled and not dataset.num_labels:
+    assert config.probe is not None
+    specs, neighbours = config.probe, config.probe.neighbours
+    train = open_labelled(config, "probe.train", specs.train)
+    test = open_labelled(config, "probe.test", specs.test)
+    both = f"probe.test {specs.test} and probe.train {specs.train}"
+    if train.vocabulary != test.vocabulary:
+        raise UserError(f"{both} have different classes; make their shards with the same --labels FILE")
+    if test.shares_shards_with(train):
+        raise UserError(f"{both} share shards, so a clip would be its own neighbour; name splits that are apart")
+    if len(train) < neighbours:
         raise UserError(
-            f"{config.data.train} has no labels on its {len(dataset)} clips; objective.kind classify learns from labels"
+            f"probe.neighbours {neighbours} exceeds the {len(train)} clips of probe.train {specs.train}; ask for fewer"
         )
-    one_label = isinstance(config.objective, ClassifyConfig) and config.objective.loss == "ce"
-    if one_label and (complaint := dataset.without_one_label()):
+    return train, test
+
+
+def check_one_label(config: Config, key: str, specs: DataSpecs, dataset: ClipDataset) -> None:
+    """Raise UserError if an accuracy selects the best checkpoint, and a held-out clip has several labels or none."""
+    if config.run.keep_best == "accuracy" and (complaint := dataset.complaint_about_labels()):
         raise UserError(
-            f"{config.data.train}: {complaint}; objective.loss ce wants one label on every clip, use bce for any number"
+            f"{key} {specs}: {complaint}. run.keep_best=accuracy needs exactly one label on every clip; use "
+            "run.keep_best=mAP"
         )
-    return dataset
+
+
+def _check_labelled(dataset: ClipDataset, key: str, specs: DataSpecs) -> None:
+    if not dataset.num_labels:
+        raise UserError(f"{key} {specs} has no labels on its {len(dataset)} clips; name a split of labelled clips")

@@ -1,39 +1,71 @@
-"""From shards to batches of clips: a webdataset pipeline whose samples are micro-batches.
+"""From shards to micro-batches of patches: a webdataset.DataPipeline, whose stages are generator functions.
 
-1. draws     which clips a micro-batch visits                  asda.data.order, pure arithmetic
-2. shards    that come next are fetched, or announced          asda.data.remote.storage
-3. clips     read, verified, decoded                           asda.data.clips
-4. batches   crop, masks and augmentation of every visit       `training_batches`, `evaluation_batches`
-5. patches   normalised log-mel patches on the device          asda.data.features.dali, in DALI
+    stream = training_batches(...).compose(make_patches(...))
 
-Steps 3 and 4 are done ahead in threads (asda.data.prefetch).
+1. draws     which clips each micro-batch visits; shards that come soon are announced    list[Draw]
+2. read      ahead, in threads: clips are read, verified, decoded and cropped; masks     Batch
+             and augmentations are drawn
+3. patches   normalised log-mel patches on the device                                    ([B, N, P], Batch)
 
-The order is chosen before anything is read, so a shard's neighbours are not read one after another as webdataset does
-alone; every frame of a shard is reached by its offset instead, within the few shards of a group.
+A stage takes the samples of the stage before it and yields its own, in the thread of the training loop. `compose` adds
+one: stream.compose(my_stage). Slow work on a batch belongs into `_TrainingRead`, which runs in the threads.
+
+The order is chosen before anything is read (asda.data.order), so plain webdataset's stages, which read a shard from
+its first sample to its last, are not used: every clip is reached by its offset, within the few shards of a group.
+
+Shapes: B clips, M students, K visible patches of a student, N patches, P pixels of a patch, C classes.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 from webdataset.pipeline import DataPipeline
 
 from asda.config.data import AugmentConfig, DataConfig, LogMelStats
 from asda.config.run import Config
-from asda.data.batches import Batch
 from asda.data.clips import Clip, ClipDataset, DamageBudget, read_clips
-from asda.data.features.augment import ClipAugmentation, draw_augmentations
-from asda.data.features.cpu import PatchLayout
+from asda.data.features.augment import ClipAugmentation, draw_augmentations, mixed_targets, present_patches
 from asda.data.features.dali import PatchPipeline
 from asda.data.features.fbank import num_samples
+from asda.data.features.patches import PatchLayout
 from asda.data.order import ClipOrder, Draw, clip_rng, rank_slice
 from asda.data.prefetch import Note, read_ahead
 from asda.errors import UserError
 
 MaskMaker = Callable[[np.random.Generator], np.ndarray]  # -> [M, K] int64
+PatchStage = Callable[[Iterator["Batch"]], Iterator[tuple[Tensor, "Batch"]]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The clips of one micro-batch, in order."""
+
+    clips: list[Clip]
+    visible_BMK: np.ndarray | None = None  # int64, the patches that each student sees; None without students
+    augmentations: list[ClipAugmentation] | None = None  # one for each clip; None changes nothing
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Samples of each clip."""
+        return tuple(len(clip.samples) for clip in self.clips)
+
+    def targets(self, num_classes: int) -> np.ndarray:
+        """Return [B, C] float32: 1 if the clip has the label; for a mixture the shares of its clips."""
+        targets_BC = np.zeros((len(self.clips), num_classes), dtype=np.float32)
+        for row, clip in enumerate(self.clips):
+            targets_BC[row, list(clip.labels)] = 1
+        return targets_BC if self.augmentations is None else mixed_targets(targets_BC, self.augmentations)
+
+    def present(self, config: Config, device: torch.device) -> Tensor | None:
+        """Return [B, N] bool, whether a patch holds audio; None if the network sees padding as it is."""
+        if config.data.padding == "constant":
+            return None
+        present_BN = present_patches(self.lengths, self.augmentations, config.data.frames, config.model.patch)
+        return torch.from_numpy(present_BN).to(device)
 
 
 def training_batches(
@@ -48,23 +80,24 @@ def training_batches(
     world_size: int,
     masks: MaskMaker | None,
     budget: DamageBudget | None = None,
-) -> Iterator[Batch]:
-    """Rank's micro-batches from step `first_step` on, without end; `batch` clips a step over all ranks.
+) -> DataPipeline:
+    """Return stages 1 and 2 of training: this rank's micro-batches, without end.
 
     Args:
         dataset: opened with the datasets of `config`.
         config: of the data.
         seed: of the run.
-        first_step: the first that is wanted; any step is reached at once.
-        batch: clips of a step.
-        micro_batch: most clips of a batch that is given out.
-        rank: whose share.
-        world_size: ranks.
+        first_step: where to begin; any step is reached at once.
+        batch: clips of a step, over all ranks.
+        micro_batch: most clips of a Batch.
+        rank: of this process.
+        world_size: number of ranks.
         masks: draws what the students of a clip see, if there are students.
         budget: of damaged clips; None is strict.
 
     Raises:
-        UserError: what `read_clips` and `read_ahead` raise; sample weights that are needed and not there.
+        UserError: balanced draws need sample weights that are missing; while iterating, what `read_clips` and
+            `read_ahead` raise.
     """
     order = ClipOrder(dataset.ordered(config), seed=seed, group_shards=config.group_shards)
 
@@ -79,13 +112,32 @@ def training_batches(
                 yield order.draws(low, min(low + micro_batch, mine.stop))
             start += batch
 
-    budget = budget or DamageBudget()
-    yield from _ahead(draws(), _TrainingLoad(dataset, config, seed, masks, budget), config)
+    read = _TrainingRead(dataset, config, seed, masks, budget or DamageBudget())
+    return DataPipeline(draws, _ahead(read, config))
+
+
+def evaluation_batches(
+    dataset: ClipDataset, config: DataConfig, *, batch: int, rank: int, world_size: int
+) -> DataPipeline:
+    """Return stages 1 and 2 of evaluation: this rank's share of the clips, in order, once. Always strict.
+
+    All ranks together see every clip exactly once.
+    """
+    mine = rank_slice(0, len(dataset), rank, world_size)
+
+    def draws() -> Iterator[list[Draw]]:
+        for low in range(0, len(mine), batch):
+            yield [Draw(0, clip) for clip in mine[low : low + batch]]
+
+    def read(draws: list[Draw], note: Note) -> Batch:
+        return Batch(read_clips(dataset, draws, note=note))
+
+    return DataPipeline(draws, _ahead(read, config))
 
 
 @dataclass(frozen=True)
-class _TrainingLoad:
-    """From the visits of a micro-batch to its batch, in a thread."""
+class _TrainingRead:
+    """Make a Batch of draws, in a thread. All chance follows from the draw, so neither ranks nor threads matter."""
 
     dataset: ClipDataset
     config: DataConfig
@@ -97,74 +149,56 @@ class _TrainingLoad:
         clips = read_clips(self.dataset, draws, self.budget, note)
         if self.config.crop == "random":
             clips = [_random_crop(clip, self.config.frames, self.seed) for clip in clips]
+        batch = Batch(clips)
+        augmentations = draw_augmentations(draws, batch.lengths, self.config, self.seed)
         visible = [self.masks(clip_rng(self.seed, draw, "masks")) for draw in draws] if self.masks else None
-        lengths = tuple(len(clip.samples) for clip in clips)
-        augmentations = draw_augmentations(draws, lengths, self.config, self.seed)
-        return Batch(clips, np.stack(visible) if visible else None, augmentations, lengths=lengths)
+        return replace(batch, visible_BMK=np.stack(visible) if visible else None, augmentations=augmentations)
 
 
-def evaluation_batches(
-    dataset: ClipDataset,
-    config: DataConfig,
-    *,
-    batch: int,
-    rank: int,
-    world_size: int,
-) -> Iterator[Batch]:
-    """Rank's share of the clips, in order, once; all ranks together see every clip exactly once. Always strict."""
-    mine = rank_slice(0, len(dataset), rank, world_size)
-    draws = ([Draw(0, clip) for clip in mine[low : low + batch]] for low in range(0, len(mine), batch))
-    return _ahead(draws, _EvaluationLoad(dataset), config)
-
-
-@dataclass(frozen=True)
-class _EvaluationLoad:
-    """As _TrainingLoad, without chance."""
-
-    dataset: ClipDataset
-
-    def __call__(self, draws: list[Draw], note: Note) -> Batch:
-        clips = read_clips(self.dataset, draws, note=note)
-        return Batch(clips, None, lengths=tuple(len(clip.samples) for clip in clips))
+def _random_crop(clip: Clip, frames: int, seed: int) -> Clip:
+    """Cut a random stretch of exactly `frames` log-mel frames out of a clip that has more."""
+    length = num_samples(frames)
+    spare = len(clip.samples) - length
+    if spare <= 0:
+        return clip
+    start = int(clip_rng(seed, clip.draw, "crop").integers(spare + 1))
+    return replace(clip, samples=clip.samples[start : start + length])
 
 
 def _ahead(
-    draws: Iterator[list[Draw]], load: Callable[[list[Draw], Note], Batch], config: DataConfig
-) -> Iterator[Batch]:
-    """Batches in order, loaded by threads."""
-    ahead = partial(read_ahead, work=load, threads=config.threads, ahead=config.prefetch, timeout_s=config.timeout_s)
-    return iter(DataPipeline(lambda: draws, ahead))
+    read: Callable[[list[Draw], Note], Batch], config: DataConfig
+) -> Callable[[Iterator[list[Draw]]], Iterator[Batch]]:
+    """Return the stage that reads, in data.threads threads, data.prefetch micro-batches ahead."""
+    return partial(read_ahead, work=read, threads=config.threads, ahead=config.prefetch, timeout_s=config.timeout_s)
 
 
-@contextmanager
-def with_patches(
-    batches: Iterator[Batch], config: Config, batch_size: int, device: torch.device, *, training: bool = False
-) -> Iterator[Iterator[tuple[torch.Tensor, Batch]]]:
-    """Add the patches: gives an iterator over (float32 [B, N, P], their batch).
+def make_patches(config: Config, device: torch.device, batch_size: int, *, training: bool = False) -> PatchStage:
+    """Return stage 3: from a Batch to (its patches, float32 [B, N, P], the Batch).
 
-    While training, what data.augment asks for happens to the clips.
+    Args:
+        config: of the run, with data.log_mel in figures.
+        device: of training; data.device may say that the CPU makes the patches all the same.
+        batch_size: most clips of a Batch.
+        training: whether data.augment happens to the clips.
+
+    Raises:
+        UserError: data.device is gpu and there is no CUDA device.
     """
-    layout, augmented = _layout(config), training and config.data.augment != AugmentConfig()
+    settings = {
+        "layout": _layout(config),
+        "batch_size": batch_size,
+        "device": "gpu" if _on_gpu(config.data, device) else "cpu",
+        "threads": max(1, config.data.threads),
+        "prefetch": 2,  # what DALI holds ready; the reading ahead is done before it
+        "augmented": training and config.data.augment != AugmentConfig(),
+    }
 
-    def augmentations(batch: Batch) -> list[ClipAugmentation]:
-        assert batch.augmentations is not None, "these batches are not made for training"
-        return batch.augmentations
+    def patches(batches: Iterator[Batch]) -> Iterator[tuple[Tensor, Batch]]:
+        source = (([clip.samples for clip in batch.clips], batch.augmentations, batch) for batch in batches)
+        with PatchPipeline(source, **settings) as made:
+            yield from made
 
-    with PatchPipeline(
-        (([clip.samples for clip in batch.clips], batch) for batch in batches),
-        frames=layout.frames,
-        patch=layout.patch,
-        mean=layout.mean,
-        std=layout.std,
-        pad_log_mel=layout.pad_log_mel,
-        batch_size=batch_size,
-        device="gpu" if _on_gpu(config.data, device) else "cpu",
-        threads=max(1, config.data.threads),
-        prefetch=2,  # what DALI holds ready; the reading ahead is done before it
-        augmentations=augmentations if augmented else None,
-        mask_first=layout.mask_first,
-    ) as pipeline:
-        yield pipeline
+    return patches
 
 
 def _on_gpu(config: DataConfig, device: torch.device) -> bool:
@@ -174,19 +208,7 @@ def _on_gpu(config: DataConfig, device: torch.device) -> bool:
 
 
 def _layout(config: Config) -> PatchLayout:
-    stats = config.data.log_mel
-    assert isinstance(stats, LogMelStats), "train.py writes the figures of the shards into the configuration"
-    mask_first = config.data.augment.spec_augment.order == "before_normalisation"
-    return PatchLayout(
-        config.data.frames, config.model.patch, stats.mean, stats.std, config.data.pad_log_mel, mask_first
-    )
-
-
-def _random_crop(clip: Clip, frames: int, seed: int) -> Clip:
-    """A random stretch that makes exactly `frames` log-mel frames, of clips that have more."""
-    length = num_samples(frames)
-    spare = len(clip.samples) - length
-    if spare <= 0:
-        return clip
-    start = int(clip_rng(seed, clip.draw, "crop").integers(spare + 1))
-    return replace(clip, samples=clip.samples[start : start + length])
+    data, stats = config.data, config.data.log_mel
+    assert isinstance(stats, LogMelStats), 'the trainer puts the figures of the shards in the place of "dataset"'
+    mask_first = data.augment.spec_augment.order == "before_normalisation"
+    return PatchLayout(data.frames, config.model.patch, stats.mean, stats.std, data.pad_log_mel, mask_first)

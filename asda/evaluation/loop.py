@@ -1,24 +1,23 @@
 """Run a network over held-out clips, each exactly once, on any number of processes."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
+from webdataset.pipeline import DataPipeline
 
 from asda.checkpoint.read import description_of
 from asda.config.data import DataSpecs
 from asda.config.model import ClassifyConfig
 from asda.config.run import Config
 from asda.data.audio.waves import SAMPLE_RATE_HZ
-from asda.data.batches import Batch
 from asda.data.clips import ClipDataset
-from asda.data.datasets import held_out
-from asda.data.stream import evaluation_batches, with_patches
+from asda.data.datasets import open_evaluation_data
+from asda.data.stream import Batch, evaluation_batches, make_patches
 from asda.engine.processes import Processes, from_all_ranks
 from asda.evaluation.metrics import summary
 from asda.inference import Model
@@ -42,7 +41,8 @@ def evaluate_weights(
         UserError: the shards are damaged, or have other classes than the classifier.
     """
     assert isinstance(config.objective, ClassifyConfig)
-    logits_NC, targets_NC = logits_of_clips(config, weights, held_out(config, vocabulary, data), processes)
+    dataset = open_evaluation_data(config, vocabulary, data or config.data.valid)
+    logits_NC, targets_NC = logits_of_clips(config, weights, dataset, processes)
     return summary(logits_NC, targets_NC)
 
 
@@ -92,8 +92,8 @@ def over_clips(
         fp32, [clips, X] and [clips, classes].
     """
     device = processes.device
-    stream = _batches(dataset, config, processes)
-    with with_patches(stream, config, config.engine.micro_batch, device) as batches, _inference(config, device):
+    stream = _batches(dataset, config, processes).compose(make_patches(config, device, config.engine.micro_batch))
+    with closing(iter(stream)) as batches, _inference(config, device):
         return _gathered(((rows_of(patches_BNP.to(device), clips), clips) for patches_BNP, clips in batches), dataset)
 
 
@@ -119,7 +119,7 @@ def _over_whole_clips(
         return _gathered(rows(), dataset)
 
 
-def _batches(dataset: ClipDataset, config: Config, processes: Processes) -> Iterator[Batch]:
+def _batches(dataset: ClipDataset, config: Config, processes: Processes) -> DataPipeline:
     """Return this rank's share of the clips."""
     return evaluation_batches(
         dataset,

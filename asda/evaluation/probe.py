@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from asda.config.run import Config
-from asda.data.batches import Batch
 from asda.data.clips import ClipDataset
-from asda.data.datasets import open_labelled
+from asda.data.datasets import open_probe_data
 from asda.data.features.augment import present_patches
+from asda.data.stream import Batch
 from asda.engine.processes import Processes
-from asda.errors import UserError
 from asda.evaluation.loop import over_clips
 from asda.evaluation.metrics import have_one_label, summary
 from asda.models.ast import AstEncoder
@@ -52,24 +51,7 @@ class Probe:
         """
         assert config.probe is not None
         self._config, self._neighbours = config, config.probe.neighbours
-        self._train = open_labelled(config, "probe.train", config.probe.train)
-        self._test = open_labelled(config, "probe.test", config.probe.test)
-        if self._train.vocabulary != self._test.vocabulary:
-            raise UserError(
-                f"the {len(self._test.vocabulary)} classes of probe.test {config.probe.test} differ from the "
-                f"{len(self._train.vocabulary)} of probe.train {config.probe.train}; make the shards with the same "
-                "--labels FILE"
-            )
-        if self._test.shares_shards_with(self._train):
-            raise UserError(
-                f"probe.test {config.probe.test} and probe.train {config.probe.train} have shards in common, so "
-                "clips would be their own neighbours; name splits without common shards"
-            )
-        if len(self._train) < self._neighbours:
-            raise UserError(
-                f"probe.neighbours {self._neighbours} exceeds the {len(self._train)} clips of probe.train "
-                f"{config.probe.train}; ask for fewer"
-            )
+        self._train, self._test = open_probe_data(config)
 
     def figures(self, teacher: nn.Module, processes: Processes) -> dict[str, float | int]:
         """Evaluate an encoder. All ranks call this together and get the same figures.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from asda.config.model import AstConfig, ModelConfig
+from asda.data.features.patches import from_patches
 from asda.models.attention import Attention
 from asda.models.encoder import INIT_STD, DropPath, Mlp, init_linear, run_block
 
@@ -97,9 +98,9 @@ class AstEncoder(nn.Module):
         return torch.cat([*special, patches_BSD], dim=1) + self.positions
 
     def _image(self, patches_BNP: Tensor) -> Tensor:
-        """Put the patches together to the spectrogram they were cut from, [B, 1, mel bins, frames]."""
-        blocks = patches_BNP.unflatten(1, (-1, self.num_bands)).unflatten(3, (-1, self.patch))
-        return blocks.permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)[:, None]
+        """Return the spectrogram that was cut into patches, [B, 1, mel bins, frames]."""
+        mel_BTM = from_patches(patches_BNP, self.patch, self.num_bands * self.patch)
+        return mel_BTM.transpose(1, 2).contiguous()[:, None]
 
 
 def fitted_positions(positions_SD: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:

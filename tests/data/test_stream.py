@@ -4,7 +4,9 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -15,11 +17,10 @@ import torch
 
 from asda.config.data import DataConfig
 from asda.config.run import Config, load_config
-from asda.data.batches import Batch
 from asda.data.clips import Clip, ClipDataset, read_clips
 from asda.data.features.fbank import log_mel, num_samples
 from asda.data.order import Draw
-from asda.data.stream import evaluation_batches, training_batches, with_patches
+from asda.data.stream import Batch, evaluation_batches, make_patches, training_batches
 from asda.errors import UserError
 
 BATCH = 12
@@ -34,9 +35,10 @@ def data_config(**values: object) -> DataConfig:
 def batches_of(
     dataset: ClipDataset, config: DataConfig, rank: int = 0, ranks: int = 1, first: int = 0
 ) -> Iterator[Batch]:
-    return training_batches(
+    batches = training_batches(
         dataset, config, seed=1, first_step=first, batch=BATCH, micro_batch=3, rank=rank, world_size=ranks, masks=None
     )
+    return iter(batches)
 
 
 def test_clips_come_back_bit_by_bit_with_their_labels(shards: Path) -> None:
@@ -138,7 +140,7 @@ def test_patches_belong_to_their_clips(shards: Path) -> None:
     dataset = ClipDataset(f"{shards}:test", labelled=True)
     stream = evaluation_batches(dataset, config.data, batch=5, rank=0, world_size=1)
     num_clips = 0
-    with with_patches(stream, config, 5, torch.device("cpu")) as batches:
+    with closing(iter(stream.compose(make_patches(config, torch.device("cpu"), 5)))) as batches:
         for patches_BNP, batch in batches:
             for patches_NP, clip in zip(patches_BNP, batch.clips, strict=True):
                 # patch (t, f), pixel (frame, bin): the first pixels of all patches are every 16th value
@@ -169,7 +171,7 @@ def test_a_flipped_byte_names_the_shard_and_the_key(shards: Path, tmp_path: Path
     stream = evaluation_batches(dataset, config.data, batch=4, rank=0, world_size=1)
     with (
         pytest.raises(UserError, match=f"{shard.entry.name} is damaged at key {shard.index.keys[number]}"),
-        with_patches(stream, config, 4, torch.device("cpu")) as batches,
+        closing(iter(stream.compose(make_patches(config, torch.device("cpu"), 4)))) as batches,
     ):
         for _ in batches:
             pass
@@ -201,3 +203,29 @@ def test_different_vocabularies_are_refused_where_labels_are_used(shards: Path, 
     assert len(ClipDataset(both, labelled=False)) == 56
     with pytest.raises(UserError, match="different vocabularies"):
         ClipDataset(both, labelled=True)
+
+
+def test_a_stage_of_ones_own_is_composed_behind_the_others(shards: Path) -> None:
+    def first_keys(batches: Iterator[Batch]) -> Iterator[str]:
+        for batch in batches:
+            yield batch.clips[0].key
+
+    dataset = ClipDataset(f"{shards}:test", labelled=True)
+    batches = evaluation_batches(dataset, data_config(), batch=5, rank=0, world_size=1)
+    assert list(batches.compose(first_keys)) == [batch.clips[0].key for batch in batches]
+
+
+def test_closing_the_stream_ends_its_threads_at_once(shards: Path) -> None:
+    config = load_config(CONFIG, ['data.log_mel={"mean": 0, "std": 1}', "data.device=cpu"])
+    dataset = ClipDataset(f"{shards}:train", labelled=True)
+    batches = training_batches(
+        dataset, config.data, seed=1, first_step=0, batch=4, micro_batch=4, rank=0, world_size=1, masks=None
+    )
+
+    def our_threads() -> int:
+        return sum(thread.name.startswith("asda-") for thread in threading.enumerate())
+
+    with closing(iter(batches.compose(make_patches(config, torch.device("cpu"), 4, training=True)))) as stream:
+        next(stream)
+        assert our_threads() == 2 * config.data.threads  # they read, or make the log-mel
+    assert our_threads() == 0

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from asda.config.model import MaskConfig
 from asda.data.audio import waves as audio
-from asda.data.features import cpu as cpu_patches
 from asda.data.features import fbank
+from asda.data.features.augment import ClipAugmentation
+from asda.data.features.cpu import CpuPatches
+from asda.data.features.patches import PatchLayout
 from asda.models import masks
 
 # Ours is the official resampler; its sums of 34 products (44.1 kHz) may be added in another order: at most 34 x 2^-24
@@ -74,15 +76,13 @@ def per_clip(clip: str, wave_S: Tensor, rate: int, theirs_TF: Tensor, stats: dic
 
 
 def as_trained(mel_TF: Tensor, frames: int, mean: float, std: float) -> Tensor:
-    """Padded and normalised by the function that training runs, [frames, F]; its patches are undone here."""
-    layout = cpu_patches.PatchLayout(frames, golden.PATCH, mean, std, pad_log_mel=0.0, mask_first=False)
-    return from_patches(torch.from_numpy(cpu_patches.CpuPatches(layout, 1, threads=0).from_log_mel(mel_TF.numpy())))
-
-
-def from_patches(patches_NP: Tensor) -> Tensor:
-    """Patches [N, P] back to log-mel [T, F]."""
-    grid = patches_NP.unflatten(0, (-1, golden.MEL_BINS // golden.PATCH)).unflatten(2, (golden.PATCH, -1))
-    return grid.transpose(1, 2).flatten(2).flatten(0, 1)
+    """Padded and normalised by the function that training runs, [frames, F]."""
+    layout = PatchLayout(frames, golden.PATCH, mean, std, pad_log_mel=0.0)
+    x_TF = np.empty((frames, golden.MEL_BINS), np.float32)
+    x_TF[: len(mel_TF)] = mel_TF[:frames]
+    (maker := CpuPatches(layout, 1, threads=1))._finish(x_TF, min(len(mel_TF), frames), ClipAugmentation())
+    maker.close()
+    return torch.from_numpy(x_TF)
 
 
 def check_masks(official: Table, numbers: Table) -> Findings:

@@ -57,11 +57,11 @@ def test_clips_that_choose_or_are_learned_do_not_test_in_silence(shards: Path) -
     train = ClipDataset(f"{shards}:train", labelled=True)
     sets = {"valid": f"{shards}:test", "test": f"{shards}/:test+train"}
     config = load_config(FINETUNE, [f"data.{key}={specs}" for key, specs in sets.items()])
-    with pytest.raises(UserError, match="have shards in common; a test set must not choose the checkpoint"):
+    with pytest.raises(UserError, match=r"share shards\. A test set must not select the checkpoint"):
         open_held_out(config, train)
     valid, warnings = open_held_out(load_config(FINETUNE, ["data.valid=", f"data.test={sets['test']}"]), train)
     assert valid is None
-    assert [sentence.partition(":")[0] for sentence in warnings] == ["data.test has shards of data.train"]
+    assert [sentence.partition(",")[0] for sentence in warnings] == ["data.test shares shards with data.train"]
     valid, warnings = open_held_out(load_config(FINETUNE, [f"data.valid={sets['valid']}"]), train)
     assert (len(valid or ()), warnings) == (16, [])
 

@@ -44,7 +44,6 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from asda.config.model import MaskConfig
 from asda.config.run import Config, load_config
 from asda.data.audio.waves import SAMPLE_RATE_HZ, decode_wav
-from asda.data.batches import Batch
 from asda.data.clips import ClipDataset
 from asda.data.features.fbank import log_mel_into, num_frames
 from asda.data.shards.index import (
@@ -56,7 +55,7 @@ from asda.data.shards.index import (
     class_weight,
     tagged_hash,
 )
-from asda.data.stream import training_batches, with_patches
+from asda.data.stream import Batch, make_patches, training_batches
 from asda.models.masks import visible_patches
 from asda.sharding.writer import write_dataset
 
@@ -195,8 +194,13 @@ def config_for(shards: Path, overrides: Sequence[str] = ()) -> Config:
     )
 
 
-def our_batches(shards: Path, *, masks: bool = True, first_step: int = 0) -> Iterator[Batch]:
+def our_batches(shards: Path, *, masks: bool = True) -> Iterator[Batch]:
     """Without end, in the order of training."""
+    return iter(our_pipeline(shards, masks=masks))
+
+
+def our_pipeline(shards: Path, *, masks: bool = True, first_step: int = 0) -> DataPipeline:
+    """The same as a pipeline, which may get more stages."""
     config = config_for(shards)
     dataset = ClipDataset(config.data.train, labelled=False)  # type: ignore[arg-type]
     return training_batches(
@@ -206,9 +210,8 @@ def our_batches(shards: Path, *, masks: bool = True, first_step: int = 0) -> Ite
 
 def our_patches(shards: Path, first_step: int = 0) -> Iterator[tuple[torch.Tensor, Batch]]:
     """The whole way, without end."""
-    batches = our_batches(shards, first_step=first_step)
-    with with_patches(batches, config_for(shards), BATCH, torch.device("cpu")) as patches:
-        yield from patches
+    batches = our_pipeline(shards, first_step=first_step)
+    yield from batches.compose(make_patches(config_for(shards), torch.device("cpu"), BATCH))
 
 
 def part_of(stream: Iterator[T]) -> Iterator[T]:

@@ -27,7 +27,7 @@ from asda.checkpoint.read import State
 from asda.checkpoint.writer import CheckpointWriter
 from asda.config.model import PretrainConfig, of_asda
 from asda.config.run import Config, load_config
-from asda.data.batches import Batch
+from asda.data.stream import Batch
 from asda.engine.partitions import optimizer_file
 from asda.engine.processes import join_processes
 from asda.engine.zero import guarded, make_engine, set_learning_rate

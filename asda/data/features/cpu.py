@@ -9,9 +9,7 @@ Shapes: B clips, S samples, T frames, M mel bins, N patches, F mel patches, P pi
 """
 
 import threading
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,108 +18,62 @@ from numba import njit
 from asda.data.audio.waves import INT16_SCALE
 from asda.data.features import fbank
 from asda.data.features.augment import ClipAugmentation, unpacked
+from asda.data.features.patches import PatchLayout
 
 NUM_MEL_BINS = fbank.NUM_MEL_BINS  # a constant for numba, which makes faster loops of it than of a length
 NOTHING = ClipAugmentation()
 ROOT_12 = 12**0.5  # 1 / rms of a uniform number from -0.5 to 0.5
 WEYL_STEP = 0x9E3779B9  # 2^32 / golden ratio: spreads neighbouring counters over all 32 bits
 
-Task = TypeVar("Task")
-
-
-class PatchLayout(NamedTuple):
-    """How log-mel frames become patches."""
-
-    frames: int  # a clip is cut or padded to
-    patch: int  # frames and mel bins of a patch
-    mean: float  # of log-mel values
-    std: float
-    pad_log_mel: float  # log-mel of padding, before normalisation
-    mask_first: bool  # SpecAug fills log-mel with 0, before normalisation; or else mixtures, after it
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Number of patches and of their pixels, N and P."""
-        return self.frames // self.patch * (NUM_MEL_BINS // self.patch), self.patch**2
-
 
 class CpuPatches:
-    """Makes the patches of batches in `threads` threads, or in the caller's with 0. Close it to end them."""
+    """Makes the patches of batches in threads. Close it to end them."""
 
     def __init__(self, layout: PatchLayout, batch_size: int, threads: int):
         self._layout = layout
         self._patches_BNP = np.empty((batch_size, *layout.shape), np.float32)
         self._scratch = _Scratch(layout.frames)
-        self._threads, self._pool = threads, _single_core_threads(threads) if threads else None
+        self._threads, self._pool = threads, _single_core_threads(threads)
 
-    def write_to(self, patches_BNP: np.ndarray) -> None:
-        """Make the patches of the next batches in this memory."""
-        self._patches_BNP = patches_BNP
+    def make(self, waves: list[np.ndarray], numbers: list[np.ndarray] | None = None) -> list[np.ndarray]:
+        """Make the patches of a batch: int16 [S] of each clip to float32 [N, P], valid until the next call.
 
-    def plain(self, waves: list[np.ndarray]) -> list[np.ndarray]:
-        """int16 [S] of each clip to float32 [N, P]; valid until the next call."""
-        self._share_out(range(len(waves)), lambda place: self._make_one(place, waves[place]))
-        return list(self._patches_BNP[: len(waves)])
-
-    def augmented(self, waves: list[np.ndarray], numbers: list[np.ndarray]) -> list[np.ndarray]:
-        """The same with what happens to each clip: rows of asda.data.augment.packed."""
-        augmentations, partners = zip(*map(unpacked, numbers), strict=True)
-        # Each pair once; a clip that is not mixed is its own partner.
-        pairs = [(place, partner) for place, partner in enumerate(partners) if place <= partner]
-
-        def make(pair: tuple[int, int]) -> None:
-            place, partner = pair
-            if place == partner:
-                self._make_one(place, waves[place], augmentations[place])
-            else:
-                self._make_pair(place, waves[place : partner + 1], augmentations[place : partner + 1])
-
-        self._share_out(pairs, make)
-        return list(self._patches_BNP[: len(waves)])
-
-    def from_log_mel(self, mel_TM: np.ndarray) -> np.ndarray:
-        """The patches [N, P] of one clip whose log-mel is there already."""
-        x_TM, mel_TM = self._scratch.frames_2TM[0], mel_TM[: self._layout.frames]
-        x_TM[: len(mel_TM)] = mel_TM
-        self._finish(x_TM, len(mel_TM), NOTHING)
-        self._cut(x_TM, NOTHING, 0)
-        return self._patches_BNP[0]
-
-    def _share_out(self, tasks: Sequence[Task], make: Callable[[Task], None]) -> None:
-        """Each thread takes the next task until none is left; a future for each task would wake this thread for each,
-        and it would take Python's lock from those that compute: 0.2 ms a clip.
+        Args:
+            waves: the clips.
+            numbers: what happens to each: rows of asda.data.features.augment.packed; None changes nothing.
         """
-        todo = iter(list(tasks))  # to take the next item of a list is one step of the interpreter
+        rows = [(NOTHING, place) for place in range(len(waves))] if numbers is None else map(unpacked, numbers)
+        augmentations, partners = zip(*rows, strict=True)
+        # Each pair once; a clip that is not mixed is its own partner.
+        todo = iter([sorted({place, partner}) for place, partner in enumerate(partners) if place <= partner])
 
         def work(_: int) -> None:
-            for task in todo:
-                make(task)
+            for places in todo:  # threads may share it: taking an item is one step of the interpreter
+                self._make_mixture(places, [waves[n] for n in places], [augmentations[n] for n in places])
 
-        if self._pool is None:
-            work(0)
-        else:
-            list(self._pool.map(work, range(self._threads)))
+        # Each thread takes the next clip until none is left. With a future for each clip, this thread would wake for
+        # each, and take Python's lock from those that compute: 0.2 ms a clip.
+        list(self._pool.map(work, range(self._threads)))
+        return list(self._patches_BNP[: len(waves)])
 
     def close(self) -> None:
         """End the threads."""
-        if self._pool is not None:
-            self._pool.shutdown()
+        self._pool.shutdown()
 
-    def _make_one(self, place: int, wave_S: np.ndarray, one: ClipAugmentation = NOTHING) -> None:
-        x_TM = self._scratch.frames_2TM[0]
-        self._make_frames(wave_S, one, x_TM)
-        self._cut(x_TM, one, place)
-
-    def _make_pair(self, place: int, waves: list[np.ndarray], both: Sequence[ClipAugmentation]) -> None:
+    def _make_mixture(self, places: list[int], waves: list[np.ndarray], both: list[ClipAugmentation]) -> None:
+        """Make the patches of one clip, or of two that are mixed."""
         frames_2TM = self._scratch.frames_2TM
-        for x_TM, wave_S, one in zip(frames_2TM, waves, both, strict=True):
+        for x_TM, wave_S, one in zip(frames_2TM, waves, both, strict=False):
             self._make_frames(wave_S, one, x_TM)
-        _mix(frames_2TM[0].reshape(-1), frames_2TM[1].reshape(-1), np.float32(both[0].share))
-        for n in range(2):
-            self._cut(frames_2TM[n], both[n], place + n)
+        if len(places) == 2:
+            _mix(frames_2TM[0].reshape(-1), frames_2TM[1].reshape(-1), np.float32(both[0].share))
+        for x_TM, one, place in zip(frames_2TM, both, places, strict=False):
+            if not self._layout.mask_first:
+                _mask(x_TM, one)
+            _cut_into_patches(x_TM, self._layout.patch, self._patches_BNP[place])
 
     def _make_frames(self, wave_S: np.ndarray, one: ClipAugmentation, out_TM: np.ndarray) -> None:
-        """The normalised frames of a clip before it is mixed."""
+        """Make the normalised frames of a clip before it is mixed."""
         layout = self._layout
         num_real = min(fbank.num_frames(len(wave_S)), layout.frames)
         if one.wave_shift or one.noise_ratio:
@@ -133,7 +85,7 @@ class CpuPatches:
         self._finish(out_TM, num_real, one)
 
     def _finish(self, out_TM: np.ndarray, num_real: int, one: ClipAugmentation) -> None:
-        """From log-mel, of which the first frames are there, to normalised frames."""
+        """Pad, normalise, add noise to and roll log-mel, of which the first `num_real` frames are there."""
         layout = self._layout
         out_TM[num_real:] = layout.pad_log_mel
         if layout.mask_first:
@@ -144,12 +96,6 @@ class CpuPatches:
             _add_noise(out_TM.reshape(-1), np.float32(one.frame_noise), one.noise_key ^ 0xFFFFFFFF)
         if one.frame_shift:
             out_TM[:] = np.roll(out_TM, one.frame_shift, axis=0)
-
-    def _cut(self, x_TM: np.ndarray, one: ClipAugmentation, place: int) -> None:
-        """The patches of a finished clip."""
-        if not self._layout.mask_first:
-            _mask(x_TM, one)
-        _cut_into_patches(x_TM, self._layout.patch, self._patches_BNP[place])
 
 
 class _Scratch(threading.local):

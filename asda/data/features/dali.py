@@ -17,7 +17,7 @@ Shapes: B clips, S samples, T frames, W samples of a frame, K spectral lines, M 
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Generic, Literal, Self, TypeVar
 
 import numpy as np
@@ -32,7 +32,8 @@ from nvidia.dali.types import Constant, DALIDataType
 from asda.data.audio.waves import INT16_SCALE
 from asda.data.features import fbank
 from asda.data.features.augment import ClipAugmentation, packed, used_parts
-from asda.data.features.cpu import ROOT_12, WEYL_STEP, CpuPatches, PatchLayout
+from asda.data.features.cpu import ROOT_12, WEYL_STEP, CpuPatches
+from asda.data.features.patches import PatchLayout
 
 BLOCK = 80  # samples; the greatest common divisor of frame shift and window: frames are made of whole blocks
 BLOCKS_PER_SHIFT = fbank.FRAME_SHIFT // BLOCK
@@ -42,58 +43,44 @@ Extra = TypeVar("Extra")
 
 
 class PatchPipeline(Generic[Extra]):
-    """Iterates over (patches, extra): float32 [b, N, P] on the device, and whatever the source gave beside the clips.
+    """Iterates over (patches, extra): float32 [B, N, P] on the device, and whatever the source gave beside the clips.
 
-    Patches are time-major (number = time patch x mel patches + mel patch), pixels row-major (frame, mel bin). A batch
-    may have fewer clips than `batch_size`. Every tensor owns its memory. An exception of the source comes out of the
-    iteration unchanged, after the batches before it. The source is asked only from within `next`, in the caller's
-    thread, and its arrays must stay as they are until their patches are out. Close the pipeline, or use it in a `with`
-    statement, to end its threads; the source's end closes it too.
+    - A batch may have fewer clips than `batch_size`. Every tensor owns its memory.
+    - The source is asked only from within `next`, in the caller's thread. Its arrays must stay as they are until their
+      patches are out. Its exceptions come out of the iteration unchanged, after the batches before them.
+    - Close the pipeline, or use it in a `with` statement, to end its threads; the end of the source closes it too.
     """
 
     def __init__(
         self,
-        source: Iterator[tuple[list[np.ndarray], Extra]],
+        source: Iterator[tuple[list[np.ndarray], Sequence[ClipAugmentation] | None, Extra]],
+        layout: PatchLayout,
         *,
-        frames: int,
-        patch: int,
-        mean: float,
-        std: float,
-        pad_log_mel: float,
         batch_size: int,
         device: Literal["cpu", "gpu"],
         threads: int,
         prefetch: int,
-        augmentations: Callable[[Extra], Sequence[ClipAugmentation]] | None = None,
-        mask_first: bool = False,
+        augmented: bool,
         native: bool | None = None,
     ):
         """Build the pipeline; nothing is taken from the source before the first batch is asked for.
 
         Args:
-            source: batches of 1 to `batch_size` clips, int16 [S] with S >= 400, and anything that belongs to them.
-            frames: log-mel frames of 10 ms a clip is cut or padded to, a multiple of `patch`.
-            patch: frames and mel bins per patch.
-            mean: of the log-mel values.
-            std: of the log-mel values.
-            pad_log_mel: log-mel value of padding, before normalisation.
+            source: batches of 1 to `batch_size` clips, int16 [S] with S >= 400; an augmentation for each; an extra.
+            layout: of the patches.
             batch_size: most clips in a batch.
             device: where the patches are made and handed out; "gpu" is torch's current CUDA device.
             threads: CPU threads that compute.
             prefetch: batches prepared ahead.
-            augmentations: what happens to each clip of a batch, found in its extra; None: nothing ever does.
-            mask_first: what is masked becomes a log-mel of 0 in the single clip, rather than 0 in the finished mixture.
+            augmented: whether the augmentations are applied.
             native: whether DALI's own operators make the patches; None: on a GPU only.
         """
-        self._source = source
-        self._augmentations = augmentations
-        # Of the batches that DALI has taken and not yet handed out: the arrays it reads, and the extra.
+        self._source, self._frames, self._augmented = source, layout.frames, augmented
+        # For each batch that DALI has taken and not yet handed out: the arrays that it reads, and the extra.
         self._taken: deque[tuple[list[np.ndarray], np.ndarray | None, Extra]] = deque()
         self._error: Exception | None = None
-        self._frames = frames
         self._device = torch.device("cuda", torch.cuda.current_device()) if device == "gpu" else torch.device("cpu")
         native = device == "gpu" if native is None else native
-        layout = PatchLayout(frames, patch, mean, std, pad_log_mel, mask_first)
         self._cpu_patches = None if native else CpuPatches(layout, batch_size, threads)
         self._pipe: Pipeline | None = Pipeline(
             batch_size=batch_size,
@@ -102,12 +89,11 @@ class PatchPipeline(Generic[Extra]):
             prefetch_queue_depth=prefetch,
         )
         with self._pipe:
-            waves_S, *numbers = self._inputs()
+            inputs = self._inputs()
             if self._cpu_patches is None:
-                patches_NP = NativePatches(layout, self._device)(waves_S, *numbers)
+                patches_NP = NativePatches(layout, self._device)(*inputs)
             else:
-                function = self._cpu_patches.augmented if numbers else self._cpu_patches.plain
-                patches_NP = fn.python_function(waves_S, *numbers, function=function, batch_processing=True)
+                patches_NP = fn.python_function(*inputs, function=self._cpu_patches.make, batch_processing=True)
             self._pipe.set_outputs(patches_NP)
 
     def __iter__(self) -> Self:
@@ -134,6 +120,7 @@ class PatchPipeline(Generic[Extra]):
             # letting go of ours would not end it.
             self._pipe._shutdown()
             self._pipe = None
+            self._source = iter(())  # DALI keeps a reference to us, but the source shall end with the pipeline
         if self._cpu_patches is not None:
             self._cpu_patches.close()
 
@@ -144,9 +131,9 @@ class PatchPipeline(Generic[Extra]):
         self.close()
 
     def _inputs(self) -> Sequence[DataNode]:
-        """Graph: the waves and, where there is augmentation, the numbers of each clip."""
+        """Build the graph's inputs: the waves and, if clips are augmented, the numbers of each clip."""
         one_or_two = {"dtype": DALIDataType.INT16, "ndim": 1}
-        if self._augmentations is not None:
+        if self._augmented:
             one_or_two = {"num_outputs": 2, "dtype": [DALIDataType.INT16, DALIDataType.FLOAT64], "ndim": [1, 1]}
         # On the CPU DALI reads our arrays where they are; for a GPU it copies them into memory that a GPU can reach.
         inputs = fn.external_source(
@@ -155,10 +142,10 @@ class PatchPipeline(Generic[Extra]):
         return [inputs] if isinstance(inputs, DataNode) else inputs
 
     def _next_inputs(self) -> list[np.ndarray] | tuple[list[np.ndarray], list[np.ndarray]]:
-        """DALI's request for a batch. It knows no errors but the end, so an error is kept until the queue is empty."""
+        """Answer DALI's request for a batch. DALI knows no error but the end, so another one is kept for `__next__`."""
         try:
-            waves, extra = next(self._source)
-            augmentations = None if self._augmentations is None else self._augmentations(extra)
+            waves, augmentations, extra = next(self._source)
+            augmentations = augmentations if self._augmented else None
             numbers_BK = None if augmentations is None else packed(augmentations)
         except StopIteration:
             raise
@@ -358,7 +345,7 @@ def uint32(value: int) -> Any:
 
 
 def uniform_noise(shape: tuple[int, ...], key: DataNode, device: str) -> DataNode:
-    """asda.data.cpu_patches.uniform of every place, float32; division by a power of two is a shift."""
+    """asda.data.features.cpu.uniform of every place, float32; division by a power of two is a shift."""
     counters = np.arange(np.prod(shape), dtype=np.uint32) * np.uint32(WEYL_STEP)
     bits = Constant(counters.reshape(shape), device=device) + key
     bits = (bits ^ (bits // uint32(1 << 16))) * uint32(0x85EBCA6B)

@@ -17,12 +17,12 @@ import torch
 from numba import njit
 
 from asda.data.audio.waves import INT16_SCALE, SAMPLE_RATE_HZ
+from asda.data.features.patches import NUM_MEL_BINS
 
 FRAME_SHIFT = SAMPLE_RATE_HZ * 10 // 1000  # samples, 10 ms
 FRAME_WINDOW = SAMPLE_RATE_HZ * 25 // 1000  # samples, 25 ms
 FFT_POINTS = 512  # the window, zero-padded to a power of two
 NUM_LINES = FFT_POINTS // 2 + 1
-NUM_MEL_BINS = 128
 LOW_HZ = 20.0  # Kaldi's default; the upper edge of the last filter is the Nyquist frequency
 PRE_EMPHASIS = 0.97  # Kaldi's default
 MIN_ENERGY = torch.finfo(torch.float32).eps  # Kaldi's floor under the logarithm; silence is log(1.19e-7) = -15.94

@@ -1,6 +1,7 @@
 """What chance does to a clip: the right distributions, independent of each other, and nothing unasked."""
 
 import json
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -25,10 +26,11 @@ from asda.data.features.augment import (
     partners,
     present_patches,
 )
-from asda.data.features.cpu import CpuPatches, PatchLayout
+from asda.data.features.cpu import CpuPatches
 from asda.data.features.fbank import num_samples
+from asda.data.features.patches import PatchLayout, from_patches
 from asda.data.order import Draw
-from asda.data.stream import evaluation_batches, training_batches, with_patches
+from asda.data.stream import evaluation_batches, make_patches, training_batches
 from asda.engine.zero import micro_batch_of
 from asda.errors import UserError
 
@@ -209,8 +211,9 @@ def test_in_the_order_of_ast_a_mixture_is_blanked_made_noisy_and_rolled_as_one_c
     one = mixed[0][0]._replace(frame_noise=0.0, frame_shift=0)
     both = frames_alike([one, mixed[0][1]])
     layout = PatchLayout(T // 16 * 16, 16, -4.0, 4.0, 0.0, mask_first=True)
-    patches = CpuPatches(layout, batch_size=2, threads=0).augmented(waves, list(packed(both)))
-    bins = np.stack(patches).reshape(2, -1, 8, 16, 16).transpose(0, 1, 3, 2, 4).reshape(2, -1, 128)
+    with closing(CpuPatches(layout, batch_size=2, threads=1)) as maker:
+        patches = maker.make(waves, list(packed(both)))
+        bins = from_patches(torch.from_numpy(np.stack(patches)), 16).numpy()
     box = bins[:, :, one.mel_start : one.mel_stop]
     assert one.mel_stop - one.mel_start > 8
     assert np.abs(box - 0.5).max() <= 2.0**-23  # (0 + 4) / 8, times a share and the rest of it
@@ -229,7 +232,8 @@ def test_a_step_is_the_same_however_it_is_cut(shards: Path, ranks: int, micro_ba
                 world_size=ranks, masks=None,
             )  # fmt: skip
             found = []
-            with with_patches(stream, config, micro_batch, torch.device("cpu"), training=True) as batches:
+            stage = make_patches(config, torch.device("cpu"), micro_batch, training=True)
+            with closing(iter(stream.compose(stage))) as batches:
                 for patches_BNP, batch in islice(batches, (16 - 8 * first_step) // ranks // micro_batch):
                     present_BN = batch.present(config, torch.device("cpu"))
                     assert present_BN is not None
@@ -248,12 +252,12 @@ def test_evaluation_changes_nothing_and_the_masks_of_students_ignore_augmentatio
     configs = [load_config(CONFIG, [f"data.augment={json.dumps(values)}"]).data for values in ({}, EVERYTHING)]
     one_rank = {"seed": 1, "first_step": 0, "batch": 4, "micro_batch": 4, "rank": 0, "world_size": 1}
     masks = lambda rng: rng.integers(100, size=(2, 5))  # noqa: E731
-    plain, augmented = (next(training_batches(dataset, config, **one_rank, masks=masks)) for config in configs)
+    plain, augmented = (next(iter(training_batches(dataset, config, **one_rank, masks=masks))) for config in configs)
     assert plain.augmentations is None
     assert augmented.augmentations is not None
     assert np.array_equal(plain.visible_BMK, augmented.visible_BMK)  # type: ignore[arg-type]
     assert [clip.samples.tobytes() for clip in plain.clips] == [clip.samples.tobytes() for clip in augmented.clips]
-    assert next(evaluation_batches(dataset, configs[1], batch=4, rank=0, world_size=1)).augmentations is None
+    assert next(iter(evaluation_batches(dataset, configs[1], batch=4, rank=0, world_size=1))).augmentations is None
 
 
 def test_mixing_wants_an_even_share_of_the_batch_on_every_rank():

@@ -3,7 +3,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from asda.data.features.augment import ClipAugmentation, draw_augmentation
 from asda.data.features.cpu import uniform
 from asda.data.features.dali import PatchPipeline
 from asda.data.features.fbank import num_samples
+from asda.data.features.patches import PatchLayout, from_patches, normalised, padded, to_patches
 from asda.errors import UserError
 
 FRAMES, PATCH, MEAN, STD, PAD = 128, 16, -4.268, 4.569, 0.0
@@ -25,12 +26,13 @@ Batches = list[tuple[list[np.ndarray], int]]
 BOTH = pytest.mark.parametrize("native", [False, True], ids=["threads", "native"])
 
 
-def pipeline(source: Iterator, **changes) -> PatchPipeline:
-    settings = {
-        "frames": FRAMES, "patch": PATCH, "mean": MEAN, "std": STD, "pad_log_mel": PAD,
-        "batch_size": 4, "device": "cpu", "threads": 2, "prefetch": 2,
-    }  # fmt: skip
-    return PatchPipeline(source, **(settings | changes))
+def pipeline(source: Iterator, augmentations: Callable | None = None, **changes) -> PatchPipeline:
+    """Pairs of clips and an extra, from which `augmentations` makes those of the clips."""
+    layout = PatchLayout(FRAMES, PATCH, MEAN, STD, PAD)
+    layout = layout._replace(**{name: changes.pop(name) for name in layout._fields if name in changes})
+    settings = {"batch_size": 4, "device": "cpu", "threads": 2, "prefetch": 2, "augmented": augmentations is not None}
+    triples = ((clips, augmentations and augmentations(extra), extra) for clips, extra in source)
+    return PatchPipeline(triples, layout, **(settings | changes))
 
 
 def noise(num_samples: int, seed: int = 0) -> np.ndarray:
@@ -42,15 +44,13 @@ def noise_batches(num_batches: int, clips: int = 2, num_samples: int = 8000) -> 
 
 
 def as_patches(x_TM: np.ndarray) -> np.ndarray:
-    """The definition, one patch after the other: [N, P]."""
-    corners = [(t, m) for t in range(0, len(x_TM), PATCH) for m in range(0, 128, PATCH)]
-    return np.array([x_TM[t : t + PATCH, m : m + PATCH].flatten() for t, m in corners])
+    return to_patches(torch.from_numpy(x_TM), PATCH).numpy()
 
 
 def expected_patches(mel_TM: np.ndarray, frames: int = FRAMES) -> torch.Tensor:
-    padded_TM = np.full((frames, 128), PAD)
-    padded_TM[: len(mel_TM)] = mel_TM[:frames]
-    return torch.tensor(as_patches((padded_TM - MEAN) / (2 * STD))).float()
+    """The definition, in float64."""
+    padded_TM = padded(torch.from_numpy(mel_TM).double(), frames, PAD)
+    return to_patches(normalised(padded_TM, MEAN, STD), PATCH).float()
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_real_clips_become_torchaudios_patches(real_clips: list[np.ndarray]):
 def test_the_native_graph_differs_from_float64_by_rounding_only(real_clips: list[np.ndarray]):
     with pipeline(([[clip], None] for clip in real_clips), frames=1008, mean=0.0, std=0.5, native=True) as batches:
         for clip, (patches_BNP, _) in zip(real_clips, batches, strict=True):
-            mel_TM = patches_BNP[0].view(63, 8, 16, 16).transpose(1, 2).reshape(1008, 128).numpy()
+            mel_TM = from_patches(patches_BNP[0], PATCH).numpy()
             exact_TM, slack_TM = float64_log_mel(clip)
             assert (np.abs(mel_TM[: len(exact_TM)] - exact_TM) <= slack_TM).all()
             assert (mel_TM[len(exact_TM) :] == PAD).all()
@@ -408,9 +408,11 @@ from asda.data.features.augment import ClipAugmentation, draw_augmentation
 from asda.data.features.cpu import uniform
 from asda.data.features.fbank import num_samples
 from asda.data.features.dali import PatchPipeline
+from asda.data.features.patches import PatchLayout
 clip = np.random.default_rng(0).integers(-9000, 9000, 160_000).astype(np.int16)
-batches = PatchPipeline((([clip] * 4, n) for n in itertools.count()), frames=1024, patch=16, mean=0.0, std=1.0,
-                        pad_log_mel=0.0, batch_size=4, device="cpu", threads=2, prefetch=4, native={native})
+layout = PatchLayout(frames=1024, patch=16, mean=0.0, std=1.0, pad_log_mel=0.0)
+batches = PatchPipeline((([clip] * 4, None, n) for n in itertools.count()), layout, batch_size=4, device="cpu",
+                        threads=2, prefetch=4, augmented=False, native={native})
 next(batches)
 print("ready", flush=True)
 {then}
