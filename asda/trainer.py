@@ -140,7 +140,7 @@ class Trainer:
         Raises:
             Stopped: the run was asked to stop and has saved a checkpoint.
         """
-        with closing(iter(self._stream())) as batches, self.writer:
+        with closing(self._stream().iterator()) as batches, self.writer:  # pyright: ignore[reportArgumentType]
             while self.counts.step < self.config.optimizer.steps:
                 figures = self._step(batches)
                 self.log.advance()

@@ -372,7 +372,7 @@ def test_tags_of_a_run_are_what_evaluation_computes(finetuned: Path, shards: Pat
     stream = evaluation_batches(dataset, config.data, batch=4, rank=0, world_size=1)
     compared = 0
     patches = make_patches(config, torch.device("cpu"), 4)
-    with closing(iter(stream.compose(patches))) as batches, torch.inference_mode():
+    with closing(stream.compose(patches).iterator()) as batches, torch.inference_mode():
         for patches_BNP, batch in batches:
             expected_BC = classifier(patches_BNP)
             seen = [clip.samples[: fbank.num_samples(config.data.frames)] for clip in batch.clips]

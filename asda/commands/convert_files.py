@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from asda.checkpoint.manifest import TEMPORARY
 from asda.checkpoint.read import read_description, resolve_checkpoint
 from asda.checkpoint.weights import check_target, read_weights, write_weights
 from asda.commands.text import aligned
@@ -24,6 +21,7 @@ from asda.official.fairseq import Wishes, from_official, to_official
 from asda.official.fairseq_settings import input_notes
 from asda.official.huggingface_ast import from_hugging_face, is_ast
 from asda.official.safe_load import plain, safe_load
+from asda.system import whole_file
 
 MIB = 1 << 20
 
@@ -88,17 +86,12 @@ def read_official(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def write_torch_file(content: dict[str, Any], path: Path) -> None:
     """Write a file with torch.save: whole, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=TEMPORARY, delete=False) as file:
+    with whole_file(path) as file:
         try:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-            Path(file.name).chmod(0o644)  # temporary files are their owner's alone
-            Path(file.name).rename(path)
-        except BaseException as error:
-            Path(file.name).unlink(missing_ok=True)
-            if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-                raise error.__context__ from None  # torch buries what the disk said
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None  # torch hides what the disk said
             raise
 
 

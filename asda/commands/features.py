@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 import asda
-from asda import system as disk
+from asda import system
 from asda.commands.parsing import CHECKPOINT_HELP, make_parser
 from asda.data.audio.find import AudioFile, audio_files
 from asda.data.audio.read import read_wave
@@ -36,7 +36,7 @@ from asda.data.order import Draw
 from asda.data.shards.index import DATASET_FILE, SHARD_SUFFIX
 from asda.data.shards.read import ShardFile, load_dataset
 from asda.errors import UserError
-from asda.sharding.writer import TEMPORARY_SUFFIX, commit, temporary_file, write_file
+from asda.system import TEMPORARY_SUFFIX, whole_file, write_whole_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -206,7 +206,7 @@ def shard_task(dataset: ClipDataset, shard: ShardFile, first_clip: int) -> Task:
 def hash_file(path: Path) -> str:
     """Hash a file's bytes, in the notation of the shards. Raises AudioError if it cannot be read."""
     try:
-        return f"xxh3_128:{disk.hash_file(path)}"
+        return f"xxh3_128:{system.hash_file(path)}"
     except FileNotFoundError:
         raise AudioError("no such file") from None
     except OSError as error:
@@ -260,11 +260,10 @@ def finish(task: Task, out: Path, settings: Settings, model: "Model", progress: 
     arrays, metadata = features_of(task, settings, model, progress)
     out.mkdir(parents=True, exist_ok=True)
     if not (out / SETTINGS_FILE).exists():
-        write_file(out / SETTINGS_FILE, json.dumps(asdict(settings), indent=2).encode() + b"\n")
+        write_whole_file(out / SETTINGS_FILE, json.dumps(asdict(settings), indent=2).encode() + b"\n")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_file(path) as file:
+    with whole_file(path) as file:
         WRITERS[settings.file_format](file, arrays, json.dumps(metadata))
-        commit(file, path)
 
 
 def features_of(

@@ -3,12 +3,11 @@
 import argparse
 import csv
 import difflib
-import io
 import itertools
 import json
 import math
+import os
 import sys
-import tarfile
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,15 +17,14 @@ import numpy as np
 from tqdm import tqdm
 
 from asda.commands.parsing import check_range, make_parser
-from asda.commands.shard_tables import MIB, dataset_figures, tables
+from asda.commands.shard_tables import dataset_figures, tables
 from asda.commands.text import aligned, shortened
-from asda.data.audio.waves import SAMPLE_RATE_HZ, AudioError, decode_wav
+from asda.data.audio.waves import SAMPLE_RATE_HZ, decode_wav
 from asda.data.remote.cache import CacheConfig
-from asda.data.shards.index import REPAIR, TAR_END, DatasetIndex
+from asda.data.shards.index import REPAIR, DatasetIndex
 from asda.data.shards.read import ShardFile, load_dataset
 from asda.errors import UserError
-from asda.sharding.verify import Checked, check_shard, repeated_keys
-from asda.sharding.workers import Progress
+from asda.sharding.verify import read_members, verify_dataset
 from asda.system import write_whole_file
 
 if TYPE_CHECKING:
@@ -40,7 +38,7 @@ EXAMPLES = """examples
   asda inspect shards/esc50
       splits, hours, bytes, classes and lengths; --json for programs, --classes all for every class
   asda inspect shards/esc50 --verify
-      read everything, and name every damaged clip and file (asda shards --verify uses all cores)
+      read everything, and name every damaged clip and file
   asda inspect shards/esc50 --find dog
       the clips with a label, as CSV: key, split, shard, seconds, labels, source
   asda inspect shards/esc50 --list --columns key,seconds > clips.csv
@@ -124,16 +122,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def inspect_shards(args: argparse.Namespace) -> None:
     """Open the dataset, and show what is asked for. Raises UserError."""
-    tables_only = not (args.verify or args.key or args.export or args.sheet or args.list or args.find)
+    if args.verify:
+        verify_dataset(args.dataset, len(os.sched_getaffinity(0)), args.split, CacheConfig())
+        return
+    tables_only = not (args.key or args.export or args.sheet or args.list or args.find)
     # Only the tables, which read no shard, refuse missing files and wrong sizes; all else reports what it reads.
-    cache = CacheConfig() if args.cache or args.verify or args.list else None
+    cache = CacheConfig() if args.cache or args.list else None
     dataset = load_dataset(args.dataset, args.split or None, cache, tolerant=not tables_only)
     names = tuple(dict.fromkeys(args.split)) or tuple(dataset.splits)
     if not all(dataset.splits[name].clips for name in names):
         raise UserError(f"{dataset.folder}: a split has no clips; make the dataset again with {MAKER}")
-    if args.verify:
-        verify(dataset, names)
-    elif args.key is not None:
+    if args.key is not None:
         print(clip_text(dataset, find_key(dataset, names, args.key), as_json=args.json))
     elif args.export:
         export(find_key(dataset, names, args.export[0]), Path(args.export[1]))
@@ -244,23 +243,6 @@ def summarize(dataset: DatasetIndex, names: Iterable[str]) -> dict[str, Any]:
     return dataset_figures(dataset, splits, np.concatenate(lengths), num_unlabelled)
 
 
-def read_members(clip: Clip) -> tuple[bytes, dict[str, Any]]:
-    """Read the WAV and the JSON of a clip. Raises UserError if its frame is damaged or holds anything else."""
-    frame = clip.shard.read_frame(clip.number)
-    try:
-        with tarfile.open(fileobj=io.BytesIO(frame + TAR_END)) as tar:
-            members = {member.name: file.read() for member in tar if (file := tar.extractfile(member))}
-        wav, described = members[f"{clip.key}.wav"], json.loads(members[f"{clip.key}.json"])
-        decode_wav(wav)
-        if not isinstance(described, dict):
-            raise ValueError("its JSON is not an object")
-    except (tarfile.TarError, AudioError, ValueError, LookupError) as error:
-        raise UserError(
-            f"shard {clip.shard.entry.name}, key {clip.key}: its members cannot be read ({error}); {REPAIR}"
-        ) from error
-    return wav, described
-
-
 def list_clips(dataset: DatasetIndex, clips: Iterable[Clip], columns: list[str]) -> None:
     """Print a CSV, which asda shards can read; labels are separated by ";"."""
     table = csv.writer(sys.stdout, lineterminator="\n")
@@ -274,7 +256,7 @@ def list_clips(dataset: DatasetIndex, clips: Iterable[Clip], columns: list[str])
             "labels": ";".join(label_names(dataset, clip)),
         }
         if "source" in columns:
-            row["source"] = read_members(clip)[1].get("source", "")
+            row["source"] = read_members(clip.shard, clip.number)[1].get("source", "")
         table.writerow(row[column] for column in columns)
 
 
@@ -291,7 +273,7 @@ def label_names(dataset: DatasetIndex, clip: Clip) -> list[str]:
 def clip_text(dataset: DatasetIndex, clip: Clip, *, as_json: bool) -> str:
     """Say all that is known about one clip: its row of the index, and its JSON."""
     index = clip.shard.index
-    wav, described = read_members(clip)
+    wav, described = read_members(clip.shard, clip.number)
     first, end = index.offsets[clip.number : clip.number + 2]
     figures: dict[str, Any] = {
         "key": clip.key,
@@ -324,35 +306,13 @@ def clip_text(dataset: DatasetIndex, clip: Clip, *, as_json: bool) -> str:
 
 def export(clip: Clip, out: Path) -> None:
     """Write the WAV of one clip, bit for bit."""
-    wav, _ = read_members(clip)
+    wav, _ = read_members(clip.shard, clip.number)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole_file(out, wav)
     print(f"written {out}: {clip.num_samples / SAMPLE_RATE_HZ:.2f} s, {len(wav):,} bytes")
 
 
 # Verifying
-
-
-def verify(dataset: DatasetIndex, names: Iterable[str]) -> None:
-    """Read everything, and print a line for each damage. Raises UserError if there is any."""
-    entries = [shard.entry for _, shard in shard_files(dataset, names)]
-    num_clips, done = sum(entry.clips for entry in entries), 0
-    progress = Progress(num_clips, "clip")
-    found: list[Checked] = []
-    for entry in entries:
-        found.append(check_shard(dataset, entry))
-        for problem in found[-1].problems:
-            tqdm.write(problem, file=sys.stdout)
-        progress.show(done := done + entry.clips)
-    progress.close()
-    repeated = list(repeated_keys(found))
-    print(*repeated, sep="\n", end="\n" if repeated else "")
-    if num_damaged := sum(bool(checked.problems) for checked in found):
-        raise UserError(f"{dataset.folder}: {num_damaged} of {len(entries)} shards are damaged; {REPAIR}")
-    if repeated:
-        raise UserError(f"{dataset.folder}: {len(repeated)} keys are repeated; make the dataset again with {MAKER}")
-    num_bytes = sum(entry.bytes for entry in entries)
-    print(f"{dataset.folder}: {num_clips:,} clips in {len(entries):,} shards, {num_bytes / MIB:,.1f} MiB, are intact")
 
 
 # Drawing a contact sheet
@@ -377,7 +337,7 @@ def clip_panel(dataset: DatasetIndex, clip: Clip) -> "Panel":
     length = f"{clip.num_samples / SAMPLE_RATE_HZ:.2f} s"
     labels = shortened(", ".join(label_names(dataset, clip)) or "no label", CAPTION_CHARACTERS - len(length) - 2)
     caption = f"{shortened(clip.key, CAPTION_CHARACTERS)}\n{labels}, {length}"
-    return make_panel(log_mel(decode_wav(read_members(clip)[0])) * DB_PER_NEPER, caption)
+    return make_panel(log_mel(decode_wav(read_members(clip.shard, clip.number)[0])) * DB_PER_NEPER, caption)
 
 
 def main(argv: list[str] | None = None) -> None:

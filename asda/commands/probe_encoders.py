@@ -17,7 +17,7 @@ from asda.data.datasets import open_labelled
 from asda.data.shards.read import load_dataset
 from asda.engine.processes import Processes, join_processes, leave_processes
 from asda.evaluation.folds import interval, other_splits
-from asda.evaluation.probe import Features, Probe, features_of, judge
+from asda.evaluation.probe import LabelledFeatures, Probe, features_of, probe_figures
 from asda.inference import load
 from asda.models.classifier import make_encoder
 
@@ -73,13 +73,13 @@ def _figures(encoder: nn.Module, sets: list[Sets], config: Config, processes: Pr
         for part in sorted(parts)  # all ranks take one order
     }
     return [
-        judge(_joined([features[part] for part in one.parts]), features[one.test], config.probe.neighbours)
+        probe_figures(_joined([features[part] for part in one.parts]), features[one.test], config.probe.neighbours)
         for one in sets
     ]
 
 
-def _joined(parts: list[Features]) -> Features:
-    return Features(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+def _joined(parts: list[LabelledFeatures]) -> LabelledFeatures:
+    return LabelledFeatures(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 def words(sets: list[Sets], rows: dict[str, list[Figures]]) -> Iterator[str]:

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from asda.commands.parsing import make_parser
-from asda.sharding.writer import write_file
+from asda.system import write_whole_file
 
 EXAMPLES = """examples
   asda report runs/mine
@@ -43,5 +43,5 @@ def main(argv: list[str] | None = None) -> None:
     if args.out.exists() and not args.out.is_file():  # /dev/stdout
         args.out.write_bytes(page)
     else:
-        write_file(args.out.resolve(), page)
+        write_whole_file(args.out.resolve(), page)
     print(f"written {args.out}")

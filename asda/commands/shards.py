@@ -11,7 +11,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 from asda.commands.parsing import check_range, make_parser
+from asda.commands.shard_sources import SOURCE_HELP, add_source_arguments, options_from
 from asda.commands.shard_tables import absent_table, split_figures, split_table
 from asda.data.audio.waves import MAX_SECONDS, SAMPLE_RATE_HZ
 from asda.data.labels import read_labels
@@ -31,10 +34,10 @@ from asda.sharding.journal import (
     sweep,
 )
 from asda.sharding.plan import Plan, assign_splits, choose_vocabulary, keyed, parse_split, plan_split
-from asda.sharding.sources import SOURCE_HELP, Listing, add_source_arguments, list_clips, options_from
-from asda.sharding.sources.listing import examples
+from asda.sharding.sources import list_source
+from asda.sharding.sources.listing import Listing, examples
 from asda.sharding.space import check_space
-from asda.sharding.verify import verify_folder
+from asda.sharding.verify import verify_dataset
 from asda.sharding.workers import Workers, worker_pool
 from asda.sharding.writer import WrittenShard, summarize_split, write_dataset, writing
 from asda.system import FileLock, write_whole_file
@@ -110,7 +113,7 @@ def parse_part(text: str) -> tuple[int, int]:
 def make_shards(args: argparse.Namespace) -> None:
     """List the clips, plan the shards, write them, and report. Raises UserError."""
     labels = read_labels(args.labels) if args.labels else None
-    listing = list_clips(args.source, args.input, options_from(args))
+    listing = list_source(args.source, args.input, options_from(args))
     plan = plan_shards(args, listing, labels or listing.vocabulary)
     shards = range(0) if args.merge else plan.part(*args.part)
     if not shards and not args.merge:
@@ -181,13 +184,14 @@ def write_shards(plan: Plan, shards: range, journal: Journal, workers: Workers) 
     tasks = plan.tasks[shards.start : shards.stop]
     if num_finished := sum(map(journal.has_record, tasks)):
         print(f"resuming: {num_finished} of {len(tasks)} shards are finished", file=sys.stderr)
-    written = workers.run(journal.produce, tasks, [len(task.clips) for task in tasks], "clip", rejections)
+    written = workers.run(journal.produce, tasks, [len(task.clips) for task in tasks], "clip", print_rejections)
     return dict(zip(shards, written, strict=True))
 
 
-def rejections(shard: WrittenShard) -> list[str]:
-    """Return a line for every clip of a shard that could not be read."""
-    return [f"rejected {source}: {reason}" for source, reason in shard.rejected]
+def print_rejections(shard: WrittenShard) -> None:
+    """Print a line for every clip of a shard that could not be read."""
+    for source, reason in shard.rejected:
+        tqdm.write(f"rejected {source}: {reason}", file=sys.stderr)
 
 
 def finish(
@@ -319,4 +323,4 @@ def report_duplicates(duplicates: Duplicates, table: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, then make a dataset or verify it."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
-    verify_folder(args.out, args.workers) if args.verify else make_shards(args)
+    verify_dataset(args.out, args.workers) if args.verify else make_shards(args)

@@ -131,6 +131,6 @@ def check_one_label(config: Config, key: str, specs: DataSpecs, dataset: ClipDat
         )
 
 
-def _check_labelled(dataset: ClipDataset, key: str, specs: DataSpecs) -> None:
+def _check_labelled(dataset: ClipDataset, key: str, specs: object) -> None:
     if not dataset.num_labels:
         raise UserError(f"{key} {specs} has no labels on its {len(dataset)} clips; name a split of labelled clips")

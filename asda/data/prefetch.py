@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
@@ -42,7 +42,7 @@ class _Job(Generic[Task]):
 
 def read_ahead(
     tasks: Iterable[Task], work: Work[Task, Result], *, threads: int, ahead: int, timeout_s: float
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """Work on tasks in threads, and yield the results in the order of the tasks.
 
     Args:

@@ -18,6 +18,7 @@ from asda.config.run import Config, load_config
 from asda.data.remote.fetch import without_credentials
 from asda.data.shards.index import DatasetIndex, SplitIndex
 from asda.errors import UserError
+from asda.system import write_whole_file
 
 RECORD = "crossval.json"
 METRICS = ("accuracy", "mAP")  # a run reports one or both
@@ -114,9 +115,7 @@ def write_record(plan: Plan, figures: Figures) -> Path:
     """Write the plan and the figures of its trainings into its folder, as JSON."""
     path = plan.out / RECORD
     runs = [asdict(cell) | of_cell for cell, of_cell in figures.items()]
-    half = path.with_suffix(".tmp")  # a kill leaves the old file or the new one
-    half.write_text(json.dumps(describe_plan(plan) | {"runs": runs}, indent=1) + "\n")
-    half.replace(path)
+    write_whole_file(path, json.dumps(describe_plan(plan) | {"runs": runs}, indent=1) + "\n")
     return path
 
 

@@ -93,7 +93,7 @@ def over_clips(
     """
     device = processes.device
     stream = _batches(dataset, config, processes).compose(make_patches(config, device, config.engine.micro_batch))
-    with closing(iter(stream)) as batches, _inference(config, device):
+    with closing(stream.iterator()) as batches, _inference(config, device):  # pyright: ignore[reportArgumentType]
         return _gathered(((rows_of(patches_BNP.to(device), clips), clips) for patches_BNP, clips in batches), dataset)
 
 

@@ -140,7 +140,7 @@ def test_patches_belong_to_their_clips(shards: Path) -> None:
     dataset = ClipDataset(f"{shards}:test", labelled=True)
     stream = evaluation_batches(dataset, config.data, batch=5, rank=0, world_size=1)
     num_clips = 0
-    with closing(iter(stream.compose(make_patches(config, torch.device("cpu"), 5)))) as batches:
+    with closing(stream.compose(make_patches(config, torch.device("cpu"), 5)).iterator()) as batches:
         for patches_BNP, batch in batches:
             for patches_NP, clip in zip(patches_BNP, batch.clips, strict=True):
                 # patch (t, f), pixel (frame, bin): the first pixels of all patches are every 16th value
@@ -171,7 +171,7 @@ def test_a_flipped_byte_names_the_shard_and_the_key(shards: Path, tmp_path: Path
     stream = evaluation_batches(dataset, config.data, batch=4, rank=0, world_size=1)
     with (
         pytest.raises(UserError, match=f"{shard.entry.name} is damaged at key {shard.index.keys[number]}"),
-        closing(iter(stream.compose(make_patches(config, torch.device("cpu"), 4)))) as batches,
+        closing(stream.compose(make_patches(config, torch.device("cpu"), 4)).iterator()) as batches,
     ):
         for _ in batches:
             pass
@@ -225,7 +225,7 @@ def test_closing_the_stream_ends_its_threads_at_once(shards: Path) -> None:
     def our_threads() -> int:
         return sum(thread.name.startswith("asda-") for thread in threading.enumerate())
 
-    with closing(iter(batches.compose(make_patches(config, torch.device("cpu"), 4, training=True)))) as stream:
+    with closing(batches.compose(make_patches(config, torch.device("cpu"), 4, training=True)).iterator()) as stream:
         next(stream)
         assert our_threads() == 2 * config.data.threads  # they read, or make the log-mel
     assert our_threads() == 0

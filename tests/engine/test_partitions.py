@@ -110,9 +110,9 @@ def incomplete(processes: Any, folder: Path) -> list[str]:
 @pytest.mark.launch
 def test_a_checkpoint_that_lacks_something_is_refused_in_a_sentence(tmp_path: Path) -> None:
     ((few, none, model),) = run_ranks(1, incomplete, tmp_path / "checkpoint")
-    assert "holds the optimizer's state for 0 of" in few
-    assert "holds no optimizer-*.safetensors" in none
-    assert "model.safetensors lacks encoder.cls_token" in model
+    assert "has the optimizer's state for only 0 of" in few
+    assert "has no optimizer-*.safetensors" in none
+    assert "model.safetensors has no encoder.cls_token" in model
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])

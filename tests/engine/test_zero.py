@@ -268,7 +268,7 @@ def test_a_machine_without_fp16_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     from asda.engine import zero as engine
 
     monkeypatch.setattr(engine, "get_accelerator", lambda: SimpleNamespace(is_fp16_supported=lambda: False))
-    with pytest.raises(UserError, match=r"engine\.precision is fp16, in which this machine does not compute; use bf16"):
+    with pytest.raises(UserError, match=r"engine\.precision is fp16, in which this machine cannot compute; use bf16"):
         engine.make_engine(tiny_config("engine.precision=fp16"), nn.Linear(1, 1), {}, 1)
 
 

@@ -19,7 +19,7 @@ STAGES = (0, 1, 2, 3)
 HAS_FP16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported()  # what DeepSpeed asks
 PRECISIONS = ("fp32", "bf16", "fp16") if HAS_FP16 else ("fp32", "bf16")
 FP16 = pytest.param(
-    "fp16", marks=[pytest.mark.faults, pytest.mark.skipif(not HAS_FP16, reason="this CPU does not compute in fp16")]
+    "fp16", marks=[pytest.mark.faults, pytest.mark.skipif(not HAS_FP16, reason="this CPU cannot compute in fp16")]
 )
 BATCH, FRAMES, PATCH = 8, 64, 16  # clips per step, frames, side of a patch
 NUM_PATCHES = (FRAMES // PATCH) * (128 // PATCH)

@@ -233,7 +233,7 @@ def test_a_step_is_the_same_however_it_is_cut(shards: Path, ranks: int, micro_ba
             )  # fmt: skip
             found = []
             stage = make_patches(config, torch.device("cpu"), micro_batch, training=True)
-            with closing(iter(stream.compose(stage))) as batches:
+            with closing(stream.compose(stage).iterator()) as batches:
                 for patches_BNP, batch in islice(batches, (16 - 8 * first_step) // ranks // micro_batch):
                     present_BN = batch.present(config, torch.device("cpu"))
                     assert present_BN is not None
