@@ -28,7 +28,7 @@ def test_without_cuda_it_is_one_sentence(tmp_path: Path) -> None:
     done = shell(tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: this machine has no CUDA device that torch can use")
+    assert done.stderr.startswith("error: torch finds no CUDA device on this machine")
     assert not (tmp_path / "day.json").exists()
 
 
