@@ -1,27 +1,27 @@
-"""Writes checkpoints while the training goes on. What a checkpoint is: asda/checkpoint/read.py.
+"""Write checkpoints while training continues. asda/checkpoint/read.py says what a checkpoint is.
 
     with CheckpointWriter(run, config, processes) as writer:
         loop:
             loss.backward()
-            writer.wait_until_copied()     # weights, moments and teacher may change from here on
+            writer.wait_until_copied()     # from here on, weights, moments and teacher may change
             optimizer step
-            if outcome := writer.poll():   # told once, on every rank
+            if outcome := writer.poll():   # once, on every rank
                 log(outcome)
             if save is due:
                 writer.save(state, files)  # returns at once
         writer.finish()
 
-One thread on every rank copies the tensors, writes and hashes its files and tells the first rank, which commits:
+One thread on every rank copies the tensors, writes and hashes its files, and tells the first rank, which commits:
 
     1  every rank: copy, write, sync and hash each file in .tmp-step-N/
     2  first rank: collect sizes and hashes, write and sync config.json and state.json
     3  first rank: write and sync manifest.json, sync the folder
     4  first rank: rename .tmp-step-N to step-N, sync their folder
-    5  first rank: replace the file `latest`; remove what is older than the newest intact run.keep, but for the best
-    6  tell all ranks how it ended
+    5  first rank: replace the file `latest`; remove what is older than the newest intact run.keep, except the best
+    6  first rank: tell all ranks how it ended
 
-A process may die anywhere in it: up to 4 there is no new checkpoint, from 4 on there is a whole one. The thread talks
-to the other ranks in a group of its own, over gloo, so it never mixes with what the training exchanges.
+A process may die anywhere in this. Before step 4 there is no new checkpoint; after it there is a whole one. The thread
+talks to the other ranks in its own gloo group, so it never mixes with what the training exchanges.
 """
 
 import json
@@ -55,18 +55,18 @@ if TYPE_CHECKING:
 
 Files = dict[str, dict[str, Tensor]]  # file stem -> tensor name -> tensor
 POINTER, BEST_POINTER = "latest", "best"
-NICENESS = 15  # of the writing thread: beside busy cores it gets 36 parts of 1024, 3.4 % of one (sched(7))
+NICENESS = 15  # of the writing thread: on busy cores it gets 36 parts of 1024, 3.4 % of one (sched(7))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a save ended; equal on all ranks."""
+    """How a save ended; the same on all ranks."""
 
     step: int
     folder: Path
     seconds: float  # from save() to the end of the commit
     bytes: int  # of all files of all ranks
-    failure: str | None = None  # one sentence
+    failure: str | None = None  # one sentence; None if the checkpoint is saved
 
 
 class CheckpointWriter:
@@ -74,10 +74,10 @@ class CheckpointWriter:
 
     Args:
         run: the run folder, on a disk that all ranks see.
-        config: the resolved run; its run.keep and run.on_failed_save are followed.
+        config: the resolved run, with run.keep and run.on_failed_save.
         processes: this rank among all.
 
-    Errors of the disk become an Outcome. Any other error of the thread (a lost rank) is raised by the next call.
+    An error of the disk becomes an Outcome. Any other error of the thread (a lost rank) is raised by the next call.
     """
 
     def __init__(self, run: Path, config: Config, processes: "Processes"):
@@ -93,16 +93,16 @@ class CheckpointWriter:
         self._save: Future[Outcome] | None = None
         self._untold: deque[Outcome] = deque()
         self.num_failed = 0  # saves of this process's run
-        self.failure: str | None = None  # of a save that should end the run; ranks may see it at different steps
+        self.failure: str | None = None  # of a save that must end the run; ranks may see it at different steps
         if processes.is_first:
             sweep(run)
-        self._gather(None)  # nobody writes before that is done
+        self._gather(None)  # no rank writes before that is done
 
     def save(self, state: State, files: Files) -> None:
-        """Begin a save. One that is under way is waited for.
+        """Begin a save, after waiting for the one under way.
 
         Args:
-            state: where the run stands; the first rank's counts.
+            state: the state of the run; the first rank's is saved.
             files: file stem -> tensors of this rank, on any device. They must not change before wait_until_copied.
         """
         self._wait()
@@ -114,22 +114,22 @@ class CheckpointWriter:
         self._save = self._thread.submit(self._run_save, state, files, ready)
 
     def wait_until_copied(self) -> None:
-        """Return when the tensors that were given to save may change."""
+        """Wait until the tensors that were given to save may change."""
         self._copied.wait()
 
     def poll(self) -> Outcome | None:
-        """How a save ended, once; None while there is nothing to tell."""
+        """Return how a save ended, once; None if there is nothing new."""
         if self._save is not None and self._save.done():
             self._wait()
         return self._untold.popleft() if self._untold else None
 
     def finish(self) -> Outcome | None:
-        """Wait for the save under way, and tell how it ended, unless poll did."""
+        """Wait for the save under way; return how it ended, unless poll has."""
         self._wait()
         return self.poll()
 
     def close(self) -> None:
-        """Let a save that is under way end; the process needs nothing of it any more."""
+        """Wait for the save under way, and end the thread."""
         self._thread.shutdown(wait=True)
 
     def __enter__(self) -> Self:
@@ -149,7 +149,7 @@ class CheckpointWriter:
             if self._config.run.on_failed_save == "stop":
                 self.failure = outcome.failure
 
-    # From here on: in the thread.
+    # From here on everything runs in the thread.
 
     def _run_save(self, state: State, files: Files, ready: Any) -> Outcome:
         started = time.monotonic()
@@ -170,7 +170,7 @@ class CheckpointWriter:
         return self._from_first(outcome)
 
     def _commit(self, temporary: Path, folder: Path, state: State, reports: list[Any]) -> int:
-        """Steps 2 to 5 of the protocol; returns the number of bytes of all files. Raises UserError."""
+        """Do steps 2 to 5 of the protocol; return the number of bytes of all files. Raises UserError."""
         failures = [f"rank {rank}: {report}" for rank, report in enumerate(reports) if isinstance(report, str)]
         if failures:
             raise UserError(failures[0] if self._processes.world_size > 1 else reports[0])
@@ -185,7 +185,7 @@ class CheckpointWriter:
                 config_hash=files["config.json"].xxh3_128,
                 data_state={"fingerprint": state.data_fingerprint, "order_version": state.order_version},
             )
-            if damage(folder) is None:  # saved before, at the same step of the same run
+            if damage(folder) is None:  # it was saved before, at the same step of the same run
                 remove(temporary)
             else:
                 commit_folder(temporary, folder, manifest)
@@ -198,7 +198,7 @@ class CheckpointWriter:
         return sum(entry.bytes for entry in files.values())
 
     def _gather(self, value: Any) -> list[Any]:
-        """Every rank's value, on the first rank; [] on the others."""
+        """Return every rank's value on the first rank, and [] on the others."""
         if self._group is None:
             return [value]
         values = [None] * self._processes.world_size if self._processes.is_first else None
@@ -206,7 +206,7 @@ class CheckpointWriter:
         return values or []
 
     def _from_first(self, value: Any) -> Any:
-        """The first rank's value, on all."""
+        """Return the first rank's value on all ranks."""
         if self._group is None:
             return value
         values = [value]
@@ -227,11 +227,11 @@ def point_to(folder: Path, name: str = POINTER) -> None:
 
 
 def prune(run: Path, keep: int, just_written: Path | None = None, spare: Path | None = None) -> None:
-    """Remove what is older than the newest `keep` checkpoints that are intact, but for the one to spare.
+    """Remove checkpoints older than the newest `keep` intact ones, except the one to spare.
 
-    Those that are to stay are read back first: a hash that was right when they were written says nothing about them
-    now, and the last intact one must never go because a newer one looked as if it were. Only what was written, read
-    back and hashed a moment ago is believed.
+    Those that stay are read back first. A hash that was right when they were written says nothing about them now, and
+    the last intact one must not go because a newer one looked intact. Only what was written, read back and hashed a
+    moment ago is trusted.
     """
     found = checkpoints_of(run)
     if len(found) <= keep:
@@ -246,7 +246,7 @@ def prune(run: Path, keep: int, just_written: Path | None = None, spare: Path | 
 
 
 def _images(files: Files, last: dict[str, FileImage], stream: Any, ready: Any) -> dict[str, FileImage]:
-    """Copy tensors, into the memory of the last save where it fits; ready: when the device has computed them."""
+    """Copy tensors, into the memory of the last save if it fits, when the event `ready` says that they are computed."""
     with nullcontext() if stream is None else torch.cuda.stream(stream):
         if stream is not None:
             stream.wait_event(ready)
@@ -262,7 +262,7 @@ def _images(files: Files, last: dict[str, FileImage], stream: Any, ready: Any) -
 
 
 def _write_files(temporary: Path, images: dict[str, FileImage]) -> dict[str, FileEntry]:
-    """Step 1 of the protocol: this rank's files. Raises UserError."""
+    """Do step 1 of the protocol: write this rank's files. Raises UserError."""
     entries = {}
     with _told_as_sentence(temporary):
         temporary.mkdir(parents=True, exist_ok=True)
@@ -274,7 +274,7 @@ def _write_files(temporary: Path, images: dict[str, FileImage]) -> dict[str, Fil
 
 
 def _write_state(temporary: Path, config: Config, state: State) -> dict[str, FileEntry]:
-    """Step 2: what the first rank adds."""
+    """Do step 2: write what the first rank adds."""
     texts = {"config.json": dump_config(config), "state.json": json.dumps(asdict(state), indent=2) + "\n"}
     for name, text in texts.items():
         (temporary / name).write_text(text)
@@ -287,13 +287,13 @@ def _refuse_files_elsewhere(temporary: Path, files: dict[str, FileEntry]) -> Non
         path = temporary / name
         if not path.is_file() or path.stat().st_size != entry.bytes:
             raise UserError(
-                f"{path} has been written by another rank, but the first rank does not see it; run.folder must lie on "
-                "a disk that all machines share"
+                f"another rank has written {path}, but the first rank does not see it; put run.folder on a disk that "
+                "all machines share"
             )
 
 
 def _failure_or(work: Callable[[], Any]) -> Any:
-    """What `work` returns, or the sentence of its UserError."""
+    """Return what `work` returns, or the sentence of its UserError."""
     try:
         return work()
     except UserError as error:
@@ -302,15 +302,15 @@ def _failure_or(work: Callable[[], Any]) -> Any:
 
 @contextmanager
 def _told_as_sentence(path: Path, num_bytes: int = 0) -> Iterator[None]:
-    """Turn what a file system refuses (no space, quota, rights) into a UserError with the file and the bytes."""
+    """Turn an error of the file system (space, quota, rights) into a UserError with the file and the bytes."""
     try:
         yield
     except OSError as error:
         needed = f" ({num_bytes:,} bytes)" if num_bytes else ""
         where = error.filename or path
         raise UserError(
-            f"cannot write {where}{needed}: {error.strerror or error}; {_free_bytes(path):,} bytes are free there. The "
-            "checkpoints before it are intact: make room, or keep fewer (run.keep), and start the same command again"
+            f"cannot write {where}{needed}: {error.strerror or error}; {_free_bytes(path):,} bytes are free there. "
+            "Earlier checkpoints are intact: free space or lower run.keep, then start the same command again"
         ) from None
 
 

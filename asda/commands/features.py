@@ -138,7 +138,7 @@ def extract(args: argparse.Namespace) -> None:
     settings = settings_of(args, model)
     check_folder(args.out, settings)
     failures = []
-    with Progress(sum(task.num_clips for task in tasks)) as progress:
+    with ClipProgress(sum(task.num_clips for task in tasks)) as progress:
         for task in tasks:
             try:
                 finish(task, args.out, settings, model, progress)

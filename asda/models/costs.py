@@ -21,6 +21,7 @@ from asda.models.pretrain import MaskedStudents, Teacher
 
 META = torch.device("meta")  # tensors with a shape and no content
 PREFIXES = ["", "k", "M", "G", "T", "P", "E", "Z"]
+SMALLEST_GEMM = 256
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}  # rows and columns: hundreds of operations for every byte of memory
 GEMM_TIME_S = 0.25  # least time for timed products
 MIN_PRODUCTS = 3  # one takes 0.1 to 0.2 s in fp32 on a slow core
@@ -120,19 +121,24 @@ def rank_memory(trained: int, followed: int, engine: EngineConfig, world_size: i
 def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Measure the floating-point operations a second of the device in a product of two large matrices.
 
-    After one product to warm up, products of two square matrices are timed one by one for a quarter of a second, at
-    least three; the median counts. The matrices are normal: zeros would draw less power and run faster. On a CPU this
+    The matrices grow until a product takes long enough to be timed: bf16 on a CPU without bf16 instructions is a
+    thousand times slower than elsewhere. Then products are timed for a quarter of a second, at least three; the median
+    counts. The matrices are normal: zeros would draw less power and run faster. On a CPU this
     process's threads work, so ranks that share a machine should measure together.
 
     Args:
         device: a CPU or a CUDA device.
         dtype: of both matrices; in fp32, torch.backends decides about TF32.
     """
-    size = GEMM_SIZE[device.type]
     own = torch.Generator(device).manual_seed(0)  # leaves the run's generator as it is
-    a, b = (torch.randn(size, size, device=device, generator=own).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    _timed_product_s(a, b, out)
+    size, largest = SMALLEST_GEMM, GEMM_SIZE[device.type]
+    while True:
+        a, b = (torch.randn(size, size, device=device, generator=own).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        _timed_product_s(a, b, out)
+        if size == largest or _timed_product_s(a, b, out) > GEMM_TIME_S / MIN_PRODUCTS:
+            break
+        size *= 2
     times_s = [_timed_product_s(a, b, out) for _ in range(MIN_PRODUCTS)]
     while sum(times_s) < GEMM_TIME_S:
         times_s.append(_timed_product_s(a, b, out))

@@ -21,10 +21,11 @@ from asda.data.audio.waves import encode_wav
 from asda.data.shards.read import load_dataset
 from asda.errors import UserError
 from asda.sharding.audio_ref import Place
-from asda.sharding.journal import ALL_SHARDS, JOURNAL_FOLDER, RECORD_SUFFIX, Lock
+from asda.sharding.journal import ALL_SHARDS, JOURNAL_FOLDER, RECORD_SUFFIX
 from asda.sharding.plan import ClipTask, ShardTask
 from asda.sharding.space import check_space
 from asda.sharding.workers import worker_pool
+from asda.system import FileLock
 
 NUM_CLIPS = 40
 SOURCE = ("--source", "folder", "--input", "in", "--clips-per-shard", "1", "--workers", "1")
@@ -125,11 +126,11 @@ def test_merge_writes_nothing_before_all_parts_are_there(clips):
     assert not (clips / "merged").exists()
     succeed(clips, "merged", "--part", "1/2")
     assert "20 of 40 shards are not finished, the first is train-000020" in refused(clips, "merged", "--merge")
-    lock = Lock(clips / "merged" / JOURNAL_FOLDER / "lock")
+    lock = FileLock((clips / "merged" / JOURNAL_FOLDER / "lock").open("ab"))
     lock.take(range(1 << 40, (1 << 40) + 2))  # as if another part were merging
     lock.release(range(1 << 40, (1 << 40) + 1))
     assert "another part writes" in succeed(clips, "merged", "--part", "2/2")
-    lock.close()
+    lock.file.close()
     succeed(clips, "merged", "--merge")
     assert files_of(clips / "merged") == files_of(clips / "whole")
 
@@ -148,14 +149,14 @@ def test_a_run_stopped_after_dataset_json_only_cleans_up(clips):
 
 def test_two_runs_never_write_the_same_shards(clips):
     succeed(clips, "locked", "--part", "1/2")
-    lock = Lock(clips / "locked" / JOURNAL_FOLDER / "lock")
+    lock = FileLock((clips / "locked" / JOURNAL_FOLDER / "lock").open("ab"))
     lock.take(range(30, 31))  # somebody writes shard 30
     assert "another run is writing these shards of locked" in refused(clips, "locked")
     assert "another run is writing these shards of locked" in refused(clips, "locked", "--part", "4/4")
     assert "another run is writing into locked" in refused(clips, "locked", "--max-seconds", "9", "--overwrite")
     succeed(clips, "locked", "--part", "1/4")
     lock.take(ALL_SHARDS)
-    lock.close()
+    lock.file.close()
     succeed(clips, "locked")
     assert files_of(clips / "locked") == files_of(clips / "whole")
 

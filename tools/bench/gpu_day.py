@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from asda.errors import UserError, exit_with_sentence
+from asda.system import write_whole_file
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA_TESTS = ("tests/models/test_triton_attention.py", "tests/data/features/test_dali.py")
@@ -276,10 +277,8 @@ def installed(package: str) -> bool:
 
 
 def write(out: Path, found: Found) -> None:
-    """Write the file: a kill leaves the old one or the new one."""
-    temporary = out.with_name(f".{out.name}.tmp")
-    temporary.write_text(json.dumps(found, indent=2) + "\n")
-    temporary.replace(out)
+    """The file, whole or as it was."""
+    write_whole_file(out, json.dumps(found, indent=2) + "\n")
 
 
 def has_cuda() -> bool:
