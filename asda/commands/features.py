@@ -250,7 +250,7 @@ def check_folder(out: Path, settings: Settings) -> None:
         )
 
 
-def finish(task: Task, out: Path, settings: Settings, model: "Model", progress: "Progress") -> None:
+def finish(task: Task, out: Path, settings: Settings, model: "Model", progress: "ClipProgress") -> None:
     """Write one file of features, unless it exists. Raises AudioError or UserError if the source cannot be used."""
     path = out / f"{task.name}.{settings.file_format}"
     if os.path.exists(path):
@@ -267,7 +267,7 @@ def finish(task: Task, out: Path, settings: Settings, model: "Model", progress: 
 
 
 def features_of(
-    task: Task, settings: Settings, model: "Model", progress: "Progress"
+    task: Task, settings: Settings, model: "Model", progress: "ClipProgress"
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Compute the arrays of one file, and its metadata. Raises AudioError or UserError."""
     arrays: dict[str, np.ndarray] = {}
@@ -319,7 +319,7 @@ def write_safetensors(file: BinaryIO, arrays: dict[str, np.ndarray], metadata: s
     file.write(safetensors.numpy.save(arrays, {"metadata": metadata}))
 
 
-class Progress:
+class ClipProgress:
     """Counts clips, and shows progress on stderr: a bar on a terminal, otherwise a line now and then."""
 
     def __init__(self, num_clips: int):
