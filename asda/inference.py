@@ -39,11 +39,11 @@ from asda.config.run import Description
 from asda.data.audio.arrays import Audio, is_list, to_wave, to_waves
 from asda.data.audio.waves import SAMPLE_RATE_HZ
 from asda.data.features.fbank import FRAME_SHIFT, FRAME_WINDOW, log_mel_of_wave, num_frames, num_samples
-from asda.data.features.patches import normalised, padded, to_patches
 from asda.errors import UserError
 from asda.models.ast import AstEncoder
 from asda.models.classifier import Classifier, make_encoder
 from asda.models.encoder import Encoder
+from asda.models.patches import normalised, padded, to_patches
 
 FRAMES_PER_S = SAMPLE_RATE_HZ // FRAME_SHIFT  # 100
 PATCHES_AT_ONCE = 2048  # in a batch: 4 chunks of 10.24 s

@@ -1,4 +1,4 @@
-"""What a run learns: masked students follow their teacher, or a classifier learns labels.
+"""The objectives of a run: masked students follow their teacher, or a classifier learns labels.
 
 The training loop (asda/trainer.py) knows both as an Objective and asks neither what it is.
 """
@@ -28,11 +28,11 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float
 
 
 class Objective(Protocol):
-    """What the training loop needs. To train something else, write such a class and name it in make_objective."""
+    """The interface for the training loop. To train something else, write such a class and name it in make_objective."""
 
     @property
     def module(self) -> nn.Module:
-        """What DeepSpeed trains."""
+        """The module that DeepSpeed trains."""
         ...
 
     @property

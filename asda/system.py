@@ -1,4 +1,4 @@
-"""What asda asks of the operating system, each in one way: whole files, locks, hashes, the process's memory.
+"""Services of the operating system, each used in one way: whole files, locks, hashes, the process's memory.
 
 Large files skip the page cache where the disk allows it. The cache costs the processor a page at a time: 1.4 GiB saved
 beside a training took 3.8 seconds of its cores, and 0.1 with O_DIRECT, where the disk fetches the bytes itself.

@@ -4,7 +4,7 @@
 
 Two counts are never mixed. `step` counts batches, and the position in the data follows from it. `applied_steps` counts
 updates of the weights, and the learning rate and the teacher's decay follow from it. They differ by the steps whose
-loss or gradient was not finite: such a step changes nothing on any rank.
+loss or gradient was not finite: all ranks skip such a step.
 """
 
 import json

@@ -43,7 +43,7 @@ def statistics_of(path: Path) -> np.ndarray:
 
 
 def main() -> None:
-    """Fit and judge, a line for each fold."""
+    """Fit and evaluate, a line for each fold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="recordings, and a table named like the folder: env/env.csv")
     parser.add_argument("--task", required=True, help="use the rows with this value in the column task")

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from asda.config.presets import PRESETS
 from asda.data.features import fbank
 from asda.data.features.cpu import CpuPatches
-from asda.data.features.patches import from_patches
 from asda.engine import ema as ema_module
 from asda.errors import UserError
 from asda.models import attention, classifier, encoder, masks, pretrain
+from asda.models.patches import from_patches
 
 Patch = pytest.MonkeyPatch
 ONE_RUN = ("--attention", "explicit", "--threads", "1")

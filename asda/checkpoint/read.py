@@ -36,7 +36,7 @@ MAX_STATE_BYTES = 64 << 20  # 2 million damaged clips need 16 MiB
 
 @dataclass(frozen=True)
 class State:
-    """What a run needs to resume besides tensors; its position in the data and its schedules follow from counters."""
+    """State to resume a run besides tensors; its position in the data and its schedules follow from counters."""
 
     __pydantic_config__ = STRICT
 

@@ -230,7 +230,7 @@ def prune(run: Path, keep: int, just_written: Path | None = None, spare: Path | 
     """Remove checkpoints older than the newest `keep` intact ones, except the one to spare.
 
     Those that stay are read back first. A hash that was right when they were written says nothing about them now, and
-    the last intact one must not go because a newer one looked intact. Only what was written, read back and hashed a
+    the last intact one may never go because a newer one looked intact. Only what was written, read back and hashed a
     moment ago is trusted.
     """
     found = checkpoints_of(run)

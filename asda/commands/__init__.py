@@ -1,4 +1,4 @@
-"""What a user types after `asda`: a module for each command, which parses arguments, calls the package, and prints.
+"""The commands behind `asda`: a module for each command, which parses arguments, calls the package, and prints.
 
 A module has `parse_args(argv)`, which needs no torch, and `main(argv)`. Training can be changed without opening any.
 """

@@ -1,4 +1,4 @@
-"""What `asda attention` does: measure every run on the same mixtures, print tables, and write JSON and a picture."""
+"""The work of `asda attention`: measure every run on the same mixtures, print tables, and write JSON and a picture."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""What `asda convert` does: read one layout of a checkpoint, write the other, and describe both."""
+"""The work of `asda convert`: read one layout of a checkpoint, write the other, and describe both."""
 
 import argparse
 import json

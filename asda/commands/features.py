@@ -78,7 +78,7 @@ Unreadable files are reported on stderr and skipped; the exit code is then 2.
 
 @dataclass(frozen=True)
 class Settings:
-    """What all features of a folder have in common."""
+    """Settings that all features of a folder share."""
 
     model: str  # the path as given; two paths may lead to the same model
     fingerprint: str  # of the weights, and of how they are used

@@ -1,4 +1,4 @@
-"""What the command lines share: one kind of parser, lists between commas, and numbers with limits."""
+"""Parts that the command lines share: one kind of parser, lists between commas, and numbers with limits."""
 
 import argparse
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What the pictures of the commands share: matplotlib without a display, and values over seconds and Hz.
+"""Parts that the pictures share: matplotlib without a display, and values over seconds and Hz.
 
 Shapes: T frames (or time patches), F mel bins or mel patches.
 """

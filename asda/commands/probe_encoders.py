@@ -1,4 +1,4 @@
-"""What `asda probe` does: encode every clip once, evaluate each pair of training and test splits, and print."""
+"""The work of `asda probe`: encode every clip once, evaluate each pair of training and test splits, and print."""
 
 import argparse
 import json

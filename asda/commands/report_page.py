@@ -1,4 +1,4 @@
-"""What report.html.jinja shows: the rows and pictures of each section, by the names that the template uses."""
+"""The content of report.html.jinja: the rows and pictures of each section, by the names that the template uses."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a report knows about a run: configuration, metrics, evaluation, and the figures that follow from them."""
+"""The facts of a run for a report: configuration, metrics, evaluation, and the figures that follow from them."""
 
 import json
 import statistics

@@ -37,7 +37,7 @@ class MixupConfig(Section):
 
 
 class AugmentConfig(Section):
-    """What chance does to the clips of training (asda/data/features/augment.py); 0, false or null is without."""
+    """Random changes of training clips (asda/data/features/augment.py); 0, false or null switches one off."""
 
     roll: bool = False  # the wave, by any offset; what leaves at the end comes in at the start
     magnitude: NonNegative = 0.0  # a of the factor Beta(a, a) + 0.5 on the amplitude; 10 in the published recipes
@@ -129,7 +129,7 @@ class DataConfig(Section):
 
     @property
     def datasets(self) -> list[MixedData]:
-        """What data.train says: the datasets of a mixture, or one dataset with all of the share."""
+        """The value of data.train: the datasets of a mixture, or one dataset with all of the share."""
         if isinstance(self.train, str):
             return [MixedData(data=self.train, share=1.0)]
         mixed = [part for part in self.train if isinstance(part, MixedData)]

@@ -95,7 +95,7 @@ class ClipDataset:
         return None if self.num_labels == len(self) else f"its {len(self)} clips have {self.num_labels} labels"
 
     def shares_shards_with(self, other: "ClipDataset") -> bool:
-        """Whether a shard, told by its hash, is in both."""
+        """Return whether both contain a shard with the same hash."""
         return not {shard.entry.hash for shard in self.shards}.isdisjoint(shard.entry.hash for shard in other.shards)
 
     def announce(self, shards: Iterable[int]) -> None:
@@ -109,7 +109,7 @@ class ClipDataset:
         return self.shards[number], clip - self._first_clip[number]
 
     def ordered(self, config: DataConfig) -> list[OrderedDataset]:
-        """What the order of a run follows from: a row for each of `config.datasets`, the sources of this one."""
+        """Return the inputs of the order: a row for each of `config.datasets`."""
         return [
             OrderedDataset(
                 name=str(mixed.data),

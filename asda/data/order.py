@@ -55,7 +55,7 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class OrderedDataset:
-    """What the order of one dataset depends on, apart from the seed and the size of a group."""
+    """The inputs of the order of one dataset, apart from the seed and the size of a group."""
 
     name: str  # for messages
     shard_clips: Sequence[int]  # [S] number of clips in each shard

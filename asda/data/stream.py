@@ -31,10 +31,10 @@ from asda.data.clips import Clip, ClipDataset, DamageBudget, read_clips
 from asda.data.features.augment import ClipAugmentation, draw_augmentations, mixed_targets, present_patches
 from asda.data.features.dali import PatchPipeline
 from asda.data.features.fbank import num_samples
-from asda.data.features.patches import PatchLayout
 from asda.data.order import ClipOrder, Draw, clip_rng, rank_slice
 from asda.data.prefetch import Note, read_ahead
 from asda.errors import UserError
+from asda.models.patches import PatchLayout
 
 MaskMaker = Callable[[np.random.Generator], np.ndarray]  # -> [M, K] int64
 PatchStage = Callable[[Iterator["Batch"]], Iterator[tuple[Tensor, "Batch"]]]

@@ -76,7 +76,7 @@ class Fragment:
 
     @property
     def stretch(self) -> Stretch:
-        """Where it lies in its parameter."""
+        """Return its range in its parameter."""
         return Stretch(self.name, self.start, self.master.numel())
 
 

@@ -22,7 +22,7 @@ LAST_RELEASE_S = 0.2  # for gloo's threads to release the last tensors; they nee
 
 @dataclass(frozen=True)
 class Processes:
-    """Where a process stands among all processes of the run."""
+    """The rank of a process, the number of ranks, and its device."""
 
     rank: int
     world_size: int

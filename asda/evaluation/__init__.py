@@ -1,3 +1,4 @@
-"""Score networks on held-out clips: logits, metrics, probes, reports. Training can be changed without opening it,
-except loop.py, which every evaluation runs.
+"""Score networks on held-out clips: logits, metrics, probes, reports.
+
+Training can be changed without opening this room, but for its loop.
 """

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from asda.config.model import AstConfig, ModelConfig
-from asda.data.features.patches import from_patches
 from asda.models.attention import Attention
 from asda.models.encoder import INIT_STD, DropPath, Mlp, init_linear, run_block
+from asda.models.patches import from_patches
 
 NUM_SPECIAL = 2  # tokens before those of the patches: CLS and DIST
 

@@ -81,7 +81,7 @@ FAIRSEQ_FRAME: Tree = {
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the user says about a file; None leaves it to the file."""
+    """Settings of the user for a file; None leaves one to the file."""
 
     heads: int | None = None
     mean: float | None = None

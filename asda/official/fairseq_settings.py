@@ -73,7 +73,7 @@ OFFICIAL_ASDA_MLP_RATIO = 4.0  # what ASDA's configuration says; its code makes 
 
 @dataclass(frozen=True)
 class InputRecipe:
-    """What the official data code does with a dataset; the code says so, not the checkpoints."""
+    """Settings of the official data code for a dataset; they stand in that code, not in checkpoints."""
 
     name: str
     flag: str  # in the cfg

@@ -1,4 +1,4 @@
-"""What surrounds the training loop: log, throughput, signals, validation, resuming.
+"""The surroundings of the training loop: log, throughput, signals, validation, resuming.
 
 The loop can be changed without opening it.
 """

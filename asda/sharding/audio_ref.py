@@ -1,4 +1,4 @@
-"""Where the audio of one clip lies, and how it is read: from a file, a part of a file, or an HDF5 pack.
+"""References to the audio of one clip, and how they are read: from a file, a part of a file, or an HDF5 pack.
 
 A pack, which needs h5py (the extra `hdf5`), holds a data set for each clip, or one with a row for each.
 """

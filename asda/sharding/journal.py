@@ -259,7 +259,7 @@ def _discard(journal: Journal, old: list[Path]) -> None:
 
 @dataclass(frozen=True)
 class Planned:
-    """What plan.json says."""
+    """The content of plan.json."""
 
     digest: str = ""  # of the plan; "" if there is no plan
     command: str = ""

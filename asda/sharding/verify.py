@@ -1,4 +1,4 @@
-"""What is wrong in a dataset of shards: everything, not only what a reader would stumble over first."""
+"""Verify a dataset of shards: report every problem, not only the first that a reader would meet."""
 
 import io
 import json
@@ -40,7 +40,7 @@ open_once = lru_cache(maxsize=1)(open_storage)
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found in one file."""
+    """The problems of one file."""
 
     name: str
     problems: list[str]

@@ -17,8 +17,8 @@ from asda.data.audio import waves as audio
 from asda.data.features import fbank
 from asda.data.features.augment import ClipAugmentation
 from asda.data.features.cpu import CpuPatches
-from asda.data.features.patches import PatchLayout
 from asda.models import masks
+from asda.models.patches import PatchLayout
 
 # Ours is the official resampler; its sums of 34 products (44.1 kHz) may be added in another order: at most 34 x 2^-24
 # of a sum of magnitudes that stays under 2 at full scale.

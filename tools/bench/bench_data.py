@@ -215,13 +215,13 @@ def our_patches(shards: Path, first_step: int = 0) -> Iterator[tuple[torch.Tenso
 
 
 def part_of(stream: Iterator[T]) -> Iterator[T]:
-    """As many clips as the others have, of a stream that never ends, once what it had prepared is used up."""
+    """Take as many clips as the others have from an endless stream, after what it had prepared."""
     deque(islice(stream, 3 * AHEAD), maxlen=0)
     return islice(stream, NUM_CLIPS // BATCH)
 
 
 def handed_over(shards: Path) -> Iterator[object]:
-    """What is left for the host when a GPU makes the patches: read, verify, decompress, give to DALI; without end."""
+    """Yield what the host does if a GPU makes the patches: read, verify, decompress, give to DALI; without end."""
     batches = ([clip.samples for clip in batch.clips] for batch in our_batches(shards, masks=False))
     pipe = Pipeline(batch_size=BATCH, num_threads=WORKERS, device_id=None, prefetch_queue_depth=2)
     with pipe:
@@ -287,7 +287,7 @@ def in_turn(ways: Mapping[str, Callable[[], Iterator[object]]]) -> tuple[dict[st
 
 
 def medians(figures: dict[str, list[float]]) -> dict[str, float]:
-    """Of each."""
+    """Return the median of each list."""
     return {name: statistics.median(taken) for name, taken in figures.items()}
 
 

@@ -49,7 +49,7 @@ class PartFailedError(Exception):
 
 @dataclass
 class Day:
-    """What all parts share."""
+    """State that all parts share."""
 
     cpu: bool
     deadline: float  # time.monotonic()

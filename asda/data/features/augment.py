@@ -1,4 +1,4 @@
-"""What chance does to a clip, as numbers: drawn before its audio is touched, applied by asda.data.features.dali.
+"""Random changes of a clip as numbers: drawn before its audio is touched, applied by asda.data.features.dali.
 
     wave, minus its mean   rolled forward by `wave_shift`, times `gain`, plus white noise of `noise_ratio` times its rms
     log-mel                padded to T frames; with SpecAug of order before_normalisation, the box becomes 0;
@@ -26,7 +26,7 @@ NUM_CHANCES = 9  # uniform numbers of a clip, each with one use: switching one a
 
 
 class ClipAugmentation(NamedTuple):
-    """What happens to one clip; the defaults do nothing. All values are exact in float64, as which they travel."""
+    """The random changes of one clip; the defaults do nothing. All values travel exactly in float64."""
 
     wave_shift: int = 0  # samples by which the wave is rolled forward, 0 <= wave_shift < S
     gain: float = 1.0  # factor on the amplitude
@@ -47,7 +47,7 @@ OF_FRAMES = ("frame_noise", "frame_shift", "noise_key", "mel_start", "mel_stop",
 def draw_augmentations(
     draws: Sequence[Draw], clip_samples: Sequence[int], config: DataConfig, seed: int
 ) -> list[ClipAugmentation] | None:
-    """What happens to the clips of a micro-batch; None if the configuration asks for nothing.
+    """Draw the changes of the clips of a micro-batch; None if the configuration asks for nothing.
 
     Args:
         draws: neighbours in the order of the run, the first at an even position, so that pairs of them are the same
@@ -71,7 +71,7 @@ def draw_augmentations(
 def used_parts(
     waves: Sequence[np.ndarray], augmentations: Sequence[ClipAugmentation] | None, frames: int
 ) -> list[np.ndarray]:
-    """What of each wave [S] reaches a frame that is kept: all of it where its end or its loudness does too."""
+    """Return the part of each wave [S] that the kept frames need: all of it if its end or its loudness is needed."""
     pairs = zip(waves, augmentations or [ClipAugmentation()] * len(waves), strict=True)
     return [wave_S if one.wave_shift or one.noise_ratio else wave_S[: num_samples(frames)] for wave_S, one in pairs]
 
@@ -189,7 +189,7 @@ def present_patches(
     frames: int,
     patch: int,
 ) -> np.ndarray:
-    """Where there is audio, bool [B, N]: a patch is present if at least one of its frames is; the others are padding.
+    """Mark patches with audio, bool [B, N]: a patch is present if any of its frames is; the others are padding.
 
     Where frames are not rolled this says: if its first frame is. A mixture is present where either clip is.
 

@@ -18,7 +18,7 @@ from numba import njit
 from asda.data.audio.waves import INT16_SCALE
 from asda.data.features import fbank
 from asda.data.features.augment import ClipAugmentation, unpacked
-from asda.data.features.patches import PatchLayout
+from asda.models.patches import PatchLayout
 
 NUM_MEL_BINS = fbank.NUM_MEL_BINS  # a constant for numba, which makes faster loops of it than of a length
 NOTHING = ClipAugmentation()

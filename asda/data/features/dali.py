@@ -33,7 +33,7 @@ from asda.data.audio.waves import INT16_SCALE
 from asda.data.features import fbank
 from asda.data.features.augment import ClipAugmentation, packed, used_parts
 from asda.data.features.cpu import ROOT_12, WEYL_STEP, CpuPatches
-from asda.data.features.patches import PatchLayout
+from asda.models.patches import PatchLayout
 
 BLOCK = 80  # samples; the greatest common divisor of frame shift and window: frames are made of whole blocks
 BLOCKS_PER_SHIFT = fbank.FRAME_SHIFT // BLOCK
@@ -289,7 +289,7 @@ class NativeLogMel:
         return fn.slice(wave_S, start=[0], shape=[self._num_samples], axes=[0], out_of_bounds_policy="pad")
 
     def _augmented(self, wave_S: DataNode, num_samples: DataNode, numbers: Numbers) -> DataNode:
-        """The same of a wave that is rolled, amplified and made noisy, as far as it reaches and in the padding."""
+        """Compute the patches of a wave that is rolled, amplified and made noisy, also in the padding."""
         device = "gpu" if self._stream is not None else "cpu"
         key = numbers.factor("noise_key", DALIDataType.UINT32)
         noise_S = (uniform_noise((self._num_samples,), key, device) - 0.5) * ROOT_12

@@ -17,7 +17,7 @@ import torch
 from numba import njit
 
 from asda.data.audio.waves import INT16_SCALE, SAMPLE_RATE_HZ
-from asda.data.features.patches import NUM_MEL_BINS
+from asda.models.patches import NUM_MEL_BINS
 
 FRAME_SHIFT = SAMPLE_RATE_HZ * 10 // 1000  # samples, 10 ms
 FRAME_WINDOW = SAMPLE_RATE_HZ * 25 // 1000  # samples, 25 ms

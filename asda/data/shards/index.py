@@ -67,7 +67,7 @@ _validator = lru_cache(TypeAdapter)  # building one takes milliseconds
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What dataset.json says about one shard and its index."""
+    """The entry of dataset.json about one shard and its index."""
 
     __pydantic_config__ = STRICT
 

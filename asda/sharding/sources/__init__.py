@@ -1,4 +1,4 @@
-"""Where clips come from: one short module per source, all in the table SOURCES.
+"""Sources of clips: one short module per source, all in the table SOURCES.
 
 A source lists clips and what is known about them; it opens no audio. To add one, write a function
 (input paths, options) -> Listing and name it in SOURCES: asda shards offers it as --source.

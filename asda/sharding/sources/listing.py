@@ -1,4 +1,4 @@
-"""What every source is told and returns, and what several need: inputs, rows of a CSV, examples for messages."""
+"""Inputs and results of every source, and parts that several need: inputs, rows of a CSV, examples for messages."""
 
 import csv
 from collections.abc import Iterable, Iterator
@@ -24,7 +24,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a source found."""
+    """The clips that a source found."""
 
     rows: list[Row]
     left_out: dict[str, int] = field(default_factory=dict)  # reason -> how many, for the summary
@@ -34,7 +34,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What the user asked of the source."""
+    """The user's options for the source."""
 
     use_labels: bool = True
     where: tuple[tuple[str, str], ...] = ()  # (column, value) that a table's row must have

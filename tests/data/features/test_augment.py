@@ -28,11 +28,11 @@ from asda.data.features.augment import (
 )
 from asda.data.features.cpu import CpuPatches
 from asda.data.features.fbank import num_samples
-from asda.data.features.patches import PatchLayout, from_patches
 from asda.data.order import Draw
 from asda.data.stream import evaluation_batches, make_patches, training_batches
 from asda.engine.zero import micro_batch_of
 from asda.errors import UserError
+from asda.models.patches import PatchLayout, from_patches
 
 CONFIG = Path(__file__).parents[3] / "configs" / "demo_finetune.json"
 S, T = 32_000, 200

@@ -18,8 +18,8 @@ from asda.data.features.augment import ClipAugmentation, draw_augmentation
 from asda.data.features.cpu import uniform
 from asda.data.features.dali import PatchPipeline
 from asda.data.features.fbank import num_samples
-from asda.data.features.patches import PatchLayout, from_patches, normalised, padded, to_patches
 from asda.errors import UserError
+from asda.models.patches import PatchLayout, from_patches, normalised, padded, to_patches
 
 FRAMES, PATCH, MEAN, STD, PAD = 128, 16, -4.268, 4.569, 0.0
 Batches = list[tuple[list[np.ndarray], int]]
@@ -408,7 +408,7 @@ from asda.data.features.augment import ClipAugmentation, draw_augmentation
 from asda.data.features.cpu import uniform
 from asda.data.features.fbank import num_samples
 from asda.data.features.dali import PatchPipeline
-from asda.data.features.patches import PatchLayout
+from asda.models.patches import PatchLayout
 clip = np.random.default_rng(0).integers(-9000, 9000, 160_000).astype(np.int16)
 layout = PatchLayout(frames=1024, patch=16, mean=0.0, std=1.0, pad_log_mel=0.0)
 batches = PatchPipeline((([clip] * 4, None, n) for n in itertools.count()), layout, batch_size=4, device="cpu",

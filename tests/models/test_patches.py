@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from asda.data.features.patches import PatchLayout, from_patches, normalised, padded, to_patches
+from asda.models.patches import PatchLayout, from_patches, normalised, padded, to_patches
 
 PATCH = 16
 
