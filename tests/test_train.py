@@ -190,7 +190,7 @@ def test_steps_without_a_finite_loss_are_counted_and_end_the_run_with_the_names_
         for name, tensor in weights(run, 4, stem).items():
             assert torch.equal(weights(run, 2, stem)[name], tensor), name
     again = start(command(2, "train.py", *pretraining(shards, run, *absurd)))
-    assert "go on with a larger run.max_bad_steps" in again.stderr
+    assert "resume with a larger run.max_bad_steps" in again.stderr
     assert [json.loads(line)["step"] for line in (run / "bad_steps.jsonl").read_text().splitlines()] == [3, 4, 5]
     count_fault("27", "bad steps in a row in the trainer: counted, then the run ends with their clips", 3, len(steps))
 

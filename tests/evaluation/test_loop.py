@@ -201,7 +201,7 @@ def test_a_checkpoint_that_is_kept_only_as_the_best_is_none_of_the_last(lengths:
     old = write_run(tmp_path / "old", few, 1, 2, 3, 4, best_step=1)
     assert [folder.name[-1] for folder in checkpoints_of(old)] == ["1", "3", "4"]
     assert steps(old, 2) == [3, 4]
-    sentence = "old has 2 checkpoints (besides step-0000001, kept only as its best), --last asks for 3; ask"
+    sentence = "old has 2 checkpoints \\(besides step-0000001, kept only as its best\\), --last asks for 3; ask"
     with pytest.raises(UserError, match=sentence):
         members([old], last=3)
     assert steps(write_run(tmp_path / "young", few, 1, 2, 3, 4, best_step=3), 2) == [3, 4]
@@ -425,9 +425,9 @@ def test_figures_without_a_value_are_null_in_the_file(tmp_path: Path) -> None:
         (["{a}", "{b}"], "2 checkpoints are named; combine them with --average .* or --ensemble"),
         (["{a}", "--average"], "--average combines several checkpoints, but 1 is named; give --last N .* --checkpoint"),
         (["{a}", "--last", "1", "--ensemble"], "--ensemble combines several checkpoints, but 1 is named; give --last"),
-        (["{a}", "{wide}", "--average"], r"they differ in model\.width, model\.heads; take"),
-        (["{a}", "{other}", "--average"], r"they differ in data\.log_mel; take"),
-        (["{a}", "{bce}", "--ensemble"], "they differ in loss; take"),
+        (["{a}", "{wide}", "--average"], r"they differ in model\.width, model\.heads; choose"),
+        (["{a}", "{other}", "--average"], r"they differ in data\.log_mel; choose"),
+        (["{a}", "{bce}", "--ensemble"], "they differ in loss; choose"),
         (["{a}", "--last", "2", "--average"], "has 1 checkpoint, --last asks for 2; ask for fewer"),
         (["{a}", "{b}", "--last", "2", "--average"], "--last 2 is for one run, but --checkpoint names 2 folders"),
         (["{a}", "--best"], "has no best checkpoint; train with data.valid, and run.keep_best"),
