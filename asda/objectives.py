@@ -28,7 +28,7 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float
 
 
 class Objective(Protocol):
-    """The interface for the training loop. To train something else, write such a class and name it in make_objective."""
+    """The interface for the training loop; other objectives are classes like it, named in make_objective."""
 
     @property
     def module(self) -> nn.Module:
