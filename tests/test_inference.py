@@ -498,7 +498,7 @@ def test_a_model_without_a_classifier_has_features_and_says_that_it_has_no_tags(
         lambda audio, _: model.logits_of_log_mel(torch.zeros(1, 16, 128)),
     ]
     for call in calls:
-        with pytest.raises(UserError, match="features but no classifier"):
+        with pytest.raises(UserError, match="has no classifier, only features"):
             call(sound(400), RATE_HZ)
 
 

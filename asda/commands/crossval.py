@@ -20,7 +20,6 @@ from tqdm import tqdm
 from asda.commands.parsing import check_range, comma_list, make_parser
 from asda.commands.text import percent
 from asda.config.run import load_stored_config
-from asda.data.datasets import open_clips
 from asda.data.remote.fetch import shareable, without_credentials
 from asda.data.shards.read import load_dataset
 from asda.errors import STOPPED_EXIT, Stopped, UserError
@@ -40,7 +39,6 @@ from asda.evaluation.folds import (
     split_hashes,
     write_record,
 )
-from asda.run.resume import changes, decides
 
 GIVEN = {"run.seed": "--seeds", "run.folder": "--out", "data.train": "--data", "data.valid": "--data and --hold-out"}
 
@@ -121,6 +119,9 @@ def claim(plan: Plan) -> None:
 
 def check_unchanged(plan: Plan, cell: Cell) -> None:
     """Refuse to resume a training whose configuration has changed in a way that affects results. Raises UserError."""
+    from asda.data.datasets import open_clips  # these two import torch
+    from asda.run.resume import changes, decides
+
     folder, config = plan.out / cell.name, plan.resolved(cell)
     if not (folder / "config.json").is_file():
         return

@@ -83,9 +83,9 @@ def verify_dataset(
     if num_wrong := sum(bool(checked.problems) for checked in found):
         raise UserError(f"{location}: {num_wrong} of {len(found)} shards are damaged or not listed; {REPAIR}")
     if repeated:
-        raise UserError(f"{location}: {len(repeated)} keys are there twice; make the dataset again with asda shards")
+        raise UserError(f"{location}: {len(repeated)} keys are repeated; make the dataset again with asda shards")
     num_clips, num_mib = sum(entry.clips for entry in entries), sum(entry.bytes for entry in entries) / MIB
-    print(f"{location}: {num_clips:,} clips in {len(entries):,} shards, {num_mib:,.1f} MiB, are intact")
+    print(f"{location}: {num_clips:,} clips in {len(entries):,} shards, {num_mib:,.1f} MiB, are right, to the last bit")
 
 
 def _tars(location: Any, listed: set[str]) -> list[Path]:

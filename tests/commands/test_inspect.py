@@ -376,7 +376,7 @@ def test_a_url_shows_what_the_folder_shows(shards, tmp_path, monkeypatch):
         assert figures(url) == figures(shards) | {"dataset": url}
         assert rows(url, "--list") == rows(shards, "--list")
         assert figures(url, "--key", "siren_003", "--cache") == figures(shards, "--key", "siren_003")
-        assert "are intact" in look(url, "--verify").out
+        assert "are right, to the last bit" in look(url, "--verify").out
         server.shutdown()
 
 

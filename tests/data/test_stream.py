@@ -222,8 +222,10 @@ def test_closing_the_stream_ends_its_threads_at_once(shards: Path) -> None:
         dataset, config.data, seed=1, first_step=0, batch=4, micro_batch=4, rank=0, world_size=1, masks=None
     )
 
+    before = set(threading.enumerate())
+
     def our_threads() -> int:
-        return sum(thread.name.startswith("asda-") for thread in threading.enumerate())
+        return sum(thread.name.startswith("asda-") for thread in set(threading.enumerate()) - before)
 
     with closing(batches.compose(make_patches(config, torch.device("cpu"), 4, training=True)).iterator()) as stream:
         next(stream)

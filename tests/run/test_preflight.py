@@ -65,7 +65,7 @@ def test_a_recipe_of_ast_is_summed_up() -> None:
         "preset      ast, base\n",
         "encoder 85.72 M, ham 85.3 M, head 39.99 k\n",
         "5.12 s = 512 frames = 256 patches, overlapping: 50 x 12, 602 tokens\n",
-        "explicit for clips of 602 tokens",
+        "sdpa for clips of 602 tokens",
         "schedule    lr 1e-5, times 0.85 at step 170 and every 34 steps after it\n",
     ):
         assert words in table

@@ -33,7 +33,7 @@ def test_a_sound_dataset_is_right(shards):
     code, shown, _ = verify(shards)
     assert code == 0
     assert shown.startswith(f"{shards}: 64 clips in 4 shards, ")
-    assert shown.endswith(" MiB, are intact\n")
+    assert shown.endswith(" MiB, are right, to the last bit\n")
 
 
 def test_all_that_is_wrong_is_said_not_only_the_first(copy):
