@@ -16,7 +16,7 @@ NUM_AUDIOSET_CLASSES = 527
 
 @cache
 def audioset_labels() -> tuple[str, ...]:
-    """The 527 names, "Speech" first; AudioSet's evaluation, EAT and ASDA number their classes like this."""
+    """Return the 527 names, "Speech" first; AudioSet's evaluation, EAT and ASDA number their classes like this."""
     table = (files("asda.data") / "audioset_labels.csv").read_text(encoding="utf-8")
     names = tuple(row["display_name"] for row in csv.DictReader(table.splitlines()))
     assert len(names) == NUM_AUDIOSET_CLASSES

@@ -93,12 +93,12 @@ class ClipOrder:
         self._mixture = _Mixture([dataset.share for dataset in datasets], seed)
 
     def draws(self, start: int, stop: int) -> list[Draw]:
-        """The visits at positions start .. stop - 1."""
+        """Return the visits at positions start .. stop - 1."""
         places = (self._mixture.place(position) for position in range(start, stop))
         return [self._orders[dataset].draw(own_position) for dataset, own_position in places]
 
     def shards_ahead(self, position: int, num_draws: int) -> list[int]:
-        """The shards that the next draws read, for a reader that fetches them early.
+        """Return the shards that the next draws read, for a reader that fetches them early.
 
         Args:
             position: of the first draw.
@@ -152,7 +152,7 @@ class _DatasetOrder:
         return self.visits_per_epoch / self._num_groups
 
     def draw(self, position: int) -> Draw:
-        """The visit at a position of this dataset."""
+        """Return the visit at a position of this dataset."""
         epoch, place = divmod(position, self.visits_per_epoch)
         starts = self._epoch(epoch).starts
         group = bisect_right(starts, place) - 1
@@ -190,7 +190,7 @@ class _DatasetOrder:
         return choose_without_replacement(self._weights, self.visits_per_epoch, key)
 
     def _make_group(self, epoch: int, group: int) -> NDArray[np.int64]:
-        """The visits of a group in their order, each as clip + (repeat << REPEAT_BIT)."""
+        """Return the visits of a group in their order, each as clip + (repeat << REPEAT_BIT)."""
         visits_V, bounds, groups, _ = self._epoch(epoch)
         places = np.concatenate([np.arange(bounds[shard], bounds[shard + 1]) for shard in groups[group]])
         if visits_V is None:
@@ -219,7 +219,7 @@ class _Mixture:
         self._block = lru_cache(maxsize=4)(self._make_block)
 
     def place(self, position: int) -> tuple[int, int]:
-        """The dataset at a position, and the number of its visits before."""
+        """Return the dataset at a position, and the number of its visits before."""
         block, at = divmod(position, BLOCK)
         datasets_B, own_positions_B = self._block(block)
         return int(datasets_B[at]), int(own_positions_B[at])
@@ -273,7 +273,7 @@ def choose_with_replacement(weights_N: np.ndarray, num_draws: int, key: int) -> 
 
 
 def _checked_weights(dataset: OrderedDataset) -> np.ndarray:
-    """The weights of a dataset, or a sentence why draws cannot be balanced by them."""
+    """Return the weights of a dataset, or a sentence why draws cannot be balanced by them."""
     weights_N, num_clips = dataset.weights, sum(dataset.shard_clips)
     if weights_N is None or len(weights_N) == 0:
         raise UserError(
@@ -303,7 +303,7 @@ def mix64(values: np.ndarray) -> np.ndarray:
 
 
 def uniform(values: NDArray[np.int64], key: int) -> NDArray[np.float64]:
-    """A uniform number for each value, strictly between 0 and 1: 52 random bits and a half."""
+    """Return a uniform number for each value, strictly between 0 and 1: 52 random bits and a half."""
     bits = mix64(values.astype(np.uint64) ^ np.uint64(key)) >> np.uint64(12)
     return (bits.astype(np.float64) + 0.5) * 2.0**-52
 

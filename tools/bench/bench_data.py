@@ -159,7 +159,7 @@ def write_clips(folder: Path, num_clips: int) -> None:
 
 
 def make_shards(folder: Path, clips_per_shard: int, source: str = "wav16") -> tuple[Path, float]:
-    """The 16 kHz files as shards; returns their folder, and the seconds that the tool reports."""
+    """Make shards of the 16 kHz files; return their folder, and the seconds that the tool reports."""
     out = folder / f"{source}-by-{clips_per_shard}"
     tool = [sys.executable, ROOT / "tools" / "make_shards.py", "--source", "folder", "--input", folder / source]
     options = ["--out", out, "--clips-per-shard", str(clips_per_shard)]
@@ -200,7 +200,7 @@ def our_batches(shards: Path, *, masks: bool = True) -> Iterator[Batch]:
 
 
 def our_pipeline(shards: Path, *, masks: bool = True, first_step: int = 0) -> DataPipeline:
-    """The same as a pipeline, which may get more stages."""
+    """Return our batches as a pipeline, which may get more stages."""
     config = config_for(shards)
     dataset = ClipDataset(config.data.train, labelled=False)  # type: ignore[arg-type]
     return training_batches(
@@ -209,7 +209,7 @@ def our_pipeline(shards: Path, *, masks: bool = True, first_step: int = 0) -> Da
 
 
 def our_patches(shards: Path, first_step: int = 0) -> Iterator[tuple[torch.Tensor, Batch]]:
-    """The whole way, without end."""
+    """Yield patches from the whole pipeline, without end."""
     batches = our_pipeline(shards, first_step=first_step)
     yield from batches.compose(make_patches(config_for(shards), torch.device("cpu"), BATCH))
 
@@ -231,7 +231,7 @@ def handed_over(shards: Path) -> Iterator[object]:
 
 
 def loader(dataset: Dataset | DataPipeline) -> DataLoader:
-    """A process a core, kept from round to round."""
+    """Return a loader with a process for each core, kept from round to round."""
     return DataLoader(dataset, BATCH, num_workers=WORKERS, persistent_workers=True)  # type: ignore[arg-type]
 
 
@@ -373,7 +373,7 @@ def stages(shards: Path) -> dict[str, float]:
 
 
 def big_index(folder: Path) -> dict[str, float]:
-    """Opening a dataset of 2 million clips (its shards are empty files of the right size), and a jump in its order."""
+    """Time opening a dataset of 2 million clips (shards are empty files of the right size), and a jump in its order."""
     generated = generate_index(folder / "big")
     script = (
         "import json, sys, time, psutil; from asda.config.data import DataConfig;"
@@ -391,7 +391,7 @@ def big_index(folder: Path) -> dict[str, float]:
 
 
 def generate_index(folder: Path) -> Path:
-    """A dataset of BIG_SHARDS shards as make_shards.py would describe it; the files have their sizes and no content."""
+    """Write a dataset of BIG_SHARDS shards as make_shards.py would describe it; files have a size and no content."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     num_clips, num_bytes, index_bytes = BIG_SHARDS * BIG_SHARD_CLIPS, 70 * MIB, 24_000

@@ -277,7 +277,7 @@ def installed(package: str) -> bool:
 
 
 def write(out: Path, found: Found) -> None:
-    """The file, whole or as it was."""
+    """Write the whole file, or leave the one that was there."""
     write_whole_file(out, json.dumps(found, indent=2) + "\n")
 
 

@@ -138,7 +138,7 @@ def draw_share(rng: np.random.Generator, config: MixupConfig) -> float:
 
 
 def masked_range(width_chance: float, place_chance: float, ratio: float, size: int) -> tuple[int, int]:
-    """A masked range of up to ratio * size out of `size`: first index, and first index after it.
+    """Return a masked range of up to ratio * size out of `size`: first index, and first index after it.
 
     As torchaudio.functional.mask_along_axis: a real width and a real place, both uniform, each rounded down.
     """
@@ -148,13 +148,13 @@ def masked_range(width_chance: float, place_chance: float, ratio: float, size: i
 
 
 def packed(augmentations: Sequence[ClipAugmentation]) -> np.ndarray:
-    """The form in which they travel through DALI: float64 [B, K + 1], the K fields in their order, then the partner."""
+    """Return the augmentations as DALI passes them on: float64 [B, K + 1], the K fields in order, then the partner."""
     pairs = zip(augmentations, partners(augmentations), strict=True)
     return np.array([[*one, partner] for one, partner in pairs], np.float64)
 
 
 def unpacked(numbers_K: np.ndarray) -> tuple[ClipAugmentation, int]:
-    """An augmentation and the partner of a row of `packed`."""
+    """Return an augmentation and the partner of a row of `packed`."""
     *fields, partner = numbers_K.tolist()
     typed = [type(none)(field) for none, field in zip(ClipAugmentation(), fields, strict=True)]
     return ClipAugmentation._make(typed), int(partner)
@@ -178,7 +178,7 @@ def partners(augmentations: Sequence[ClipAugmentation]) -> list[int]:
 
 
 def mixed_targets(targets_BC: np.ndarray, augmentations: Sequence[ClipAugmentation]) -> np.ndarray:
-    """The labels of mixed clips: share * own + (1 - share) * partner's, float32 [B, C]."""
+    """Return the labels of mixed clips: share * own + (1 - share) * partner's, float32 [B, C]."""
     share_B1 = np.array([[one.share] for one in augmentations], dtype=np.float32)
     return share_B1 * targets_BC + (1 - share_B1) * targets_BC[partners(augmentations)]
 

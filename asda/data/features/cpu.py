@@ -138,7 +138,7 @@ def _mask(x_TM: np.ndarray, one: ClipAugmentation) -> None:
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def uniform(counter, key):
-    """A uniform float32 in [0, 1) of 24 bits, from two uint32: MurmurHash3's finaliser (Appleby, public domain).
+    """Return a uniform float32 in [0, 1) of 24 bits, from two uint32: MurmurHash3's finaliser (Appleby, public domain).
 
     Noise is a function of a clip's key and a value's place, and not a stream, because DALI can compute that on a GPU:
     arrays made on the host would cost it 0.5 MB of transfer a clip, and its own generators know nothing of clips.
@@ -152,7 +152,7 @@ def uniform(counter, key):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _augment_wave(samples_S, shift, gain, noise_ratio, noise_key, out_S):
-    """The first samples of a clip that is centred, rolled, amplified and made noisy; full scale 1."""
+    """Return the first samples of a clip that is centred, rolled, amplified and made noisy; full scale 1."""
     total, squares = np.int64(0), np.int64(0)  # exact, for clips of up to 2^33 samples
     for sample in samples_S:
         total += np.int64(sample)

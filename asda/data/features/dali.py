@@ -100,7 +100,7 @@ class PatchPipeline(Generic[Extra]):
         return self
 
     def __next__(self) -> tuple[torch.Tensor, Extra]:
-        """The next batch.
+        """Return the next batch.
 
         Raises:
             Exception: what the source raised, as it was.
@@ -285,7 +285,7 @@ class NativeLogMel:
         return dali_math.log(dali_math.max(mel_TM, fbank.MIN_ENERGY))[:num_frames]
 
     def _padded(self, wave_S: DataNode) -> DataNode:
-        """A wave of any length as one that makes `frames` frames."""
+        """Return a wave of any length as one that makes `frames` frames."""
         return fn.slice(wave_S, start=[0], shape=[self._num_samples], axes=[0], out_of_bounds_policy="pad")
 
     def _augmented(self, wave_S: DataNode, num_samples: DataNode, numbers: Numbers) -> DataNode:
@@ -340,7 +340,7 @@ def rolled(data: DataNode, shift: DataNode, length: DataNode | int, keep: DataNo
 
 
 def uint32(value: int) -> Any:
-    """A number that stays 32 bits wide in arithmetic, which then wraps around as C's does."""
+    """Return a number that stays 32 bits wide in arithmetic, which then wraps around as C's does."""
     return Constant(value, dtype=DALIDataType.UINT32)
 
 

@@ -42,7 +42,7 @@ def num_frames(num_samples: int) -> int:
 
 
 def num_samples(num_frames: int) -> int:
-    """Samples that make exactly `num_frames` frames."""
+    """Return the number of samples that make exactly `num_frames` frames."""
     return FRAME_WINDOW + (num_frames - 1) * FRAME_SHIFT
 
 
@@ -133,7 +133,7 @@ def _windowed_frames(wave_S, unit, mean, gain, pre_emphasis, window_W, out_TN):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _sum_as_torch(values_W, sums_L):
-    """The sum of a frame in the order in which torch adds: four rows of eight sums, the rest to the first row."""
+    """Add up a frame in the order of torch: four rows of eight sums, the rest to the first row."""
     whole = len(values_W) - len(values_W) % len(sums_L)
     sums_L[:] = 0
     for start in range(0, whole, len(sums_L)):
