@@ -21,6 +21,7 @@ from asda.errors import UserError, exit_with_sentence
 ROOT = Path(__file__).resolve().parent.parent
 CLIPS_PER_CLASS = 120
 RANKS = 2
+FAST_BF16 = ("amx_bf16", "avx512_bf16", "avx512bw")  # CPU features with which torch multiplies in bf16 at speed
 MARKER = "made_by_demo.txt"  # in --out: everything beside it may be replaced
 
 
@@ -79,7 +80,15 @@ def _asda(command: str, *arguments: object) -> None:
 
 def _train(config: str, run: Path, *overrides: str) -> None:
     shutil.rmtree(run, ignore_errors=True)  # or an older demo would be resumed
-    _run(*_launcher(), "asda.train", "--config", ROOT / "configs" / config, f"run.folder={run}", *overrides)
+    own = [f"run.folder={run}", *precision_for(Path("/proc/cpuinfo").read_text())]
+    _run(*_launcher(), "asda.train", "--config", ROOT / "configs" / config, *own, *overrides)
+
+
+def precision_for(cpuinfo: str) -> list[str]:
+    """Return the override to fp32 for a CPU whose bf16 products would take an hour; nothing for a GPU or other CPUs."""
+    if Path("/dev/nvidia0").exists() or any(feature in cpuinfo for feature in FAST_BF16):
+        return []
+    return ["engine.precision=fp32"]
 
 
 def _launcher() -> tuple[str, ...]:

@@ -47,3 +47,8 @@ def test_the_demo_runs_again_in_its_own_folder_with_and_without_audio_of_the_use
     for _ in range(2):
         demo.demo(None, tmp_path / "out")
         demo.demo(tmp_path / "recordings", tmp_path / "out")
+
+
+def test_a_cpu_without_fast_bf16_trains_in_fp32(demo):
+    assert demo.precision_for("flags: fpu avx2 fma") == ["engine.precision=fp32"]
+    assert demo.precision_for("flags: fpu avx2 avx512f avx512bw") == []
