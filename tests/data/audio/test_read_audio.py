@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torchaudio.functional import resample as torchaudio_resample
 
-from asda.data.audio import sndfile
+from asda.data.audio import read as reading
 from asda.data.audio import waves as audio
 from asda.data.audio.read import read_audio, read_wave
 from asda.data.audio.waves import AudioError, decode_wav, encode_wav, resample, resampled_length
@@ -115,7 +115,7 @@ def test_a_wave_is_the_mean_of_the_channels_at_the_file_s_own_rate_however_it_is
     stereo = np.stack([noise(44_100), noise(44_100)[::-1]], axis=1)
     soundfile.write(path, stereo, 44_100)
     decoded, _ = soundfile.read(path, dtype="float32")
-    monkeypatch.setattr(sndfile, "READ_AT_ONCE", 5_001)
+    monkeypatch.setattr(reading, "READ_AT_ONCE", 5_001)
     wave_S, rate = read_wave(path)
     assert (rate, wave_S.dtype) == (44_100, np.float32)
     np.testing.assert_array_equal(wave_S, (decoded[:, 0] + decoded[:, 1]) / 2)
@@ -138,7 +138,7 @@ def test_reading_many_channels_takes_the_memory_of_one(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     # The result, and a few blocks: the values read, their sum over the channels, its quotient.
-    assert peak < 4 * num_frames + 4 * 4 * sndfile.READ_AT_ONCE
+    assert peak < 4 * num_frames + 4 * 4 * reading.READ_AT_ONCE
 
 
 def test_samples_beyond_full_scale_saturate(tmp_path):
