@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from asda.data.audio.read import read_audio
+from asda.data.audio.resampling import resample
 from asda.data.audio.waves import (
     INT16_SCALE,
     MAX_SECONDS,
@@ -20,7 +21,6 @@ from asda.data.audio.waves import (
     check_format,
     check_length,
     mean_of_channels,
-    resample,
     to_int16,
 )
 from asda.errors import UserError

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, from_numpy
 
-from asda.data.audio.waves import INT16_SCALE, MAX_CHANNELS, MIN_SAMPLES, RATE_BOUNDS_HZ, amplitude_complaint, resample
+from asda.data.audio.resampling import resample
+from asda.data.audio.waves import INT16_SCALE, MAX_CHANNELS, MIN_SAMPLES, RATE_BOUNDS_HZ, amplitude_complaint
 from asda.errors import UserError
 
 Audio = Tensor | np.ndarray

@@ -1,26 +1,19 @@
-"""Audio that only FFmpeg knows: AAC, ALAC or Opus in MP4, M4A, WebM, Matroska or ADTS. By PyAV, the extra `m4a`.
+"""Decode what only FFmpeg knows: AAC, ALAC or Opus in MP4, M4A, WebM, Matroska or ADTS, WMA, WavPack, AC-3, AMR.
 
-Files are opened as the one format that their first bytes name, and through a file object: FFmpeg opens no other file
-and no address that a file may name. Lengths are bounded while decoding, since containers only estimate them.
+By PyAV, the extra `m4a`. Files are opened as the one format that their first bytes name, and through a file object:
+FFmpeg opens no other file and no address that a file may name. Containers only estimate lengths, so they are bounded
+while decoding.
 """
 
 import importlib.util
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from asda.data.audio.waves import (
-    CUT_SLACK_S,
-    MAX_FRAMES,
-    AudioError,
-    Segment,
-    check_format,
-    check_length,
-    mean_of_channels,
-    part_of,
-)
+from asda.data.audio.waves import AudioError, check_format
 
 if TYPE_CHECKING:
     from av import AudioStream
@@ -31,6 +24,20 @@ PREROLL_S = 0.5  # decoded before a segment and dropped: codecs take up to 80 ms
 TRACK_SLACK_FRAMES = 8192  # what encoders pad at both ends: up to two AAC frames of 2048 (HE-AAC) each
 MICROSECONDS = 1_000_000  # a second, in the unit of a container's duration
 CONTAINER_SLACK_S = 1.0  # Matroska declares the length of its longest track, which may be the video
+SIGNATURES = (  # first bytes, where they stand, and FFmpeg's name of the format
+    (b"ftyp", 4, "mov"),  # MP4, M4A, 3GP
+    *((atom, 4, "mov") for atom in (b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")),  # QuickTime
+    (b"\x1a\x45\xdf\xa3", 0, "matroska"),  # Matroska, WebM
+    (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", 0, "asf"),  # WMA
+    (b"wvpk", 0, "wv"),
+    (b"TTA1", 0, "tta"),
+    (b"MAC ", 0, "ape"),
+    (b"MPCK", 0, "mpc8"),
+    (b"MP+", 0, "mpc"),
+    (b"DSD ", 0, "dsf"),
+    (b"#!AMR", 0, "amr"),
+)
+NO_LENGTH = {"aac", "ac3", "eac3", "amr", "mp3"}  # FFmpeg guesses one from the first bit rates
 
 
 def has_pyav() -> bool:
@@ -38,100 +45,131 @@ def has_pyav() -> bool:
     return importlib.util.find_spec("av") is not None
 
 
-def read_compressed(
-    path: Path, demuxer: str, max_seconds: float, segment: Segment | None = None
-) -> tuple[np.ndarray, int]:
-    """Read a file, or the segment of a longer one, as float32 [S] at its own rate, and that rate.
+def demuxer_of(head: bytes) -> str:
+    """Return FFmpeg's name of the format of a file that only FFmpeg reads, by its first 12 bytes, else ""."""
+    for signature, place, demuxer in SIGNATURES:
+        if head[place:].startswith(signature):
+            return demuxer
+    if len(head) > 5 and head[:2] == b"\x0b\x77":  # AC-3; its version stands in five bits
+        return "eac3" if head[5] >> 3 > 10 else "ac3"
+    if len(head) > 1 and head[0] == 0xFF and head[1] & 0xF0 == 0xF0:  # sync of ADTS and of MPEG-1 and 2 audio
+        layer = head[1] >> 1 & 3  # 0 in ADTS; libsndfile reads layer 3, 1 here
+        return {0: "aac", 2: "mp3", 3: "mp3"}.get(layer, "")
+    return ""
 
-    In Matroska, which counts in milliseconds, a segment may begin one early or late. Raises
-    AudioError when the file cannot be used.
-    """
-    if not has_pyav():
-        raise AudioError(f"is AAC, MP4 or WebM, which needs PyAV: {EXTRA}")
+
+@contextmanager
+def _open_track(path: Path, demuxer: str) -> Iterator[tuple["InputContainer", "AudioStream"]]:
+    """Open the first track that can be decoded. Errors of FFmpeg in the block become AudioError."""
     import av
     from av.error import FFmpegError
 
     try:
         with path.open("rb") as file, av.open(file, "r", format=demuxer) as container:
-            if not container.streams.audio:
-                raise AudioError("holds no audio track")
-            stream = container.streams.audio[0]
-            check_format(stream.rate, stream.codec_context.channels)
-            return _decode_part(container, stream, max_seconds, segment)
+            yield container, _decodable(container)
     except (FFmpegError, OSError) as error:
         raise AudioError(f"FFmpeg: {error.strerror}") from error
     except ValueError as error:
         raise error if isinstance(error, AudioError) else AudioError(f"FFmpeg: {error}") from error
 
 
-def _decode_part(
-    container: "InputContainer", stream: "AudioStream", max_seconds: float, segment: Segment | None
-) -> tuple[np.ndarray, int]:
-    rate_hz = stream.rate
-    declared, slack = _declared_frames(container, stream)
-    if declared is None:
-        return _decode_undeclared(container, stream, max_seconds, segment), rate_hz
-    first, num_frames = part_of(declared, rate_hz, segment)
-    check_length(num_frames, rate_hz, max_seconds)
-    stop = first + num_frames
-    beyond = slack + 1 if stop == declared else 0  # is there more than it says?
-    wave_S = _decode(container, stream, first, num_frames + beyond)
-    if len(wave_S) < num_frames - (slack if stop + slack >= declared else 0):
-        raise AudioError(f"is truncated: it declares {declared} frames and ends after {first + len(wave_S)}")
-    if len(wave_S) > num_frames + slack:
-        raise AudioError(f"holds more than the {declared} frames that it declares")
-    check_length(len(wave_S), rate_hz, max_seconds + slack / rate_hz)
-    return wave_S[:num_frames] if stream.duration else wave_S, rate_hz
+def _decodable(container: "InputContainer") -> "AudioStream":
+    from av.error import FFmpegError
+
+    if not container.streams.audio:
+        raise AudioError("holds no audio track")
+    for stream in container.streams.audio:
+        try:
+            stream.codec_context.open(strict=False)
+        except (FFmpegError, ValueError, AttributeError):
+            continue
+        return stream
+    num_tracks = len(container.streams.audio)
+    raise AudioError(f"FFmpeg has no decoder for its audio ({num_tracks} track{'s' * (num_tracks > 1)})")
 
 
-def _declared_frames(container: "InputContainer", stream: "AudioStream") -> tuple[int | None, int]:
-    """Return the length of a track that the container declares, or None, and its possible error, in frames."""
-    if container.format.name == "aac":
-        return None, 0  # FFmpeg guesses one from the first bit rates
+class FfmpegSound:
+    """A track of a file.
+
+    Attributes:
+        rate_hz: samples per second.
+        num_channels: of the file.
+        num_frames: the length that the container declares, or None.
+    """
+
+    exact = False  # whether its samples are 16 kHz, mono, int16
+
+    def __init__(self, path: Path, demuxer: str):
+        """Look at the file. Raises AudioError if it has no track that can be decoded, or PyAV is missing."""
+        if not has_pyav():
+            raise AudioError(f"is in a format that needs PyAV ({demuxer}): {EXTRA}")
+        self._path, self._demuxer = path, demuxer
+        with _open_track(path, demuxer) as (container, stream):
+            check_format(stream.rate, stream.codec_context.channels)
+            self.rate_hz, self.num_channels = stream.rate, stream.codec_context.channels
+            self.num_frames, self._slack = _declared(container, stream)
+            self._tells_padding = bool(stream.duration)  # only a track's own length tells what its encoder padded
+
+    def blocks(self, first: int, most: int | None) -> Iterator[np.ndarray]:
+        """Decode float32 [C, S] from frame `first`: `most` frames, or all. Raises AudioError if they are not there."""
+        declared, slack = self.num_frames, self._slack
+        to_the_end = most is None or (declared is not None and first + most >= declared)
+        num_read = 0
+        limit = most if self._tells_padding or not to_the_end else None
+        for audio_CS in self._from(first):
+            left = audio_CS.shape[1] if limit is None else max(0, limit - num_read)
+            num_read += audio_CS.shape[1]
+            if left:
+                yield audio_CS[:, :left]
+            if most is not None and num_read >= most + (slack + 1 if to_the_end else 0):
+                break
+        if most is None or declared is None:
+            return
+        if num_read < most - (slack if first + most + slack >= declared else 0):
+            raise AudioError(f"is truncated: it declares {declared} frames and ends after {first + num_read}")
+        if to_the_end and num_read > most + slack:
+            raise AudioError(f"holds more than the {declared} frames that it declares")
+
+    def _from(self, first: int) -> Iterator[np.ndarray]:
+        """Decode from frame `first` to the end, float32 [C, S] a piece."""
+        with _open_track(self._path, self._demuxer) as (container, stream):
+            seeks = bool(first and self.num_frames is not None)
+            if seeks and stream.time_base:
+                offset = max(0, int((first / self.rate_hz - PREROLL_S) / stream.time_base))
+                container.seek(offset, stream=stream)
+            for position, audio_CS in self._placed(container, stream, seeks):
+                skipped = max(0, first - position)
+                if skipped < audio_CS.shape[1]:
+                    yield audio_CS[:, skipped:]
+
+    def _placed(
+        self, container: "InputContainer", stream: "AudioStream", sought: bool
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (number of its first frame, float32 [C, S]) for every piece that is decoded."""
+        import av
+
+        to_planar_float = av.AudioResampler(format="fltp")
+        position = None if sought else 0
+        for frame in container.decode(stream):
+            if frame.sample_rate != self.rate_hz:
+                raise AudioError(f"changes its rate from {self.rate_hz} to {frame.sample_rate} Hz")
+            if position is None:
+                if frame.time is None:
+                    raise AudioError("has no time stamps, so no part can be cut from it")
+                position = round(frame.time * self.rate_hz)
+            audio_CS = np.concatenate([part.to_ndarray() for part in to_planar_float.resample(frame)], axis=1)
+            if len(audio_CS) != self.num_channels:
+                raise AudioError(f"changes its channels from {self.num_channels} to {len(audio_CS)}")
+            yield position, audio_CS
+            position += audio_CS.shape[1]
+
+
+def _declared(container: "InputContainer", stream: "AudioStream") -> tuple[int | None, int]:
+    """Return the length that the container declares, or None, and its possible error, in frames."""
+    if container.format.name in NO_LENGTH:
+        return None, 0
     if stream.duration and stream.time_base:
         return round(stream.duration * stream.time_base * stream.rate), TRACK_SLACK_FRAMES
     if container.duration:
         return round(container.duration * stream.rate / MICROSECONDS), round(CONTAINER_SLACK_S * stream.rate)
     return None, 0
-
-
-def _decode_undeclared(
-    container: "InputContainer", stream: "AudioStream", max_seconds: float, segment: Segment | None
-) -> np.ndarray:
-    """Decode to the end, or as far as it takes to know that the file is too long, or longer than its segment."""
-    enough_s = max_seconds if segment is None else max(segment[1], segment[1] - segment[0] + CUT_SLACK_S)
-    wave_S = _decode(container, stream, 0, min(int(enough_s * stream.rate), MAX_FRAMES) + 1)
-    first, num_frames = part_of(len(wave_S), stream.rate, segment)
-    check_length(num_frames, stream.rate, max_seconds)
-    return wave_S[first : first + num_frames]
-
-
-def _decode(container: "InputContainer", stream: "AudioStream", first: int, most: int) -> np.ndarray:
-    """Decode up to `most` frames from frame `first`, their channels averaged, float32 [S]."""
-    if first and stream.time_base:
-        container.seek(max(0, int((first / stream.rate - PREROLL_S) / stream.time_base)), stream=stream)
-    pieces = [np.empty(0, np.float32)]
-    wanted = first + most
-    for position, mono_S in _positioned(container, stream, bool(first)):
-        pieces.append(mono_S[max(0, first - position) : max(0, wanted - position)])
-        if position + len(mono_S) >= wanted:
-            break
-    return np.concatenate(pieces)
-
-
-def _positioned(container: "InputContainer", stream: "AudioStream", sought: bool) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (number of its first frame, the mean of the channels) for every piece that is decoded."""
-    import av
-
-    to_planar_float = av.AudioResampler(format="fltp")
-    position = None if sought else 0
-    for frame in container.decode(stream):
-        if frame.sample_rate != stream.rate:
-            raise AudioError(f"changes its rate from {stream.rate} to {frame.sample_rate} Hz")
-        if position is None:
-            if frame.time is None:
-                raise AudioError("has no time stamps, so no part can be cut from it")
-            position = round(frame.time * stream.rate)
-        mono_S = mean_of_channels(np.concatenate([part.to_ndarray() for part in to_planar_float.resample(frame)], 1))
-        yield position, mono_S
-        position += len(mono_S)

@@ -1,21 +1,15 @@
-"""Bounds, resampling and the one kind of WAV that shards hold: 16 kHz, mono, int16.
+"""Bounds of what is read, and the one kind of WAV that shards hold: 16 kHz, mono, int16.
 
-No header is trusted: lengths, rates and channels are bounded before a byte is decoded, and a file that holds less than
-it declares is refused. (Ogg, NIST and raw AAC files declare no length: their cut copies pass as shorter clips.)
+No header is trusted: rates and channels are bounded before a byte is decoded, lengths while it is decoded, and a file
+that holds less than it declares is refused. (Ogg, NIST and raw AAC files declare no length: their cut copies pass as
+shorter clips.)
 """
 
 import math
 import struct
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
-import soxr
-
-if TYPE_CHECKING:
-    from torchaudio.transforms import Resample
-
-# torch is imported where it resamples: it takes a second and 450 MB, and whoever only opens a dataset needs none.
 
 # What is read, by the names such files bear; what a file is, its content says.
 LIBSNDFILE_EXTENSIONS = (
@@ -30,16 +24,10 @@ MIN_SAMPLES = 400  # one 25 ms frame of the log-mel front-end
 MAX_SECONDS = 600.0  # of a clip, unless the caller says otherwise
 RATE_BOUNDS_HZ = (1_000, 768_000)
 MAX_CHANNELS = 64
-MAX_FRAMES = 1 << 29  # of a file, one sample per channel each; as mono float32 2 GiB, 3 hours at 48 kHz
 INT16_SCALE = 32_768  # int16 sample = amplitude x 32768
 WAV_HEADER_BYTES = 44  # RIFF, fmt and data headers, and nothing else
 
 LOUDEST = 100.0  # float audio may pass full scale, but not by 40 dB: then it is integers turned into floats
-RESAMPLE_AT_ONCE = 1 << 19  # samples: 10 s at 48 kHz in one piece; torchaudio takes up to 60 bytes for each
-# Values of torchaudio's resampling kernel: it holds 16000 / g filters of about rate / g taps, where g is the greatest
-# common divisor of the two. 22.05 and 44.1 kHz take 0.1 M values, 11127 Hz would take 178 M (0.7 GB).
-MAX_KERNEL_VALUES = 1 << 22
-LOWPASS_ZEROS, LOWPASS_ROLLOFF = 6, 0.99  # torchaudio's defaults: zero crossings each side, share of the Nyquist band
 CUT_SLACK_S = 0.5  # a file that is longer than a segment by this much still is that segment: codecs pad, cutters round
 
 
@@ -78,8 +66,6 @@ def check_length(num_frames: int, rate_hz: int, max_seconds: float) -> None:
         raise AudioError("holds no samples")
     if num_frames > max_seconds * rate_hz:
         raise AudioError(f"lasts {num_frames / rate_hz:.1f} s, longer than {max_seconds:g} s")
-    if num_frames > MAX_FRAMES:
-        raise AudioError(f"{num_frames} samples per channel are more than {MAX_FRAMES}")
     num_samples = resampled_length(num_frames, rate_hz)
     if num_samples < MIN_SAMPLES:
         raise AudioError(f"has {num_samples} samples at 16 kHz, shorter than one frame of {MIN_SAMPLES}")
@@ -106,71 +92,6 @@ def amplitude_complaint(wave_S: np.ndarray) -> str:
 def resampled_length(num_samples: int, rate_hz: int) -> int:
     """Return how many samples a wave has at 16 kHz, rounded up."""
     return -(-num_samples * SAMPLE_RATE_HZ // rate_hz)
-
-
-def resample(wave_S: np.ndarray, rate_hz: int) -> np.ndarray:
-    """Resample to 16 kHz, float32 [S] to float32 [resampled_length(S, rate_hz)].
-
-    By torchaudio (a sinc of 6 zero crossings under a Hann window), to the bit as the official feature extraction calls
-    torchaudio.functional.resample, which may lose the last sample to the rounding of its length; waves longer than
-    RESAMPLE_AT_ONCE (10.9 s at 48 kHz) go in blocks, and are the same within rounding (3e-8). Rates whose kernel would
-    be huge (MAX_KERNEL_VALUES) are left to soxr (HQ).
-    """
-    if rate_hz == SAMPLE_RATE_HZ:
-        return wave_S
-    if _kernel_values(rate_hz) > MAX_KERNEL_VALUES:
-        return _resample_by_soxr(wave_S, rate_hz)
-    if max(len(wave_S), resampled_length(len(wave_S), rate_hz)) > RESAMPLE_AT_ONCE:
-        return _resample_in_blocks(wave_S, rate_hz)
-    import torch
-
-    return _resampler(rate_hz)(torch.from_numpy(wave_S)).numpy()
-
-
-def _resample_in_blocks(wave_S: np.ndarray, rate_hz: int) -> np.ndarray:
-    """`resample` of a long wave by torchaudio, whose own memory is several times the wave's.
-
-    `old` samples become `new`, and the outputs n * new to (n + 1) * new are dot products of samples around group n of
-    the input. So a block of whole groups, with as many groups around it as the filter reaches over, gives what the
-    whole wave gives.
-    """
-    import torch
-
-    resampler = _resampler(rate_hz)
-    old, new = rate_hz // resampler.gcd, SAMPLE_RATE_HZ // resampler.gcd
-    reach = math.ceil(resampler.width / old)  # groups
-    num_groups, block = math.ceil(len(wave_S) / old), RESAMPLE_AT_ONCE // max(old, new)
-    out_S = np.empty(resampled_length(len(wave_S), rate_hz), np.float32)
-    for start in range(0, num_groups, block):
-        before = min(reach, start)
-        piece_S = torch.from_numpy(wave_S[(start - before) * old : (start + block + reach) * old])
-        whole_S = torch.nn.functional.pad(piece_S, (0, -len(piece_S) % old))  # the last group may be a part of one
-        block_S = out_S[start * new : (start + block) * new]
-        block_S[:] = resampler(whole_S).numpy()[before * new :][: len(block_S)]
-    return out_S
-
-
-def _resample_by_soxr(wave_S: np.ndarray, rate_hz: int) -> np.ndarray:
-    """`resample` by soxr, which rounds the length to the nearest: silence behind the wave brings it up to ours."""
-    silence_S = np.zeros(rate_hz // SAMPLE_RATE_HZ + 1, np.float32)
-    resampled_S = soxr.resample(np.concatenate([wave_S, silence_S]), rate_hz, SAMPLE_RATE_HZ, quality="HQ")
-    return resampled_S[: resampled_length(len(wave_S), rate_hz)]
-
-
-def _kernel_values(rate_hz: int) -> int:
-    gcd = math.gcd(rate_hz, SAMPLE_RATE_HZ)
-    old, new = rate_hz // gcd, SAMPLE_RATE_HZ // gcd
-    width = math.ceil(LOWPASS_ZEROS * old / (min(old, new) * LOWPASS_ROLLOFF))
-    return new * (2 * width + old)
-
-
-@lru_cache(maxsize=8)
-def _resampler(rate_hz: int) -> "Resample":
-    """Keep the kernel, computed in float32 as torchaudio's function does; its class would take float64."""
-    import torch
-    from torchaudio.transforms import Resample
-
-    return Resample(rate_hz, SAMPLE_RATE_HZ, dtype=torch.float32)
 
 
 def to_int16(amplitude_S: np.ndarray) -> np.ndarray:

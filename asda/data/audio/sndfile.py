@@ -1,0 +1,130 @@
+"""Decode files by libsndfile, part by part, and refuse those that hold less than they declare."""
+
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import soundfile
+
+from asda.data.audio.parts import UNKNOWN_SIZE_BYTES, Part, PartFile, parts_of
+from asda.data.audio.waves import SAMPLE_RATE_HZ, AudioError, check_format
+
+READ_AT_ONCE = 1 << 20  # values of all channels, 4 MiB of float32
+# libsndfile shortens a truncated file's header to what is there; only its log knows: "data : 900 (should be 600)".
+SIZE_CORRECTION = re.compile(r": (\d+) \(should be (\d+)\)")
+SIZE_SLACK_BYTES = 8  # writers that forget a pad byte or count the RIFF header itself are off by this much at most
+MPEG_MESSAGES = (b"libmpg123", b"Xing stream size off")
+
+Dtype = Literal["float32", "int16"]
+
+_stderr_lock = threading.Lock()
+
+
+@contextmanager
+def open_by_sndfile(path: Path) -> Iterator["SndfileSound"]:
+    """Open a file, or the parts that it is made of. Errors of libsndfile in the block become AudioError."""
+    opened: list[soundfile.SoundFile] = []
+    try:
+        with path.open("rb") as file:
+            try:
+                opened += [_open(file, part) for part in parts_of(path) or (None,)]
+                yield SndfileSound(opened)
+            finally:
+                for sound in opened:
+                    sound.close()
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"libsndfile: {error.error_string.rstrip('.') or f'error {error.code}'}") from error
+    except OSError as error:
+        raise AudioError(f"cannot be read: {error.strerror}") from error
+
+
+def _open(file: BinaryIO, part: Part | None) -> soundfile.SoundFile:
+    # By descriptor, because soundfile decides by the extension of a path.
+    source: Any = file.fileno() if part is None else PartFile(part, file)
+    with without_messages():
+        sound = soundfile.SoundFile(source, closefd=False)
+    check_format(sound.samplerate, sound.channels)
+    for declared, present in SIZE_CORRECTION.findall(sound.extra_info):
+        if int(present) + SIZE_SLACK_BYTES < int(declared) < UNKNOWN_SIZE_BYTES:
+            raise AudioError(f"is truncated: a chunk declares {declared} bytes and {present} are there")
+    return sound
+
+
+class SndfileSound:
+    """An open file.
+
+    Attributes:
+        rate_hz: samples per second.
+        num_channels: of the file.
+        num_frames: the length, one sample per channel each.
+        exact: whether its samples are 16 kHz, mono, int16.
+    """
+
+    def __init__(self, sounds: list[soundfile.SoundFile]):
+        first = sounds[0]
+        for sound in sounds[1:]:
+            if (sound.samplerate, sound.channels) != (first.samplerate, first.channels):
+                raise AudioError(
+                    f"joins sounds of {first.samplerate} Hz, {first.channels} channels and of {sound.samplerate} Hz, "
+                    f"{sound.channels} channels; split it into files"
+                )
+        self._sounds = sounds
+        self.rate_hz, self.num_channels = first.samplerate, first.channels
+        self.num_frames = sum(sound.frames for sound in sounds)
+        self.exact = all(
+            (sound.samplerate, sound.channels, sound.subtype) == (SAMPLE_RATE_HZ, 1, "PCM_16") for sound in sounds
+        )
+
+    def blocks(self, first: int, most: int | None, dtype: Dtype = "float32") -> Iterator[np.ndarray]:
+        """Decode `most` frames from frame `first`, or all: [C, S] a block. Raises AudioError if they are not there."""
+        left = self.num_frames - first if most is None else most
+        for sound in self._sounds:
+            skipped = min(first, sound.frames)
+            first -= skipped
+            wanted = min(left, sound.frames - skipped)
+            if not wanted:
+                continue
+            left -= wanted
+            yield from _blocks(sound, skipped, wanted, dtype)
+
+
+def _blocks(sound: soundfile.SoundFile, first: int, wanted: int, dtype: Dtype) -> Iterator[np.ndarray]:
+    quiet = without_messages if sound.format == "MP3" else _nothing
+    with quiet():
+        sound.seek(first)
+    size = max(1, READ_AT_ONCE // sound.channels)
+    for start in range(0, wanted, size):
+        expected = min(size, wanted - start)
+        with quiet():
+            audio_SC = sound.read(expected, dtype=dtype, always_2d=True)
+        if len(audio_SC) != expected:
+            there = first + start + len(audio_SC)
+            raise AudioError(f"is truncated: its header declares {sound.frames} frames and {there} are there")
+        yield audio_SC.T
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def without_messages() -> Iterator[None]:
+    """Keep what libmpg123 writes to stderr away from it, and let all else through a little later."""
+    with _stderr_lock, tempfile.TemporaryFile() as kept:
+        real = os.dup(2)
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(real, 2)
+            os.close(real)
+            kept.seek(0)
+            if lines := [line for line in kept if not any(words in line for words in MPEG_MESSAGES)]:
+                os.write(2, b"".join(lines))
