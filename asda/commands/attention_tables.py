@@ -11,22 +11,20 @@ import numpy as np
 from asda.commands.pictures import DB_PER_NEPER, pyplot, show_levels, show_patches, to_png
 from asda.commands.report_runs import distinct_names
 from asda.data.clips import ClipDataset
-from asda.evaluation.attention_maps import (
+from asda.evaluation.attention import (
     SIGNED,
+    Estimate,
+    Mixture,
     Network,
     attention_of,
     block_inputs,
-    load_network,
-    named_maps,
-    on_patches,
-)
-from asda.evaluation.attention_noise import (
-    Estimate,
-    Mixture,
     choose_clips,
+    load_network,
     make_mixtures,
     mean_estimate,
     measure,
+    named_maps,
+    on_patches,
     ratio_estimate,
 )
 

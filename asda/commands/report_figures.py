@@ -17,11 +17,12 @@ from asda.commands.report_runs import Run
 from asda.config.model import PretrainConfig
 from asda.data.clips import Clip
 from asda.data.order import clip_rng
-from asda.evaluation.attention_maps import (
+from asda.evaluation.attention import (
     FIRST,
     ONLY,
     SECOND,
     SIGNED,
+    Estimate,
     Network,
     attention_of,
     block_inputs,
@@ -29,7 +30,6 @@ from asda.evaluation.attention_maps import (
     named_maps,
     on_patches,
 )
-from asda.evaluation.attention_noise import Estimate
 from asda.models.masks import inverse_block_masks
 
 COLOURS = (

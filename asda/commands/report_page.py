@@ -42,8 +42,16 @@ from asda.data.order import Draw
 from asda.data.remote.cache import CacheConfig
 from asda.data.remote.fetch import shareable
 from asda.errors import UserError
-from asda.evaluation.attention_maps import SIGNED, Network, clip_log_mel, load_network
-from asda.evaluation.attention_noise import choose_clips, make_mixtures, measure, ratio_estimate
+from asda.evaluation.attention import (
+    SIGNED,
+    Network,
+    choose_clips,
+    clip_log_mel,
+    load_network,
+    make_mixtures,
+    measure,
+    ratio_estimate,
+)
 
 TEMPLATE = "report.html.jinja"
 LOOKED_THROUGH = 24  # clips, of which the liveliest is pictured

@@ -11,6 +11,7 @@ from matplotlib.image import imread
 from scipy import stats
 from tiny_tools import INPUT, TINY, noise, one_core, run, write_pretrained, write_tagger
 
+from asda.checkpoint.weights import read_weights
 from asda.config.model import ClassifyConfig, ModelConfig
 from asda.config.run import Description
 from asda.data.audio.waves import INT16_SCALE
@@ -18,14 +19,21 @@ from asda.data.clips import Clip
 from asda.data.features.fbank import log_mel
 from asda.data.order import Draw
 from asda.errors import UserError
-from asda.evaluation import attention_maps, attention_noise
-from asda.evaluation.attention_maps import ABSOLUTE, FIRST, ONLY, SECOND, SIGNED, Network, load_network, named_maps
-from asda.evaluation.attention_noise import (
+from asda.evaluation import attention as measured
+from asda.evaluation.attention import (
+    ABSOLUTE,
+    FIRST,
+    ONLY,
     RESAMPLES,
+    SECOND,
+    SIGNED,
     Mixture,
-    clip_shares,
+    Network,
+    load_network,
     make_mixtures,
     mean_estimate,
+    measure,
+    named_maps,
     net_relative_share,
     ratio_estimate,
     relative_share,
@@ -110,9 +118,9 @@ def test_a_network_that_attends_evenly_is_one_in_every_block_and_map(lam, maps, 
         torch.nn.init.zeros_(block.get_submodule("attn.qk").weight)
         torch.nn.init.zeros_(block.get_submodule("attn.qk").bias)
     (mixture, *_) = make_mixtures([clip(0, 0), clip(1, 1)], [even], "clip", seed=0)
-    shares = clip_shares(even, mixture, query)
+    shares = measure(even, [mixture], query)
     assert list(shares) == maps
-    assert all(values.shape == (TINY.depth, 2) for values in shares.values())
+    assert all(values.shape == (TINY.depth, 2, 1) for values in shares.values())
     assert all(np.abs(values - 1).max() < ROUNDING for values in shares.values())
 
 
@@ -123,9 +131,9 @@ def test_frames_of_the_first_half_are_the_first_half_of_the_patches(monkeypatch,
         row_K = torch.cat([torch.tensor([False]), early_K]).double()
         return {ONLY: row_K.expand(2, len(row_K), len(row_K))}
 
-    monkeypatch.setattr(attention_noise, "named_maps", on_early_frames)
+    monkeypatch.setattr(measured, "named_maps", on_early_frames)
     mel_TF = np.zeros((FRAMES, TINY.mel_bins), np.float32)
-    shares = clip_shares(network("absent"), Mixture(mel_TF, mel_TF, replaced_first))
+    shares = measure(network("absent"), [Mixture(mel_TF, mel_TF, replaced_first)])
     assert (shares[ONLY] == expected).all()
 
 
@@ -152,7 +160,7 @@ def test_a_mixture_keeps_one_half_and_takes_the_other_from_a_clip_without_common
 
 def test_noise_is_as_loud_as_the_clip():
     one = clip(0, seconds=4.0)
-    found = attention_noise._noise_like(one, np.random.default_rng(0))
+    found = measured._noise_like(one, np.random.default_rng(0))
     # The standard deviation of n samples of noise spreads by 1 / sqrt(2 n); five of those are never met by chance.
     assert found.std() / (one.samples.std() / INT16_SCALE) == pytest.approx(1, abs=5 / np.sqrt(2 * len(found)))
 
@@ -184,7 +192,7 @@ def test_intervals_are_those_of_scipy():
 def test_of_a_pre_training_the_teacher_is_looked_at_and_of_a_classifier_its_encoder(tmp_path: Path):
     pretrained, tagger = write_pretrained(tmp_path / "pretrained"), write_tagger(tmp_path / "tagger")
     for folder, stem, prefix in ((pretrained, "teacher", ""), (tagger, "model", "encoder.")):
-        weights = attention_maps.read_weights(folder, stem)
+        weights = read_weights(folder, stem)
         state = load_network(folder).encoder.state_dict()
         assert all(tensor.equal(weights[prefix + name]) for name, tensor in state.items())
 
@@ -192,7 +200,7 @@ def test_of_a_pre_training_the_teacher_is_looked_at_and_of_a_classifier_its_enco
 def test_a_network_without_such_maps_is_refused_by_name(tmp_path: Path, monkeypatch):
     tagger = write_tagger(tmp_path / "tagger")
     other = SimpleNamespace(model=SimpleNamespace(kind="another"))
-    monkeypatch.setattr(attention_maps, "read_description", lambda folder: other)
+    monkeypatch.setattr(measured, "read_description", lambda folder: other)
     with pytest.raises(UserError, match="tagger holds a network of another kind"):
         load_network(tagger)
 
@@ -216,7 +224,7 @@ def test_the_tool_writes_figures_and_a_picture_of_all_runs(shards: Path, tmp_pat
 
 
 def test_a_figure_that_is_none_is_null_in_the_file(shards: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(attention_noise, "net_relative_share", lambda weights_HQN, irrelevant_N: np.nan)
+    monkeypatch.setattr(measured, "net_relative_share", lambda weights_HQN, irrelevant_N: np.nan)
     out = tmp_path / "figures.json"
     tagger = write_tagger(tmp_path / "tagger")
     assert run("attention", tagger, "--data", f"{shards}:test", "--clips", 4, "--out", out).code == 0
