@@ -13,11 +13,11 @@ from torch import nn
 from asda.checkpoint.read import read_description, resolve_checkpoint
 from asda.config.data import DataConfig
 from asda.config.run import Config, Description, EngineConfig, OptimizerConfig, ProbeConfig, RunConfig
-from asda.data.datasets import open_labelled
+from asda.data.datasets import open_labelled, open_probe_data
 from asda.data.shards.read import load_dataset
 from asda.engine.processes import Processes, join_processes, leave_processes
 from asda.evaluation.folds import interval, other_splits
-from asda.evaluation.probe import LabelledFeatures, Probe, features_of, probe_figures
+from asda.evaluation.probe import LabelledFeatures, features_of, probe_figures
 from asda.inference import load
 from asda.models.classifier import make_encoder
 
@@ -43,7 +43,7 @@ def probe(args: argparse.Namespace) -> None:
     sets = list_sets(args)
     configs = [_config(description, one.train, one.test, args.neighbours) for one in sets]
     for config in configs:
-        Probe(config)  # refuses splits that cannot be compared
+        open_probe_data(config)  # refuses splits that cannot be compared
     processes = join_processes()
     rows = {name: _figures(encoder, sets, configs[0], processes) for name, encoder in encoders.items()}
     leave_processes()

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from asda.config.run import Config
 from asda.data.clips import ClipDataset
-from asda.data.datasets import open_probe_data
 from asda.data.features.augment import present_patches
 from asda.data.stream import Batch
 from asda.engine.processes import Processes
@@ -37,49 +37,37 @@ class LabelledFeatures(NamedTuple):
     targets_NC: Tensor
 
 
-class Probe:
-    """The two sets of labelled clips of config.probe. Make it before the first step, so that mistakes show then."""
+def probe_encoder(
+    encoder: nn.Module, config: Config, data: tuple[ClipDataset, ClipDataset], processes: Processes
+) -> dict[str, float | int]:
+    """Evaluate an encoder on the two datasets of open_probe_data. All ranks call this together and get the same.
 
-    def __init__(self, config: Config):
-        """Open the shards.
+    Nothing is drawn from torch's generator, and the encoder is not changed.
 
-        Args:
-            config: has a section probe, and the log-mel statistics resolved; clips become patches as in training.
+    Args:
+        encoder: in eval mode, whole on every rank. It must not communicate, because ranks may have different numbers of
+            batches.
+        config: has a section probe, and the log-mel statistics resolved; clips become patches as in training.
+        data: labelled clips, and held-out clips.
+        processes: all ranks.
 
-        Raises:
-            UserError: shards are missing or unlabelled, classes of the two sets differ, or there are too few clips.
-        """
-        assert config.probe is not None
-        self._config, self._neighbours = config, config.probe.neighbours
-        self._train, self._test = open_probe_data(config)
-
-    def figures(self, teacher: nn.Module, processes: Processes) -> dict[str, float | int]:
-        """Evaluate an encoder. All ranks call this together and get the same figures.
-
-        Nothing is drawn from torch's generator, and the encoder is not changed.
-
-        Args:
-            teacher: an Encoder in eval mode, whole on every rank. It must not communicate, because ranks may have
-                different numbers of batches.
-            processes: all ranks.
-
-        Returns:
-            "knn_accuracy" and "linear_accuracy" if every held-out clip has one label, else "knn_mAP" and
-            "linear_mAP", the mean average precision of all classes; nan if features are not finite.
-        """
-        assert not teacher.training
-        train, test = (features_of(teacher, clips, self._config, processes) for clips in (self._train, self._test))
-        return probe_figures(train, test, self._neighbours)
+    Returns:
+        "knn_accuracy" and "linear_accuracy" if every held-out clip has one label, else "knn_mAP" and "linear_mAP", the
+        mean average precision of all classes; nan if features are not finite.
+    """
+    assert config.probe is not None
+    assert not encoder.training
+    train, test = (features_of(encoder, clips, config, processes) for clips in data)
+    return probe_figures(train, test, config.probe.neighbours)
 
 
 def probe_figures(train: LabelledFeatures, test: LabelledFeatures, neighbours: int) -> dict[str, float | int]:
-    """Compute the figures of Probe.figures from features."""
-    train_ND, test_TD = train.of_clips_ND, test.of_clips_ND
+    """Compute the figures of probe_encoder from features."""
     targets_TC = test.targets_NC.double().cpu().numpy()
     name = "accuracy" if have_one_label(targets_TC) else "mAP"
-    if not (train_ND.isfinite().all() and test_TD.isfinite().all()):
+    if not (train.of_clips_ND.isfinite().all() and test.of_clips_ND.isfinite().all()):
         return {f"knn_{name}": float("nan"), f"linear_{name}": float("nan")}
-    train_ND, test_TD = standardised(train_ND, test_TD)
+    train_ND, test_TD = standardised(train.of_clips_ND, test.of_clips_ND)
     scores = {
         "knn": neighbour_scores(train_ND, train.targets_NC, test_TD, neighbours),
         "linear": linear_scores(train_ND, train.targets_NC, test_TD),
@@ -100,25 +88,18 @@ def standardised(train_ND: Tensor, test_TD: Tensor) -> tuple[Tensor, Tensor]:
 
 def neighbour_scores(train_ND: Tensor, train_targets_NC: Tensor, test_TD: Tensor, neighbours: int) -> Tensor:
     """Return the share of the nearest labelled clips, by cosine, that have each label: [T, C]."""
-    train_ND = nn.functional.normalize(train_ND)
-    nearest = [
-        (nn.functional.normalize(rows_RD) @ train_ND.T).topk(neighbours, dim=1).indices
-        for rows_RD in test_TD.split(ROWS)
-    ]
+    train_ND = normalize(train_ND)
+    nearest = [(normalize(rows_RD) @ train_ND.T).topk(neighbours, dim=1).indices for rows_RD in test_TD.split(ROWS)]
     return torch.cat([train_targets_NC[nearest_RK].mean(1) for nearest_RK in nearest])
 
 
 def linear_scores(train_ND: Tensor, train_targets_NC: Tensor, test_TD: Tensor) -> Tensor:
     """Score held-out clips, [T, C], by a linear layer that ridge regression fits to labels of 0 and 1.
 
-    The weights minimise |X W + b - Y|^2 + penalty N |W|^2 in closed form. Among PENALTIES the one is chosen that has
-    the least error when each labelled clip is predicted from all others. That follows from the same decomposition: the
-    error of a clip that is left out is its error within, divided by 1 minus its leverage.
-
-    Args:
-        train_ND: features with mean 0, in fp64.
-        train_targets_NC: 1 where the clip has the label.
-        test_TD: features of the held-out clips, shifted by the same mean.
+    Features are in fp64, standardised. The weights minimise |X W + b - Y|^2 + penalty N |W|^2 in closed form. Among
+    PENALTIES the one is chosen that has the least error when each labelled clip is predicted from all others. That
+    follows from the same decomposition: the error of a clip that is left out is its error within, divided by 1 minus
+    its leverage.
     """
     num_clips = len(train_ND)
     bias_C = train_targets_NC.double().mean(0)

@@ -20,10 +20,10 @@ from asda.checkpoint.weights import read_weights
 from asda.config.data import DataSpecs
 from asda.config.run import Config
 from asda.data.clips import ClipDataset
-from asda.data.datasets import open_held_out
+from asda.data.datasets import open_held_out, open_probe_data
 from asda.engine.processes import Processes, from_all_ranks
 from asda.evaluation.loop import evaluate_weights
-from asda.evaluation.probe import Probe
+from asda.evaluation.probe import probe_encoder
 from asda.objectives import Objective
 from asda.run.log import Figures, RunLog
 
@@ -70,7 +70,7 @@ class Validation:
             UserError: shards are missing, unlabelled, of other classes, or shared between data.valid and data.test.
         """
         self._config, self._vocabulary, self._processes = config, dataset.vocabulary, processes
-        self._probe = Probe(config) if config.probe else None
+        self._probe_data = open_probe_data(config) if config.probe else None
         self._valid, self.warnings = open_held_out(config, dataset)
         self.best = Best()
 
@@ -89,9 +89,10 @@ class Validation:
     def run(self, step: int, objective: Objective, log: RunLog) -> None:
         """Evaluate what the configuration asks for, and log the figures."""
         data, is_last = self._config.data, step == self._config.optimizer.steps
-        if self._probe:
+        if self._probe_data:
             assert objective.teacher is not None, "the configuration allows a probe in pre-training only"
-            log.record("probe", step, self._probe.figures(objective.teacher.encoder, self._processes))
+            encoder = objective.teacher.encoder
+            log.record("probe", step, probe_encoder(encoder, self._config, self._probe_data, self._processes))
         if not data.valid and not (data.test and is_last):
             return
         weights = objective.weights(everywhere=True)["model"]

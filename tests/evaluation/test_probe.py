@@ -19,6 +19,7 @@ from torch import nn
 from asda.config.data import LogMelStats
 from asda.config.run import Config, ProbeConfig
 from asda.data.clips import ClipDataset, read_clips
+from asda.data.datasets import open_probe_data
 from asda.data.features.fbank import log_mel
 from asda.data.order import Draw
 from asda.engine.processes import Processes
@@ -26,10 +27,10 @@ from asda.errors import UserError
 from asda.evaluation.probe import (
     PENALTIES,
     LabelledFeatures,
-    Probe,
     features_of,
     linear_scores,
     neighbour_scores,
+    probe_encoder,
     probe_figures,
     standardised,
 )
@@ -114,7 +115,7 @@ def judged(processes: Processes, config: Config) -> tuple[dict[str, Any], bool]:
     encoder = encoder_of(config)
     weights = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     generator = torch.get_rng_state()
-    figures = Probe(config).figures(encoder, processes)
+    figures = probe_encoder(encoder, config, open_probe_data(config), processes)
     same = all(torch.equal(tensor, weights[name]) for name, tensor in encoder.state_dict().items())
     return figures, same and not encoder.training and torch.equal(torch.get_rng_state(), generator)
 
@@ -185,7 +186,7 @@ def test_features_without_a_value_give_figures_without_a_value(shards: Path, alo
     config = config_with_probe(shards)
     encoder = encoder_of(config)
     encoder.cls_token.fill_(float("nan"))
-    figures = Probe(config).figures(encoder, alone)
+    figures = probe_encoder(encoder, config, open_probe_data(config), alone)
     assert list(figures) == ["knn_accuracy", "linear_accuracy"]
     assert all(math.isnan(figure) for figure in figures.values())
 
@@ -205,7 +206,7 @@ def test_a_probe_that_cannot_work_is_one_sentence_before_the_first_step(
     assert config.probe is not None
     filled = {key: value.format(shards) if isinstance(value, str) else value for key, value in probe.items()}
     with pytest.raises(UserError, match=words):
-        Probe(config.model_copy(update={"probe": config.probe.model_copy(update=filled)}))
+        open_probe_data(config.model_copy(update={"probe": config.probe.model_copy(update=filled)}))
 
 
 def test_sets_with_other_classes_are_refused(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,4 +219,4 @@ def test_sets_with_other_classes_are_refused(shards: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(ClipDataset, "__init__", renamed)
     with pytest.raises(UserError, match=r"probe.test .* and probe.train .* have different classes; .* --labels FILE"):
-        Probe(config_with_probe(shards))
+        open_probe_data(config_with_probe(shards))
