@@ -5,7 +5,7 @@ The training loop (asda/trainer.py) knows both as an Objective and asks neither 
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,64 +27,65 @@ Terms = dict[str, Tensor]
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by engine.precision
 
 
-class Objective(Protocol):
-    """The interface for the training loop; other objectives are classes like it, named in make_objective."""
+class Objective:
+    """What the training loop asks of an objective; the defaults fit one without students and teacher.
 
-    @property
-    def module(self) -> nn.Module:
-        """The module that DeepSpeed trains."""
-        ...
+    Other objectives are classes like those below, named in make_objective. They set `module`, which DeepSpeed trains,
+    and `lr_scales`: parameter name -> factor of its learning rate; 1 if it is missing.
+    """
 
-    @property
-    def lr_scales(self) -> dict[str, float]:
-        """Parameter name -> factor of its learning rate; 1 if it is missing."""
-        ...
+    module: nn.Module
+    lr_scales: dict[str, float]
 
     @property
     def teacher(self) -> Teacher | None:
         """The network that follows the trained one, whole on every rank; None if there is none."""
-        ...
+        return None
 
     def follow(self, engine: Any) -> None:
         """Take note of the engine that trains `module` from now on."""
-        ...
+        self._engine = engine
 
     def masks(self) -> MaskMaker | None:
         """Return what draws the patches that the students of a clip see: rng -> [M, K] int64. None: no students."""
-        ...
+        return None
 
     def loss(self, engine: Any, patches_BNP: Tensor, batch: Batch) -> tuple[Tensor, Terms]:
         """Return the loss of a micro-batch, a scalar to differentiate, and its terms for the log."""
-        ...
+        raise NotImplementedError
 
     def after_update(self, num_updates: int) -> dict[str, float]:
         """Do what follows update number `num_updates` of the weights; return figures for the log."""
-        ...
+        return {}
 
     def weights(self, everywhere: bool = False) -> dict[str, dict[str, Tensor]]:
         """Return what a checkpoint publishes: file stem -> whole tensors, fp32, as engine.zero.full_weights does."""
-        ...
+        return {"model": full_weights(self._engine, everywhere)}
 
     def restore(self, folder: Path) -> None:
-        """Take from a checkpoint what the engine does not hold."""
-        ...
+        """Take from a checkpoint what the engine does not hold; by default, it holds everything."""
 
 
-class Pretraining:
+class Pretraining(Objective):
     """Students that see a fifth of a clip predict what the teacher makes of the whole clip."""
 
     def __init__(self, config: Config, objective: PretrainConfig, device: torch.device):
         self._config, self._objective = config, objective
-        self.module = MaskedStudents(of_asda(config.model), objective)
-        set_attention_path(self.module, config.engine.attention)
-        self.module.encoder.recompute = config.engine.activation_checkpointing
-        self.teacher = Teacher(self.module.encoder, objective.target_layers).to(device)
-        self.lr_scales: dict[str, float] = {}
+        students = MaskedStudents(of_asda(config.model), objective)
+        set_attention_path(students, config.engine.attention)
+        students.encoder.recompute = config.engine.activation_checkpointing
+        self._teacher = Teacher(students.encoder, objective.target_layers).to(device)
+        self.module, self.lr_scales = students, {}
         self._dtype = PRECISIONS[config.engine.precision]
+
+    @property
+    def teacher(self) -> Teacher:
+        """The EMA of the students' encoder."""
+        return self._teacher
 
     def follow(self, engine: Any) -> None:
         """Let the teacher average this engine's master weights from now on."""
-        self._engine = engine
+        super().follow(engine)
         self._ema = Ema(engine, self.teacher.encoder, self._dtype)
 
     def masks(self) -> MaskMaker:
@@ -117,17 +118,15 @@ class Pretraining:
 
     def weights(self, everywhere: bool = False) -> dict[str, dict[str, Tensor]]:
         """Return the students' module and the teacher."""
-        return {"model": full_weights(self._engine, everywhere), "teacher": self._ema.weights(everywhere)}
+        return super().weights(everywhere) | {"teacher": self._ema.weights(everywhere)}
 
     def restore(self, folder: Path) -> None:
         """Take the teacher from a checkpoint."""
         self._ema.restore(folder / "teacher.safetensors")
 
 
-class Classification:
+class Classification(Objective):
     """A classifier on the encoder, pre-trained or from scratch."""
-
-    teacher = None
 
     def __init__(self, config: Config, objective: ClassifyConfig, vocabulary: tuple[str, ...], *, resumed: bool):
         if not vocabulary:
@@ -141,30 +140,12 @@ class Classification:
         self.module.set_recompute(config.engine.activation_checkpointing)
         self.lr_scales = lr_scales(self.module, objective.layer_decay)
 
-    def follow(self, engine: Any) -> None:
-        """Take note of the engine, which holds the weights."""
-        self._engine = engine
-
-    def masks(self) -> None:
-        """Return None: a classifier sees the whole clip."""
-
     def loss(self, engine: Any, patches_BNP: Tensor, batch: Batch) -> tuple[Tensor, Terms]:
         """Compute the cross-entropy or binary cross-entropy of the clips."""
         targets_BC = torch.from_numpy(batch.targets(self._num_classes)).to(patches_BNP.device)
         present_BN = batch.present(self._config, patches_BNP.device)
         loss = classification_loss(engine(patches_BNP, present_BN), targets_BC, self._objective)
         return loss, {"loss": loss}
-
-    def after_update(self, num_updates: int) -> dict[str, float]:
-        """Do nothing: no teacher follows."""
-        return {}
-
-    def weights(self, everywhere: bool = False) -> dict[str, dict[str, Tensor]]:
-        """Return the classifier."""
-        return {"model": full_weights(self._engine, everywhere)}
-
-    def restore(self, folder: Path) -> None:
-        """Do nothing: the engine holds everything."""
 
 
 def make_objective(
