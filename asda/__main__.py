@@ -1,5 +1,6 @@
 """The command `asda`: find the module of a command and run it. Loads neither torch nor pydantic by itself."""
 
+import difflib
 import importlib
 import io
 import signal
@@ -31,28 +32,18 @@ def _run(argv: list[str]) -> None:
 
         print(f"asda {__version__}")
     elif name in COMMANDS:
-        _run_module(COMMANDS[name][0], argv[1:])
+        module = COMMANDS[name][0]
+        if module.startswith("asda.commands."):  # SIGTERM ends it like Ctrl-C, so that it cleans up; a training saves
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        importlib.import_module(module).main(argv[1:])
     else:
-        raise UserError(f"unknown command {name!r}; {_nearest(name)}`asda --help` lists all commands")
-
-
-def _run_module(module: str, argv: list[str]) -> None:
-    """Call `main` of a module. SIGTERM ends a command like Ctrl-C, so that it cleans up; a training saves instead."""
-    if module.startswith("asda.commands."):
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-    importlib.import_module(module).main(argv)
+        close = "".join(f"did you mean {other}? " for other in difflib.get_close_matches(name, COMMANDS, n=1))
+        raise UserError(f"unknown command {name!r}; {close}`asda --help` lists all commands")
 
 
 def _help() -> str:
     rows = [f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join([USAGE, "", "commands", *rows, "", SEVERAL_RANKS])
-
-
-def _nearest(name: str) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(name, COMMANDS, n=1)
-    return f"did you mean {close[0]}? " if close else ""
 
 
 if __name__ == "__main__":

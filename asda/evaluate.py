@@ -15,6 +15,7 @@ if not __package__:  # run as a script: Python has put asda/ first, where names 
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,14 +42,13 @@ checkpoints are combined; COPY_evaluation.json beside a checkpoint COPY outside 
 
 
 def combined_logits(
-    several: list[Member], dataset: ClipDataset, processes: Processes, *, ensemble: bool, chunks: bool
+    several: list[Member], dataset: ClipDataset, processes: Processes, *, way: str, chunks: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compute logits of one checkpoint, of the mean of several weights, or of the mean of several probabilities.
+    """Compute logits and targets, [N, C], of one checkpoint, of the mean weights of several, or of their ensemble.
 
-    Returns:
-        Logits and targets, [N, C], as logits_of_clips.
+    The ensemble is the mean of the probabilities.
     """
-    if not ensemble:
+    if way != "ensemble":
         weights = averaged(several) if len(several) > 1 else several[0].weights()
         return logits_of_clips(several[-1].config, weights, dataset, processes, chunks=chunks)
     each = [logits_of_clips(one.config, one.weights(), dataset, processes, chunks=chunks) for one in several]
@@ -56,30 +56,38 @@ def combined_logits(
     return mean_logits(logits_KNC, torch.ones(len(several), dtype=torch.float64), several[0].loss).numpy(), each[0][1]
 
 
-def evaluate(several: list[Member], data: str | None, out: Path | None, *, ensemble: bool, chunks: bool) -> None:
-    """Evaluate checkpoints, print the figures, and write the files of asda.evaluation.report."""
+def evaluate(several: list[Member], data: str | None, out: Path | None, *, way: str, chunks: bool) -> None:
+    """Evaluate checkpoints, print the figures, and write the files of asda.evaluation.report.
+
+    `way` combines several: "average" or "ensemble"; "" evaluates one.
+    """
     processes = join_processes()
     several = those_of_the_first_rank(several)
     newest = several[-1]
     specs = data or newest.config.data.test or newest.config.data.valid
     if not specs:
         raise UserError(f"{newest.folder} has neither data.test nor data.valid; give --data FOLDER:SPLIT")
-    way = ("ensemble" if ensemble else "average") if len(several) > 1 else ""
     out = out or default_out(newest.folder, way)
     if processes.is_first:
         check_place(out)  # the only rank that writes
     dataset = open_evaluation_data(newest.config, newest.state.vocabulary, specs)
-    logits_NC, targets_NC = combined_logits(several, dataset, processes, ensemble=ensemble, chunks=chunks)
+    logits_NC, targets_NC = combined_logits(several, dataset, processes, way=way, chunks=chunks)
     leave_processes()
-    _check_values(logits_NC, newest.folder)
+    if bad := int(np.isnan(logits_NC).any(axis=1).sum()):
+        raise UserError(
+            f"{newest.folder} gives nan for {bad} of {len(logits_NC)} clips, so there are no figures. A weight may be "
+            "nan; evaluate an earlier checkpoint"
+        )
     if not processes.is_first:
         return
     figures = summary(logits_NC, targets_NC)
     about = {"checkpoint": str(newest.folder), "data": specs, "step": newest.state.step, "chunks": chunks}
+    combined = []
     if way:
         about |= {"combined": way, "of": [str(one.folder) for one in several]}
+        combined = [f"{way} of {len(several)} checkpoints", *(f"  step {m.state.step}  {m.folder}" for m in several)]
     try:  # first of all print: a disk may be full by now
-        print(*_which(several, way), _in_words(figures, specs), sep="\n", flush=True)
+        print(*combined, *_in_words(figures, specs), sep="\n", flush=True)
     finally:  # also if nobody reads it
         lines = write_evaluation(out, about, figures, logits_NC, targets_NC, dataset.vocabulary)
     print(*lines, sep="\n")
@@ -95,30 +103,14 @@ def default_out(folder: Path, way: str) -> Path:
     return folder.with_name(f"{folder.name}_{name}")
 
 
-def _which(several: list[Member], way: str) -> list[str]:
-    """Return lines that say what is combined, if anything is."""
-    if not way:
-        return []
-    return [f"{way} of {len(several)} checkpoints", *(f"  step {one.state.step}  {one.folder}" for one in several)]
-
-
-def _check_values(logits_NC: np.ndarray, folder: Path) -> None:
-    bad = int(np.isnan(logits_NC).any(axis=1).sum())
-    if bad:
-        raise UserError(
-            f"{folder} gives nan for {bad} of {len(logits_NC)} clips, so there are no figures. A weight may be nan; "
-            "evaluate an earlier checkpoint"
-        )
-
-
-def _in_words(figures: dict[str, float | int], data: str | list[str]) -> str:
+def _in_words(figures: dict[str, float | int], data: str | list[str]) -> list[str]:
     lines = [f"{figures['clips']} clips of {data}, {figures['classes']} classes"]
     if "accuracy" in figures:
         lines.append(f"accuracy  {100 * figures['accuracy']:.2f} %  (chance {100 / figures['classes']:.2f} %)")
     lines.append(f"mAP       {figures['mAP']:.4f}  ({figures['classes_without_positives']} classes without positives)")
     lines.append(f"mAUC      {figures['mAUC']:.4f}")
     lines.append(f"d-prime   {figures['d_prime']:.3f}")
-    return "\n".join(lines)
+    return lines
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -134,8 +126,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     which.add_argument("--last", type=_positive, default=0, metavar="N", help="the newest N checkpoints of the run")
     which.add_argument("--best", action="store_true", help="the best checkpoint of each run (run.keep_best)")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--average", action="store_true", help="one network with the mean of all weights")
-    how.add_argument("--ensemble", action="store_true", help="the mean of the probabilities of all")
+    way: dict[str, Any] = {"dest": "way", "action": "store_const", "default": ""}
+    how.add_argument("--average", const="average", help="one network with the mean of all weights", **way)
+    how.add_argument("--ensemble", const="ensemble", help="the mean of the probabilities of all", **way)
     parser.add_argument("--chunks", action="store_true", help="score long clips in full, averaging over chunks")
     parser.add_argument("--data", help="FOLDER:SPLIT; default: the run's data.test, else its data.valid")
     parser.add_argument("--out", type=Path, help="the JSON file; the table and the picture go beside it")
@@ -149,28 +142,23 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _check_way(number: int, args: argparse.Namespace) -> None:
-    """Raise UserError if several checkpoints come without a way to combine them, or one with a way."""
-    if number > 1 and not (args.average or args.ensemble):
-        raise UserError(
-            f"{number} checkpoints are named; combine them with --average (of their weights) or --ensemble (of their "
-            "probabilities)"
-        )
-    if number == 1 and (args.average or args.ensemble):
-        raise UserError(
-            f"{'--average' if args.average else '--ensemble'} combines several checkpoints, but 1 is named; give "
-            "--last N for the newest N of a run, or name more in --checkpoint"
-        )
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line and evaluate."""
+    """Parse the command line and evaluate. Raises UserError."""
     args = parse_args(argv)
     several = members(args.checkpoint, last=args.last, best=args.best)
-    _check_way(len(several), args)
-    if args.ensemble:
+    if len(several) > 1 and not args.way:
+        raise UserError(
+            f"{len(several)} checkpoints are named; combine them with --average (of their weights) or --ensemble (of "
+            "their probabilities)"
+        )
+    if len(several) == 1 and args.way:
+        raise UserError(
+            f"--{args.way} combines several checkpoints, but 1 is named; give --last N for the newest N of a run, or "
+            "name more in --checkpoint"
+        )
+    if args.way == "ensemble":
         check_same_classes(several)
-    evaluate(several, args.data, args.out, ensemble=args.ensemble, chunks=args.chunks)
+    evaluate(several, args.data, args.out, way=args.way, chunks=args.chunks)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -49,32 +48,25 @@ def members(paths: list[Path], *, last: int = 0, best: bool = False) -> list[Mem
     """Open the checkpoints that a command names.
 
     Args:
-        paths: checkpoints, or run folders, of which the newest intact checkpoint is taken.
-        last: take the newest so many of a single run instead, without an older one kept only as its best; 0: do not.
-        best: take the best checkpoint of each run instead.
+        paths: checkpoints, or run folders, whose newest intact checkpoint is taken.
+        last: if not 0, take the newest so many of a single run, without an older one kept only as its best.
+        best: take the best checkpoint of each run.
 
     Raises:
         UserError: there are none or too few, or one is damaged or not of a classifier.
     """
     if last:
         paths = _newest(paths, last)
-    if best:
+    elif best:
         paths = [best_checkpoint(path) for path in paths]
     return [_opened(resolve_checkpoint(path)) for path in paths]
 
 
 def those_of_the_first_rank(several: list[Member]) -> list[Member]:
-    """Return what the first rank found, on all ranks: a run may have saved a checkpoint between their look-ups.
-
-    All ranks call this together.
-
-    Raises:
-        UserError: a checkpoint is gone or damaged.
-    """
-    found = [[one.folder for one in several]]
+    """Return what the first rank found, on all ranks: a run may have saved a checkpoint between their look-ups."""
+    found = [several]
     dist.broadcast_object_list(found)
-    both = zip(several, found[0], strict=True)
-    return [one if one.folder == folder else _opened(resolve_checkpoint(folder)) for one, folder in both]
+    return found[0]
 
 
 def averaged(several: list[Member]) -> dict[str, Tensor]:
@@ -83,25 +75,24 @@ def averaged(several: list[Member]) -> dict[str, Tensor]:
     Raises:
         UserError: networks, input or classes differ.
     """
-    check_alike(several, _network, "--average")
-    sums: dict[str, Tensor] = {}
-    kinds: dict[str, torch.dtype] = {}
-    for member in several:
+    _check_alike(several, _network, "--average")
+    weights = several[0].weights()
+    sums = {name: tensor.double() for name, tensor in weights.items()}
+    for member in several[1:]:
         weights = member.weights()
-        if complaint := misfit(sums or weights, weights):
+        if complaint := misfit(sums, weights):
             raise UserError(f"{member.folder} cannot be averaged with {several[0].folder}: {complaint}")
-        kinds = {name: tensor.dtype for name, tensor in weights.items()}
-        sums = {name: sums.get(name, 0) + tensor.double() for name, tensor in weights.items()}
-    return {name: (total / len(several)).to(kinds[name]) for name, total in sums.items()}
+        sums = {name: total + weights[name].double() for name, total in sums.items()}
+    return {name: (total / len(several)).to(weights[name].dtype) for name, total in sums.items()}
 
 
 def check_same_classes(several: list[Member]) -> None:
     """Raise UserError if the scores of classifiers mean other classes, or other probabilities."""
-    check_alike(several, lambda one: {"loss": one.loss, "classes": one.state.vocabulary}, "--ensemble")
+    _check_alike(several, lambda one: {"loss": one.loss, "classes": one.state.vocabulary}, "--ensemble")
 
 
-def check_alike(several: list[Member], traits: Callable[[Member], dict[str, Any]], flag: str) -> None:
-    """Raise UserError if what `traits` returns differs between checkpoints; name what differs."""
+def _check_alike(several: list[Member], traits: Callable[[Member], dict[str, Any]], flag: str) -> None:
+    """Raise UserError if what `traits` returns differs between checkpoints."""
     first = traits(several[0])
     for other in several[1:]:
         theirs = traits(other)
@@ -117,19 +108,23 @@ def check_alike(several: list[Member], traits: Callable[[Member], dict[str, Any]
 def _network(one: Member) -> dict[str, Any]:
     """Return everything that weights need to mean the same function: the network, its input, its classes."""
     description = description_of(one.config, one.state.vocabulary)
-    objective = description.objective
-    assert isinstance(objective, ClassifyConfig)
+    assert isinstance(description.objective, ClassifyConfig)
     parts = {"model": description.model, "data": description.data}
     leaves = {f"{section}.{key}": value for section, part in parts.items() for key, value in part.model_dump().items()}
-    return leaves | {"pooling": objective.pooling, "loss": objective.loss, "classes": description.labels}
+    return leaves | {"pooling": description.objective.pooling, "loss": one.loss, "classes": description.labels}
 
 
 def _newest(paths: list[Path], last: int) -> list[Path]:
     if len(paths) > 1:
         raise UserError(f"--last {last} is for one run, but --checkpoint names {len(paths)} folders")
     found = checkpoints_of(paths[0])
-    old_best = _kept_only_as_best(paths[0], found)
-    found = [folder for folder in found if folder != old_best]
+    old_best = None
+    if found:
+        config, state = read_state(resolve_checkpoint(found[-1]))
+        best = step_folder(paths[0], state.best_step)
+        if best in found[: -config.run.keep]:  # only run.keep_best has kept it
+            old_best = best
+            found.remove(best)
     if len(found) < last:
         beside = f" (besides {old_best.name}, kept only as its best)" if old_best else ""
         number = f"{len(found)} checkpoint" + ("" if len(found) == 1 else "s")
@@ -139,27 +134,12 @@ def _newest(paths: list[Path], last: int) -> list[Path]:
     return found[-last:]
 
 
-def _kept_only_as_best(run: Path, found: list[Path]) -> Path | None:
-    """Return the checkpoint that only run.keep_best has kept, older than the newest run.keep; None if there is none."""
-    if not found:
-        return None
-    config, state = read_state(resolve_checkpoint(found[-1]))
-    best = step_folder(run, state.best_step)
-    return best if best in found[: -config.run.keep] else None
-
-
 def _opened(folder: Path) -> Member:
     config, state = read_state(folder)
     if not isinstance(config.objective, ClassifyConfig):
         raise UserError(f"{folder} is a pre-training checkpoint and has no classes; fine-tune it first")
-    return Member(folder, _anywhere(config), state)
-
-
-def _anywhere(config: Config) -> Config:
-    """Let a run's configuration work on any machine: one that names a GPU could not be evaluated on a CPU.
-
-    The device that makes patches and the way attention is computed change only the rounding.
-    """
+    # Evaluate on any machine: a run that names a GPU could not be evaluated on a CPU. The device that makes patches and
+    # the way attention is computed change only the rounding.
     data = config.data.model_copy(update={"device": "auto"})
     engine = config.engine.model_copy(update={"attention": "auto"})
-    return config.model_copy(update={"data": data, "engine": engine})
+    return Member(folder, config.model_copy(update={"data": data, "engine": engine}), state)

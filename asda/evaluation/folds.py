@@ -16,7 +16,7 @@ from scipy.special import stdtrit
 
 from asda.config.run import Config, load_config
 from asda.data.remote.fetch import without_credentials
-from asda.data.shards.index import DatasetIndex, SplitIndex
+from asda.data.shards.index import DatasetIndex
 from asda.errors import UserError
 from asda.system import write_whole_file
 
@@ -26,9 +26,9 @@ METRICS = ("accuracy", "mAP")  # a run reports one or both
 
 @dataclass(frozen=True)
 class Cell:
-    """One training: the split it holds out, and its seed."""
+    """One training."""
 
-    fold: str
+    fold: str  # the split that it holds out
     seed: int
 
     @property
@@ -65,11 +65,7 @@ class Plan:
 
 
 def other_splits(data: str, splits: Sequence[str], fold: str) -> str:
-    """Name the splits that train while one is held out, as in fold1+fold3.
-
-    Raises:
-        UserError: the dataset has no such split, or no other.
-    """
+    """Name the splits that train while one is held out: fold1+fold3. Raises UserError without such a split or others."""
     if fold not in splits or len(splits) < 2:
         where = without_credentials(data)
         raise UserError(
@@ -80,26 +76,17 @@ def other_splits(data: str, splits: Sequence[str], fold: str) -> str:
 
 def split_hashes(index: DatasetIndex) -> dict[str, str]:
     """Hash the shards of each split together with the classes in their order."""
-
-    def hashed(split: SplitIndex) -> str:
-        contents = [[shard.hash for shard in split.shards], index.vocabulary]
-        return xxhash.xxh3_64_hexdigest(json.dumps(contents).encode())
-
-    return {name: hashed(split) for name, split in index.splits.items()}
+    contents = {name: [[s.hash for s in split.shards], index.vocabulary] for name, split in index.splits.items()}
+    return {name: xxhash.xxh3_64_hexdigest(json.dumps(content).encode()) for name, content in contents.items()}
 
 
 def interval(values: Sequence[float]) -> float:
     """Return half the width of Student's 95 % confidence interval of the mean of two values or more."""
-    quantile = float(stdtrit(len(values) - 1, 0.975))
-    return quantile * statistics.stdev(values) / len(values) ** 0.5
+    return float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / len(values) ** 0.5
 
 
 def paired(ours: Figures, theirs: Figures, where: Path) -> Figures:
-    """Return their figures of our cells, to be compared one by one.
-
-    Raises:
-        UserError: `where`, their folder, has no such training, or lacks one of its figures.
-    """
+    """Return their figures of our cells. Raises UserError if their folder, `where`, lacks a training or a figure."""
     for cell, of_cell in ours.items():
         if cell not in theirs:
             raise UserError(f"--against {where} has no finished run {cell.name}; give it the same folds and seeds")
@@ -113,16 +100,15 @@ def paired(ours: Figures, theirs: Figures, where: Path) -> Figures:
 
 def write_record(plan: Plan, figures: Figures) -> Path:
     """Write the plan and the figures of its trainings into its folder, as JSON."""
-    path = plan.out / RECORD
-    runs = [asdict(cell) | of_cell for cell, of_cell in figures.items()]
+    path, runs = plan.out / RECORD, [asdict(cell) | of_cell for cell, of_cell in figures.items()]
     write_whole_file(path, json.dumps(describe_plan(plan) | {"runs": runs}, indent=1) + "\n")
     return path
 
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
     """Return what all runs of a folder have in common, as the record states it."""
-    about = {"config": str(plan.config), "data": plan.data, "overrides": list(plan.overrides)}
-    return about | {"shards": plan.hashes}
+    overrides = list(plan.overrides)
+    return {"config": str(plan.config), "data": plan.data, "overrides": overrides, "shards": plan.hashes}
 
 
 def read_figures(folder: Path) -> Figures:

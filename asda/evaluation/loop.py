@@ -26,13 +26,9 @@ from asda.models.classifier import Classifier
 
 
 def evaluate_weights(
-    config: Config,
-    weights: dict[str, Tensor],
-    vocabulary: tuple[str, ...],
-    processes: Processes,
-    data: DataSpecs | None = None,
+    config: Config, weights: dict[str, Tensor], vocabulary: tuple[str, ...], processes: Processes, data: DataSpecs
 ) -> dict[str, float | int]:
-    """Evaluate a classifier on these clips, config.data.valid by default. All ranks call this together.
+    """Evaluate a classifier on these clips. All ranks call this together.
 
     Weights are whole and not inside a ZeRO engine. So ranks may have different numbers of batches, and the figures are
     those of the weights that a checkpoint holds.
@@ -40,10 +36,8 @@ def evaluate_weights(
     Raises:
         UserError: the shards are damaged, or have other classes than the classifier.
     """
-    assert isinstance(config.objective, ClassifyConfig)
-    dataset = open_evaluation_data(config, vocabulary, data or config.data.valid)
-    logits_NC, targets_NC = logits_of_clips(config, weights, dataset, processes)
-    return summary(logits_NC, targets_NC)
+    dataset = open_evaluation_data(config, vocabulary, data)
+    return summary(*logits_of_clips(config, weights, dataset, processes))
 
 
 def logits_of_clips(
@@ -121,13 +115,8 @@ def _over_whole_clips(
 
 def _batches(dataset: ClipDataset, config: Config, processes: Processes) -> DataPipeline:
     """Return this rank's share of the clips."""
-    return evaluation_batches(
-        dataset,
-        config.data,
-        batch=config.engine.micro_batch,
-        rank=processes.rank,
-        world_size=processes.world_size,
-    )
+    batch, rank, world_size = config.engine.micro_batch, processes.rank, processes.world_size
+    return evaluation_batches(dataset, config.data, batch=batch, rank=rank, world_size=world_size)
 
 
 @contextmanager

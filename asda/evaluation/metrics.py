@@ -22,12 +22,7 @@ class ByClass(NamedTuple):
 
 
 def by_class(scores_NC: np.ndarray, targets_NC: np.ndarray) -> ByClass:
-    """Compute the metrics of each class.
-
-    Args:
-        scores_NC: [clips, classes], float32 (sorted fastest) or float64.
-        targets_NC: [clips, classes] 1 where the clip has the label, else 0.
-    """
+    """Compute the metrics of each class from scores in float32 (sorted fastest) or float64; targets are 0 or 1."""
     rows = [_one_class(scores_NC[:, c], targets_NC[:, c] > 0) for c in range(scores_NC.shape[1])]
     clips, precisions, aucs = zip(*rows, strict=True)
     return ByClass(np.array(clips), np.array(precisions), np.array(aucs))
@@ -86,11 +81,7 @@ def have_one_label(targets_NC: np.ndarray) -> bool:
 
 
 def summary(scores_NC: np.ndarray, targets_NC: np.ndarray) -> dict[str, float | int]:
-    """Compute the figures of an evaluation.
-
-    Args:
-        scores_NC: [clips, classes] higher is likelier.
-        targets_NC: [clips, classes] 1 where the clip has the label, else 0.
+    """Compute the figures of an evaluation; targets are 1 where a clip has the label, else 0.
 
     Returns:
         "accuracy" only if every clip has one label. "mAP" is the mean over classes that have a positive

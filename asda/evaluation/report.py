@@ -22,11 +22,8 @@ from asda.system import write_whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-CELL_INCHES, MARGIN_INCHES, LARGEST_INCHES = 0.26, 2.2, 40.0
-SMALLEST_INCHES = 4.5
-DPI = 150
+CELL_INCHES, MARGIN_INCHES, SMALLEST_INCHES, LARGEST_INCHES, DPI = 0.26, 2.2, 4.5, 40.0, 150
 NAME_POINTS, COUNT_POINTS, TITLE_POINTS = 8, 6.5, 9
 LONGEST_NAME = 24  # characters
 MOST_COUNTED = 150  # classes; beyond, numbers are too small to read
@@ -51,7 +48,6 @@ def check_place(out: Path) -> None:
 
 
 def _beside(out: Path) -> list[Path]:
-    """Return the paths of the table and the picture."""
     return [out.with_name(f"{out.stem}_{name}") for name in ("classes.csv", "confusion.png")]
 
 
@@ -69,8 +65,8 @@ def write_evaluation(
         out: the JSON file; the names of the others begin with its stem.
         about: what was evaluated, for the JSON.
         figures: from metrics.summary; if they have an accuracy, every clip has one label.
-        scores_NC: [clips, classes], finite.
-        targets_NC: [clips, classes] 1 where the clip has the label.
+        scores_NC: finite.
+        targets_NC: 1 where the clip has the label.
         vocabulary: names of the classes.
 
     Returns:
@@ -79,7 +75,7 @@ def write_evaluation(
     out.parent.mkdir(parents=True, exist_ok=True)
     table, picture = _beside(out)
     counts_CC = confusion(scores_NC, targets_NC) if "accuracy" in figures else None
-    found = about | {key: _json(value) for key, value in figures.items()}
+    found = about | {key: value if math.isfinite(value) else None for key, value in figures.items()}  # JSON has no nan
     if counts_CC is not None:
         found |= {"labels": vocabulary, "confusion": counts_CC.tolist()}  # rows: labels; columns: predictions
     lines_of_json = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in found.items()]
@@ -89,11 +85,6 @@ def write_evaluation(
     if counts_CC is not None:
         lines.append(_try_to_draw(picture, counts_CC, vocabulary))
     return lines
-
-
-def _json(value: float) -> float | None:
-    """Return None for nan and infinity, which JSON does not have."""
-    return value if math.isfinite(value) else None
 
 
 def _write_table(path: Path, vocabulary: tuple[str, ...], classes: ByClass, counts_CC: np.ndarray | None) -> None:
@@ -124,17 +115,16 @@ def _try_to_draw(path: Path, counts_CC: np.ndarray, vocabulary: tuple[str, ...])
         return "no picture of the confusions: it needs matplotlib; pip install 'asda[report]'"
     inches = min(LARGEST_INCHES, max(SMALLEST_INCHES, MARGIN_INCHES + CELL_INCHES * len(vocabulary)))
     figure = Figure(figsize=(inches, inches), dpi=DPI, layout="constrained")
-    _draw(figure, counts_CC, vocabulary, cell_inches=min(CELL_INCHES, LARGEST_INCHES / len(vocabulary)))
+    _draw(figure.subplots(), counts_CC, vocabulary)
     figure.savefig(path)
     return f"confusions in {path}"
 
 
-def _draw(figure: "Figure", counts_CC: np.ndarray, vocabulary: tuple[str, ...], cell_inches: float) -> None:
+def _draw(axes: "Axes", counts_CC: np.ndarray, vocabulary: tuple[str, ...]) -> None:
     """Draw a row for each class, coloured by the share of its clips, with numbers if they are large enough to read."""
-    axes = figure.subplots()
     shares_CC = counts_CC / np.maximum(counts_CC.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares_CC, cmap="Blues", vmin=0, vmax=1)
-    shrink = cell_inches / CELL_INCHES
+    shrink = min(CELL_INCHES, LARGEST_INCHES / len(vocabulary)) / CELL_INCHES
     names = [name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 3] + "..." for name in vocabulary]
     as_they_are = {"fontsize": NAME_POINTS * shrink, "parse_math": False}  # a name may hold a $
     axes.set_xticks(range(len(names)), names, rotation=90, **as_they_are)
@@ -147,13 +137,9 @@ def _draw(figure: "Figure", counts_CC: np.ndarray, vocabulary: tuple[str, ...], 
         axis.set_ticks(np.arange(len(names) + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="#e3e8ee", linewidth=0.4)  # rows and columns to follow
     axes.tick_params(which="both", length=0)
-    if len(names) <= MOST_COUNTED:
-        _write_counts(axes, counts_CC, shares_CC, COUNT_POINTS * shrink)
-
-
-def _write_counts(axes: "Axes", counts_CC: np.ndarray, shares_CC: np.ndarray, points: float) -> None:
-    for row, column in zip(*np.nonzero(counts_CC), strict=True):
-        colour = "white" if shares_CC[row, column] >= LIGHT_FROM else "#222222"
-        count = str(counts_CC[row, column])
-        size = points * min(1, 3 / len(count))
+    if len(names) > MOST_COUNTED:
+        return
+    for row, column in np.argwhere(counts_CC):
+        count, colour = str(counts_CC[row, column]), "white" if shares_CC[row, column] >= LIGHT_FROM else "#222222"
+        size = COUNT_POINTS * shrink * min(1, 3 / len(count))
         axes.text(column, row, count, ha="center", va="center", color=colour, fontsize=size)

@@ -42,7 +42,7 @@ for split in splits:
     config = load_config(config_file, [*overrides, f"data.valid={shards}:{split}"])
     weights = Classifier(config.model, config.objective, len(vocabulary)).state_dict()
     try:
-        print(json.dumps(evaluate_weights(config, weights, vocabulary, processes)))
+        print(json.dumps(evaluate_weights(config, weights, vocabulary, processes, config.data.valid)))
     except UserError as error:
         print(json.dumps(str(error)))
 """
