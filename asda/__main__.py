@@ -26,7 +26,8 @@ def _run(argv: list[str]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     name = argv[0] if argv else "--help"
     if name in ("-h", "--help"):
-        print(_help())
+        rows = [f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()]
+        print(USAGE, "", "commands", *rows, "", SEVERAL_RANKS, sep="\n")
     elif name == "--version":
         from asda import __version__
 
@@ -39,11 +40,6 @@ def _run(argv: list[str]) -> None:
     else:
         close = "".join(f"did you mean {other}? " for other in difflib.get_close_matches(name, COMMANDS, n=1))
         raise UserError(f"unknown command {name!r}; {close}`asda --help` lists all commands")
-
-
-def _help() -> str:
-    rows = [f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join([USAGE, "", "commands", *rows, "", SEVERAL_RANKS])
 
 
 if __name__ == "__main__":

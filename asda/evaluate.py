@@ -22,9 +22,9 @@ import torch
 
 from asda.data.clips import ClipDataset
 from asda.data.datasets import open_evaluation_data
-from asda.engine.processes import Processes, join_processes, leave_processes
+from asda.engine.processes import Processes, from_all_ranks, join_processes, leave_processes
 from asda.errors import UserError, exit_with_sentence
-from asda.evaluation.combine import Member, averaged, check_same_classes, members, those_of_the_first_rank
+from asda.evaluation.combine import Member, averaged, check_same_classes, members
 from asda.evaluation.loop import logits_of_clips
 from asda.evaluation.metrics import summary
 from asda.evaluation.report import check_place, write_evaluation
@@ -62,7 +62,7 @@ def evaluate(several: list[Member], data: str | None, out: Path | None, *, way: 
     `way` combines several: "average" or "ensemble"; "" evaluates one.
     """
     processes = join_processes()
-    several = those_of_the_first_rank(several)
+    several = from_all_ranks(several)[0]  # a run may have saved a checkpoint between their look-ups
     newest = several[-1]
     specs = data or newest.config.data.test or newest.config.data.valid
     if not specs:
@@ -108,9 +108,7 @@ def _in_words(figures: dict[str, float | int], data: str | list[str]) -> list[st
     if "accuracy" in figures:
         lines.append(f"accuracy  {100 * figures['accuracy']:.2f} %  (chance {100 / figures['classes']:.2f} %)")
     lines.append(f"mAP       {figures['mAP']:.4f}  ({figures['classes_without_positives']} classes without positives)")
-    lines.append(f"mAUC      {figures['mAUC']:.4f}")
-    lines.append(f"d-prime   {figures['d_prime']:.3f}")
-    return lines
+    return [*lines, f"mAUC      {figures['mAUC']:.4f}", f"d-prime   {figures['d_prime']:.3f}"]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

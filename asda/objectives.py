@@ -28,7 +28,7 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float
 
 
 class Objective:
-    """What the training loop asks of an objective; the defaults fit one without students and teacher.
+    """The interface for the training loop; its defaults fit an objective without students and teacher.
 
     Other objectives are classes like those below, named in make_objective. They set `module`, which DeepSpeed trains,
     and `lr_scales`: parameter name -> factor of its learning rate; 1 if it is missing.
@@ -153,11 +153,7 @@ def make_objective(
 ) -> Objective:
     """Make the objective that the configuration asks for, freshly initialised from run.seed.
 
-    Args:
-        config: the run.
-        vocabulary: the labels of its clips.
-        device: where a teacher is made.
-        resumed: whether a checkpoint will replace all weights; then objective.init_from need not exist any more.
+    If `resumed`, a checkpoint will replace all weights, and objective.init_from need not exist any more.
 
     Raises:
         UserError: labels are missing, or objective.init_from does not fit.

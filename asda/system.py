@@ -110,12 +110,7 @@ def hash_pieces(pieces: Iterable[bytes | memoryview]) -> str:
 
 
 def hash_file(path: Path, *, from_disk: bool = False) -> str:
-    """Return the xxh3_128 of a file's bytes, in hexadecimal digits. Raises OSError.
-
-    Args:
-        path: the file.
-        from_disk: read past the page cache: what the disk has, without filling memory with it.
-    """
+    """Return the xxh3_128 of a file's bytes; `from_disk` reads them past the page cache. Raises OSError."""
     digest = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file, mmap.mmap(-1, READ_BYTES) as buffer, memoryview(buffer) as block:
         direct = from_disk and _set_direct(file.fileno(), True)
@@ -133,12 +128,10 @@ def hash_file(path: Path, *, from_disk: bool = False) -> str:
 
 
 class FileLock:
-    """Locks of an open file, or of ranges of its bytes. They end with the process, however it ends.
+    """Locks of a file that is open for writing, or of ranges of its bytes. They end with the process, however it ends.
 
-    Args:
-        file: open for writing.
-        between_threads: False for POSIX locks, which also hold on network disks, and which a process never takes from
-            itself. True for a lock of the whole file that excludes every other opening of it, in this process too.
+    POSIX locks also hold on network disks, and a process never takes them from itself. With `between_threads`, the lock
+    is of the whole file, and excludes every other opening of it, in this process too.
     """
 
     def __init__(self, file: IO, *, between_threads: bool = False):

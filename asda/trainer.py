@@ -39,6 +39,7 @@ from asda.run.resume import open_checkpoint
 from asda.run.signals import StopSignals, agree
 from asda.run.throughput import Throughput
 from asda.run.validation import Validation
+from asda.system import write_whole_file
 
 
 def train(config: Config) -> None:
@@ -117,17 +118,11 @@ class Trainer:
 
     def _open_log(self, lines: list[str]) -> RunLog:
         """Open the run's record; it begins with the resolved configuration and these lines."""
-        config = self.config
-        log = RunLog(
-            self.folder,
-            self.counts.step,
-            config.optimizer.steps,
-            enabled=self.processes.is_first,
-            wandb=config.run.wandb,
-            config=config.model_dump(mode="json", by_alias=True),
-        )
-        if self.processes.is_first:
-            (self.folder / "config.json").write_text(dump_config(config))
+        config, is_first, steps = self.config, self.processes.is_first, self.config.optimizer.steps
+        tree = config.model_dump(mode="json", by_alias=True)
+        log = RunLog(self.folder, self.counts.step, steps, enabled=is_first, wandb=config.run.wandb, config=tree)
+        if is_first:
+            write_whole_file(self.folder / "config.json", dump_config(config))
         for line in lines:
             log.say(line)
         for sentence in self.validation.warnings:
@@ -135,11 +130,7 @@ class Trainer:
         return log
 
     def run(self) -> None:
-        """Do all remaining steps.
-
-        Raises:
-            Stopped: the run was asked to stop and has saved a checkpoint.
-        """
+        """Do all remaining steps. Raises Stopped if the run was asked to stop, after it has saved a checkpoint."""
         with closing(self._stream().iterator()) as batches, self.writer:  # pyright: ignore[reportArgumentType]
             while self.counts.step < self.config.optimizer.steps:
                 figures = self._step(batches)
@@ -178,11 +169,7 @@ class Trainer:
         return figures
 
     def _note_bad_step(self) -> None:
-        """Report and record the clips of a step that changed nothing.
-
-        Raises:
-            UserError: there were run.max_bad_steps in a row; on all ranks.
-        """
+        """Report and record the clips of a step that changed nothing; after too many, raise UserError on all ranks."""
         names = [f"{self.dataset.locate(clip.number)[0].entry.name}:{clip.key}" for clip in self.clips]
         clips = [name for part in from_all_ranks(names) for name in part]
         step, in_a_row, most = self.counts.step, self.counts.bad_in_a_row, self.config.run.max_bad_steps
@@ -201,11 +188,7 @@ class Trainer:
             )
 
     def _check_replicas(self) -> None:
-        """Compare what all ranks should have alike; a difference would never go away.
-
-        Raises:
-            UserError: there is one; on all ranks.
-        """
+        """Compare what all ranks should have alike; raise UserError on all if it differs, because that never mends."""
         every = self.config.run.check_replicas_every
         if not every or self.counts.step % every:
             return
@@ -235,11 +218,7 @@ class Trainer:
             self.validation.run(self.counts.step, self.objective, self.log)
 
     def _save_or_stop(self) -> None:
-        """Begin a checkpoint if one is due; leave if any rank was asked to, or could not save.
-
-        Raises:
-            Stopped, UserError: on all ranks.
-        """
+        """Begin a checkpoint if one is due. All ranks raise Stopped if one was asked to, UserError if a save failed."""
         self._tell(self.writer.poll())
         is_best = self.validation.best.step == self.counts.step
         wish = agree(self.processes, stop=bool(self.stop.asked), fail=self.writer.failure is not None, save=is_best)
@@ -260,18 +239,19 @@ class Trainer:
             )
 
     def _save(self) -> None:
+        counts, dataset, validation = self.counts, self.dataset, self.validation
         state = State(
-            self.counts.step,
-            self.dataset.vocabulary,
-            self.dataset.fingerprint,
+            counts.step,
+            dataset.vocabulary,
+            dataset.fingerprint,
             self.processes.world_size,
             self._damaged_on_all_ranks(),
-            applied_steps=self.counts.applied_steps,
-            skipped_steps=self.counts.skipped_steps,
-            bad_steps_in_a_row=self.counts.bad_in_a_row,
-            best_step=self.validation.best.step,
-            best_figure=self.validation.best.figure,
-            best_on=self.validation.best_on,
+            applied_steps=counts.applied_steps,
+            skipped_steps=counts.skipped_steps,
+            bad_steps_in_a_row=counts.bad_in_a_row,
+            best_step=validation.best.step,
+            best_figure=validation.best.figure,
+            best_on=validation.best_on,
         )
         with self.throughput.paused():
             stem, moments = partitions.optimizer_file(self.engine)
@@ -312,11 +292,7 @@ class Trainer:
         return self.counts.step % every == 0 or self._is_last
 
     def _damaged_on_all_ranks(self) -> tuple[int, ...]:
-        """Return the numbers of all damaged clips that any rank has met. All ranks call this together.
-
-        Raises:
-            UserError: they exceed data.max_damaged; on all ranks.
-        """
+        """Return the damaged clips of all ranks, which call this together. All raise UserError if they are too many."""
         met = from_all_ranks(tuple(self.budget.met))  # a copy: threads add to it meanwhile
         self.budget.add(clip for some in met for clip in some)
         return tuple(sorted(self.budget.met))

@@ -135,11 +135,7 @@ def relative_share(weights_HQN: Tensor, irrelevant_N: Tensor) -> float:
     """Return the share of the weight that lies on irrelevant patches, over their share of all patches.
 
     1 is uniform attention, 0 no weight on them, and N / irrelevant patches all of it. Every query of every head counts
-    alike.
-
-    Args:
-        weights_HQN: not negative; rows need not sum to 1: the weight on CLS does not count.
-        irrelevant_N: True where a patch is irrelevant.
+    alike. Weights are not negative, and their rows need not sum to 1: the weight on CLS does not count.
     """
     share_HQ = weights_HQN[..., irrelevant_N].sum(-1) / weights_HQN.sum(-1)
     return float(share_HQ.mean() / irrelevant_N.double().mean())

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from asda.checkpoint.read import (
@@ -45,12 +44,10 @@ class Member:
 
 
 def members(paths: list[Path], *, last: int = 0, best: bool = False) -> list[Member]:
-    """Open the checkpoints that a command names.
+    """Open the checkpoints that a command names: the paths, or the newest intact checkpoint of those that are runs.
 
-    Args:
-        paths: checkpoints, or run folders, whose newest intact checkpoint is taken.
-        last: if not 0, take the newest so many of a single run, without an older one kept only as its best.
-        best: take the best checkpoint of each run.
+    `last` takes the newest so many of a single run instead, without an older one that is kept only as its best; `best`
+    takes the best checkpoint of each run.
 
     Raises:
         UserError: there are none or too few, or one is damaged or not of a classifier.
@@ -60,13 +57,6 @@ def members(paths: list[Path], *, last: int = 0, best: bool = False) -> list[Mem
     elif best:
         paths = [best_checkpoint(path) for path in paths]
     return [_opened(resolve_checkpoint(path)) for path in paths]
-
-
-def those_of_the_first_rank(several: list[Member]) -> list[Member]:
-    """Return what the first rank found, on all ranks: a run may have saved a checkpoint between their look-ups."""
-    found = [several]
-    dist.broadcast_object_list(found)
-    return found[0]
 
 
 def averaged(several: list[Member]) -> dict[str, Tensor]:

@@ -65,7 +65,7 @@ class Plan:
 
 
 def other_splits(data: str, splits: Sequence[str], fold: str) -> str:
-    """Name the splits that train while one is held out: fold1+fold3. Raises UserError without such a split or others."""
+    """Name the splits that train if one is held out, as fold1+fold3. Raises UserError if it or others are missing."""
     if fold not in splits or len(splits) < 2:
         where = without_credentials(data)
         raise UserError(

@@ -45,13 +45,8 @@ def logits_of_clips(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compute a classifier's logits of every clip. All ranks call this together and get the same.
 
-    Args:
-        config: the run; engine.micro_batch, precision and attention are used.
-        weights: of its Classifier.
-        dataset: labelled clips, N of them.
-        processes: the ranks that share the clips.
-        chunks: whether a clip longer than data.frames is scored in full, in chunks, as asda.inference.Model.logits
-            does; otherwise only its beginning is.
+    With `chunks`, a clip longer than data.frames is scored in full, in chunks, as asda.inference.Model.logits does;
+    otherwise only its beginning is. engine.micro_batch, precision and attention of the run are used.
 
     Returns:
         Logits and targets, both fp32 [N, C].
@@ -75,15 +70,9 @@ def over_clips(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Run a network over every clip; return its rows and the targets in the dataset's order, on every rank.
 
-    Args:
-        dataset: labelled clips.
-        config: the run, whose micro-batch and precision are used. fp16 changes nothing here: a classifier's weights
-            are fp32, and a teacher's are fp16 already.
-        processes: the ranks that share the clips.
-        rows_of: patches [B, N, P] on the device, and their clips -> [B, X].
-
-    Returns:
-        fp32, [clips, X] and [clips, classes].
+    `rows_of` takes patches [B, N, P] on the device, and their clips, and returns [B, X]. The results are fp32,
+    [clips, X] and [clips, classes]. The run's micro-batch and precision are used. fp16 changes nothing here: a
+    classifier's weights are fp32, and a teacher's are fp16 already.
     """
     device = processes.device
     stream = _batches(dataset, config, processes).compose(make_patches(config, device, config.engine.micro_batch))

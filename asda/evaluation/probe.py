@@ -42,14 +42,8 @@ def probe_encoder(
 ) -> dict[str, float | int]:
     """Evaluate an encoder on the two datasets of open_probe_data. All ranks call this together and get the same.
 
-    Nothing is drawn from torch's generator, and the encoder is not changed.
-
-    Args:
-        encoder: in eval mode, whole on every rank. It must not communicate, because ranks may have different numbers of
-            batches.
-        config: has a section probe, and the log-mel statistics resolved; clips become patches as in training.
-        data: labelled clips, and held-out clips.
-        processes: all ranks.
+    Nothing is drawn from torch's generator. The encoder, in eval mode and whole on every rank, is not changed. It must
+    not communicate, because ranks may have different numbers of batches.
 
     Returns:
         "knn_accuracy" and "linear_accuracy" if every held-out clip has one label, else "knn_mAP" and "linear_mAP", the

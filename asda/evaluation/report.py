@@ -12,16 +12,13 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from asda.errors import UserError
 from asda.evaluation.metrics import ByClass, by_class, confusion
 from asda.system import write_whole_file
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 CELL_INCHES, MARGIN_INCHES, SMALLEST_INCHES, LARGEST_INCHES, DPI = 0.26, 2.2, 4.5, 40.0, 150
 NAME_POINTS, COUNT_POINTS, TITLE_POINTS = 8, 6.5, 9
@@ -61,13 +58,8 @@ def write_evaluation(
 ) -> list[str]:
     """Write the files, the picture last because it is the most likely to fail.
 
-    Args:
-        out: the JSON file; the names of the others begin with its stem.
-        about: what was evaluated, for the JSON.
-        figures: from metrics.summary; if they have an accuracy, every clip has one label.
-        scores_NC: finite.
-        targets_NC: 1 where the clip has the label.
-        vocabulary: names of the classes.
+    `figures` are metrics.summary of the scores, which are finite; if they have an accuracy, every clip has one label.
+    The JSON file `out` begins with `about`, and the names of the others with its stem.
 
     Returns:
         A line for each file, or for the missing package that the picture needs.
@@ -120,7 +112,7 @@ def _try_to_draw(path: Path, counts_CC: np.ndarray, vocabulary: tuple[str, ...])
     return f"confusions in {path}"
 
 
-def _draw(axes: "Axes", counts_CC: np.ndarray, vocabulary: tuple[str, ...]) -> None:
+def _draw(axes: Any, counts_CC: np.ndarray, vocabulary: tuple[str, ...]) -> None:
     """Draw a row for each class, coloured by the share of its clips, with numbers if they are large enough to read."""
     shares_CC = counts_CC / np.maximum(counts_CC.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares_CC, cmap="Blues", vmin=0, vmax=1)
