@@ -16,7 +16,7 @@
 import os
 import re
 import shutil
-import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -64,15 +64,6 @@ class CacheConfig:
         home = os.environ.get("XDG_CACHE_HOME")
         return (Path(home) if home else Path.home() / ".cache") / "asda" / "shards"
 
-    @property
-    def limit_bytes(self) -> int:
-        """The bound in bytes."""
-        return int(self.gib * (1 << 30))
-
-
-class FetchingStopped(Exception):  # noqa: N818 - nothing has gone wrong
-    """The storage was closed while a file was being fetched."""
-
 
 class Cache:
     """The folder of copies. Any thread of any process may use it at any time."""
@@ -95,69 +86,47 @@ class Cache:
 
     def read(self, file: StoredFile, start: int, stop: int) -> bytes | None:
         """Return the bytes from start to stop, fewer if the copy has lost some; None if there is no copy."""
-        with self._sentences():
-            try:
-                descriptor = os.open(self.path(file), os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                return None
-            try:
-                _note_use(descriptor)
-                return os.pread(descriptor, stop - start, start)
-            finally:
-                os.close(descriptor)
+        with self._sentences(), suppress(FileNotFoundError), self.path(file).open("rb", buffering=0) as copy:
+            _note_use(copy.fileno())
+            return os.pread(copy.fileno(), stop - start, start)
+        return None
 
-    def fill(self, file: StoredFile, download: Callable[[BinaryIO], None], stopping: threading.Event) -> None:
+    def fill(self, file: StoredFile, download: Callable[[StoredFile, BinaryIO], None]) -> None:
         """Make a copy of a file; if another process is fetching it, wait for that instead.
 
         Args:
             file: what to fetch.
             download: writes the whole file, and raises unless it is the right one.
-            stopping: ends the waiting.
 
         Raises:
             UserError: it does not fit, or the folder cannot be written.
-            FetchingStopped: when `stopping` is set.
         """
-        with self._sentences(), self._claim(file, stopping) as part:
-            if part is None:
-                return
-            while not self._reserve(part, file):
-                _pause(stopping)
-            download(part)
-            part.flush()
-            with self._locked():  # or a look at the folder might see neither name
-                os.replace(self._part_path(file), self.path(file))  # not synced: a copy can be fetched again
+        path = self.path(file).with_suffix(PART)
+        with self._sentences():
+            while (part := _open_locked(path)) is None:
+                if self.path(file).exists():
+                    return
+                time.sleep(POLL_S)
+            with part:
+                if self.path(file).exists():  # another process has made it meanwhile
+                    path.unlink(missing_ok=True)
+                    return
+                try:
+                    while not self._reserve(part, file):
+                        time.sleep(POLL_S)
+                    download(file, part)
+                    part.flush()
+                    with self._locked():  # or a look at the folder might see neither name
+                        os.replace(path, self.path(file))  # not synced: a copy can be fetched again
+                except BaseException:
+                    path.unlink(missing_ok=True)
+                    raise
 
     def drop_if_damaged(self, file: StoredFile) -> None:
         """Remove the copy, unless the whole of it has the right hash."""
         with self._sentences(), suppress(FileNotFoundError):
             if hash_file(self.path(file)) != file.digest:
                 self.path(file).unlink()
-
-    def _part_path(self, file: StoredFile) -> Path:
-        return self.path(file).with_name(self.path(file).name + PART)
-
-    @contextmanager
-    def _claim(self, file: StoredFile, stopping: threading.Event) -> Iterator[BinaryIO | None]:
-        """Open the .part of a file, locked for us; yield None if another process has made the copy meanwhile."""
-        path = self._part_path(file)
-        while True:
-            part = _open_locked(path)
-            if self.path(file).exists():
-                if part is not None:
-                    path.unlink(missing_ok=True)
-                    part.close()
-                yield None
-                return
-            if part is not None:
-                break
-            _pause(stopping)
-        with part:
-            try:
-                yield part
-            except BaseException:
-                path.unlink(missing_ok=True)
-                raise
 
     def _reserve(self, part: BinaryIO, file: StoredFile) -> bool:
         """Make room, and give the .part its full length; return False while unfinished files of others take the room.
@@ -171,7 +140,7 @@ class Cache:
             )
         with self._locked():
             self._sweep()
-            found = [entry for entry in self._files() if entry[0] != self._part_path(file)]
+            found = [entry for entry in self._files() if entry[0] != Path(part.name)]
             held = sum(stat.st_size for _, stat in found)
             to_come = sum(max(stat.st_size - stat.st_blocks * 512, 0) for path, stat in found if path.suffix == PART)
             whole = [entry for entry in found if entry[0].suffix != PART]
@@ -245,8 +214,3 @@ def _open_locked(path: Path, *, create: bool = True) -> BinaryIO | None:
 def _note_use(copy: Path | int) -> None:
     with suppress(FileNotFoundError, PermissionError):  # removed just now; written by another user
         os.utime(copy)
-
-
-def _pause(stopping: threading.Event) -> None:
-    if stopping.wait(POLL_S):
-        raise FetchingStopped

@@ -9,13 +9,12 @@ import asyncio
 import io
 import logging
 import re
-import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from concurrent.futures import wait
 from functools import partial
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import tenacity
@@ -23,25 +22,15 @@ from fsspec import filesystem
 from fsspec.asyn import AsyncFileSystem, get_loop
 from xxhash import xxh3_128
 
-from asda.data.remote.cache import CacheConfig, FetchingStopped, StoredFile
+from asda.data.remote.cache import CacheConfig, StoredFile
 from asda.errors import UserError
 
 # Scheme of a location -> the package that fsspec needs for it. What would run commands or other code is not here.
 PACKAGES = {
-    "http": "aiohttp",
-    "https": "aiohttp",
-    "s3": "s3fs",
-    "s3a": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "az": "adlfs",
-    "abfs": "adlfs",
-    "abfss": "adlfs",
-    "hf": "huggingface_hub",
-    "hdfs": "pyarrow",
-    "webhdfs": "requests",
-    "oss": "ossfs",
-}
+    "http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs",
+    "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "hf": "huggingface_hub", "hdfs": "pyarrow",
+    "webhdfs": "requests", "oss": "ossfs",
+}  # fmt: skip
 OURS = ("aiohttp", "s3fs")  # which the extra asda[remote] installs
 HTTP = ("http", "https")
 URL_SAFE = "%/:@!$&'()*+,;=~-._"  # in a path, beside letters and digits
@@ -50,65 +39,69 @@ PIECE_BYTES = 4 << 20  # per request to what is not HTTP
 WATCH_S = 0.1  # between two looks at a transfer that is under way
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # before the second attempt, and between later ones; doubled each time
 TEMPORARY_STATUS = (408, 425, 429)  # HTTP errors below 500 that may be temporary
+# What aiohttp and botocore raise beside OSError; by name, because both are extras.
+NETWORK_ERRORS = {
+    "ClientConnectionError", "ClientPayloadError", "ClientResponseError",
+    "ConnectionError", "HTTPClientError", "IncompleteReadError", "ResponseParserError",
+}  # fmt: skip
 
-Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
 
 
-class WrongBytesError(Exception):
-    """The bytes that arrived are not the file."""
+class TransferError(Exception):
+    """Nothing arrives, or bytes that are not the file."""
 
 
 class NoRangesError(Exception):
     """The server sends whole files, whatever the request."""
 
 
-class StalledError(Exception):
-    """The server is silent."""
-
-
 class LocalDiskError(Exception):
-    """A write to this machine's disk failed while a file was arriving; asking the server again would not help."""
-
-    def __init__(self, cause: OSError):
-        super().__init__(cause)
-        self.cause = cause
+    """Holds the OSError of a write to this machine's disk; asking the server again would not help."""
 
 
-class Fetcher:
-    """One remote folder. Any thread may fetch at any time.
-
-    Attributes:
-        stopping: set it to end all transfers; they raise FetchingStopped.
-    """
+class RemoteFolder:
+    """A folder elsewhere: every read is a request, and nothing is kept. Any thread may read at any time."""
 
     def __init__(self, location: str, config: CacheConfig):
         """Open `location`, scheme://..., without a request. Raises UserError if a package is missing."""
-        self.stopping = threading.Event()
         self._location = location
         self._scheme = location.partition("://")[0].lower()
         self._config = config
         self._fs = _open_filesystem(self._scheme, location, config.timeout_s)
 
+    def __str__(self) -> str:
+        return self.where("").rstrip("/")
+
     def where(self, name: str) -> str:
-        """Return the file's address, for messages."""
+        """Return the file's address for messages, without credentials."""
         return f"{without_credentials(self._location).rstrip('/')}/{name}"
 
-    def read_up_to(self, name: str, limit_bytes: int) -> bytes:
+    def read_unlisted(self, name: str, limit_bytes: int) -> bytes:
         """Return the whole of a file whose length is not known. Raises UserError if it is missing or longer."""
         out = io.BytesIO()
-        arrived = self._persist(name, lambda: self._transfer(name, 0, limit_bytes, out, ranged=False))
-        return out.getvalue()[: arrived.num_bytes]
+        num_bytes = self._fetch(name, 0, limit_bytes, out, exact=False)
+        return out.getvalue()[:num_bytes]
 
     def read(self, file: StoredFile, start: int, stop: int) -> bytes:
         """Return the bytes from start to stop, not verified. Raises UserError if they cannot be fetched."""
-        out, ranged = io.BytesIO(), (start, stop) != (0, file.bytes)
-
-        def attempt() -> None:
-            self._transfer(file.name, start, stop, out, ranged=ranged).check_length(stop - start)
-
-        self._persist(file.name, attempt)
+        out = io.BytesIO()
+        self._fetch(file.name, start, stop, out, ranged=(start, stop) != (0, file.bytes))
         return out.getvalue()
+
+    def read_whole(self, file: StoredFile) -> bytes:
+        """Return all bytes of a small file."""
+        return self.read(file, 0, file.bytes)
+
+    def read_ahead(self, file: StoredFile) -> None:
+        """Do nothing, since nothing is kept."""
+
+    def renew(self, file: StoredFile) -> bool:
+        """Return True: bytes may have been damaged on their way, so another read may give others."""
+        return True
+
+    def check_sizes(self, files: Iterable[StoredFile]) -> None:
+        """Do nothing: asking takes long, and reading finds missing files and wrong sizes."""
 
     def download(self, file: StoredFile, out: BinaryIO) -> None:
         """Write the whole file to `out`; return only if its length and hash are right.
@@ -117,25 +110,70 @@ class Fetcher:
             UserError: the file cannot be fetched.
             OSError: `out` cannot be written.
         """
+        self._fetch(file.name, 0, file.bytes, out, digest=file.digest)
 
-        def attempt() -> None:
-            arrived = self._transfer(file.name, 0, file.bytes, out, ranged=False)
-            arrived.check_length(file.bytes)
-            arrived.check_hash(file.digest)
+    def _fetch(
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        out: BinaryIO,
+        *,
+        ranged: bool = False,
+        exact: bool = True,
+        digest: str = "",
+    ) -> int:
+        """Transfer until it succeeds, or fails in a way that is final; return how many bytes have come.
 
-        self._persist(file.name, attempt)
+        Args:
+            name: of the file.
+            start: first byte.
+            stop: end of the bytes.
+            out: is written from its beginning.
+            ranged: whether they are a part of the file.
+            exact: refuse fewer bytes.
+            digest: refuse bytes of another hash.
+        """
+
+        def attempt() -> int:
+            arrivals = self._transfer(name, start, stop, out, ranged=ranged)
+            if exact and arrivals.num_bytes != stop - start:
+                raise arrivals.wrong(f"{arrivals.num_bytes} of {stop - start} bytes arrived")
+            if digest and (found := arrivals.hash.hexdigest()) != digest:
+                raise arrivals.wrong(f"its hash is {found}, the index says {digest}")
+            return arrivals.num_bytes
+
+        began = time.monotonic()
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(self._config.attempts) | tenacity.stop_after_delay(self._config.give_up_s),
+            wait=tenacity.wait_exponential(FIRST_WAIT_S, LONGEST_WAIT_S) + tenacity.wait_random(0, FIRST_WAIT_S),
+            retry=tenacity.retry_if_exception(_is_temporary),
+            before_sleep=partial(self._log_retry, name),
+            reraise=True,
+        )
+        try:
+            return retrying(attempt)
+        except LocalDiskError as error:
+            raise error.args[0] from None
+        except Exception as error:  # whatever a filesystem raises; its own words may hold credentials
+            attempts = f"{retrying.statistics['attempt_number']} attempts in {time.monotonic() - began:.1f} s"
+            reason, tried = _reason(error), attempts if _is_temporary(error) else "not tried again"
+        raise UserError(f"cannot fetch {self.where(name)}: {reason} ({tried}); check the location and the server")
+
+    def _log_retry(self, name: str, state: tenacity.RetryCallState) -> None:
+        assert state.outcome is not None
+        attempts = f"attempt {state.attempt_number + 1} of {self._config.attempts} in {state.upcoming_sleep:.1f} s"
+        _log.warning("%s: %s; %s", self.where(name), _reason(state.outcome.exception()), attempts)
 
     def _transfer(self, name: str, start: int, stop: int, out: BinaryIO, *, ranged: bool) -> "_Arrivals":
-        """Fetch the bytes from start to stop once; stop if nothing arrives any more or the storage is closed."""
+        """Fetch the bytes from start to stop once; stop if nothing arrives any more."""
         out.seek(0)
-        arrivals = _Arrivals(out, stop - start, self.stopping, ranged=ranged)
+        arrivals = _Arrivals(out, stop - start, ranged=ranged)
         future = asyncio.run_coroutine_threadsafe(self._pour(name, start, stop, arrivals, ranged=ranged), get_loop())
         try:
             while not wait([future], timeout=WATCH_S).done:
-                if self.stopping.is_set():
-                    raise FetchingStopped
                 if time.monotonic() - arrivals.last_at > self._config.timeout_s:
-                    raise StalledError(f"nothing arrived for {self._config.timeout_s:g} s")
+                    raise TransferError(f"nothing arrived for {self._config.timeout_s:g} s")
             future.result()
         finally:
             arrivals.abandon()  # the transfer ends a little later, and must not write into the next attempt
@@ -160,52 +198,15 @@ class Fetcher:
         parts = urlsplit(self._location)  # a signature in the query stays behind the name
         return urlunsplit(parts._replace(path=f"{quote(parts.path.rstrip('/'), safe=URL_SAFE)}/{name}", fragment=""))
 
-    def _persist(self, name: str, attempt: Callable[[], Result]) -> Result:
-        """Repeat an attempt while its failures may be temporary; then raise UserError with the last one."""
-        began = time.monotonic()
-        retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(self._config.attempts) | tenacity.stop_after_delay(self._config.give_up_s),
-            wait=tenacity.wait_exponential(FIRST_WAIT_S, LONGEST_WAIT_S) + tenacity.wait_random(0, FIRST_WAIT_S),
-            retry=tenacity.retry_if_exception(_is_temporary),
-            sleep=self._sleep,
-            before_sleep=lambda state: self._log_retry(name, state),
-        )
-        try:
-            return retrying(attempt)
-        except (FetchingStopped, UserError):
-            raise
-        except LocalDiskError as error:
-            raise error.cause from None
-        except tenacity.RetryError as error:
-            last = error.last_attempt
-            tried = f"{last.attempt_number} attempts in {time.monotonic() - began:.1f} s"
-            reason = _reason(last.exception())
-        except Exception as error:  # whatever a filesystem raises; its own words may hold credentials
-            tried, reason = "not tried again", _reason(error)
-        raise UserError(f"cannot fetch {self.where(name)}: {reason} ({tried}); check the location and the server")
-
-    def _sleep(self, seconds: float) -> None:
-        if self.stopping.wait(seconds):
-            raise FetchingStopped
-
-    def _log_retry(self, name: str, state: tenacity.RetryCallState) -> None:
-        assert state.outcome is not None
-        assert state.next_action is not None
-        attempts = f"attempt {state.attempt_number + 1} of {self._config.attempts} in {state.next_action.sleep:.1f} s"
-        _log.warning("%s: %s; %s", self.where(name), _reason(state.outcome.exception()), attempts)
-
 
 class _Arrivals:
     """The file object that a transfer writes to: it counts, hashes, and refuses more than was asked for."""
 
-    def __init__(self, out: BinaryIO, limit_bytes: int, stopping: threading.Event, *, ranged: bool):
+    def __init__(self, out: BinaryIO, limit_bytes: int, *, ranged: bool):
         self.num_bytes = 0
         self.last_at = time.monotonic()  # s
-        self._state = xxh3_128()
-        self._out = out
-        self._limit_bytes = limit_bytes
-        self._stopping = stopping
-        self._ranged = ranged
+        self.hash = xxh3_128()
+        self._out, self._limit_bytes, self._ranged = out, limit_bytes, ranged
         self._beginning = b""
         self._abandoned = False
         self._lock = threading.Lock()
@@ -224,39 +225,26 @@ class _Arrivals:
     def write(self, chunk: bytes) -> int:
         """Take the next bytes."""
         with self._lock:
-            if self._abandoned or self._stopping.is_set():
-                raise FetchingStopped
-            return self._take(chunk)
+            if self._abandoned:
+                raise asyncio.CancelledError
+            self._beginning = self._beginning or chunk[:64]
+            self.num_bytes += len(chunk)
+            if self.num_bytes > self._limit_bytes:
+                if self._ranged:
+                    raise NoRangesError("the server does not send parts of files; read it through a cache (data.cache)")
+                raise self.wrong(f"more than {self._limit_bytes} bytes arrived")
+            self.hash.update(chunk)
+            try:
+                self._out.write(chunk)
+            except OSError as error:
+                raise LocalDiskError(error) from error
+            self.last_at = time.monotonic()
+            return len(chunk)
 
-    def check_length(self, num_bytes: int) -> None:
-        """Refuse a file that ended early."""
-        if self.num_bytes != num_bytes:
-            raise WrongBytesError(f"{self.num_bytes} of {num_bytes} bytes arrived{self._hint}")
-
-    def check_hash(self, expected: str) -> None:
-        """Refuse other bytes."""
-        if (found := self._state.hexdigest()) != expected:
-            raise WrongBytesError(f"its hash is {found}, the index says {expected}{self._hint}")
-
-    def _take(self, chunk: bytes) -> int:
-        self._beginning = self._beginning or chunk[:64]
-        self.num_bytes += len(chunk)
-        if self.num_bytes > self._limit_bytes:
-            if self._ranged:
-                raise NoRangesError("the server does not send parts of files; read it through a cache (data.cache)")
-            raise WrongBytesError(f"more than {self._limit_bytes} bytes arrived{self._hint}")
-        self._state.update(chunk)
-        try:
-            self._out.write(chunk)
-        except OSError as error:
-            raise LocalDiskError(error) from error
-        self.last_at = time.monotonic()
-        return len(chunk)
-
-    @property
-    def _hint(self) -> str:
+    def wrong(self, problem: str) -> TransferError:
+        """Make the error about bytes that are not the file."""
         page = self._beginning.lstrip().lower().startswith((b"<!doctype", b"<html"))
-        return ", which look like a web page" if page else ""
+        return TransferError(problem + (", which look like a web page" if page else ""))
 
 
 def without_credentials(location: str) -> str:
@@ -278,7 +266,15 @@ def _open_filesystem(scheme: str, location: str, timeout_s: float) -> Any:
     package = PACKAGES[scheme]
     try:
         if scheme in HTTP:
-            options = _http_options(timeout_s)
+            import aiohttp  # an extra
+
+            client = {
+                "timeout": aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s),
+                "headers": {"Accept-Encoding": "identity"},  # the bytes as they are on the server
+                "auto_decompress": False,
+                "trust_env": True,  # proxies, as other programs take them
+            }
+            options = {"client_kwargs": client, "encoded": True}  # the address is quoted already
         elif package == "s3fs":
             patience = {"connect_timeout": timeout_s, "read_timeout": timeout_s, "retries": {"max_attempts": 0}}
             options = {"config_kwargs": patience}
@@ -290,39 +286,14 @@ def _open_filesystem(scheme: str, location: str, timeout_s: float) -> Any:
     return fs
 
 
-def _http_options(timeout_s: float) -> dict[str, Any]:
-    """Ask for bytes as they are on the server: no compression on the way, no second quoting of the address."""
-    import aiohttp  # an extra
-
-    client = {
-        "timeout": aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s),
-        "headers": {"Accept-Encoding": "identity"},
-        "auto_decompress": False,
-        "trust_env": True,  # proxies, as other programs take them
-    }
-    return {"client_kwargs": client, "encoded": True}
-
-
 def _is_temporary(error: BaseException) -> bool:
     """Return whether the same request may succeed later."""
     if (status := _http_status(error)) is not None:
         return status >= 500 or status in TEMPORARY_STATUS
     if isinstance(error, (FileNotFoundError, PermissionError)):
         return False
-    return isinstance(error, (WrongBytesError, StalledError, OSError, EOFError, *_network_errors()))
-
-
-def _network_errors() -> tuple[type[BaseException], ...]:
-    """Return what aiohttp and botocore raise beside OSError; both are extras, loaded only if in use."""
-    found = []
-    for module, names in (
-        ("aiohttp", ("ClientConnectionError", "ClientPayloadError", "ClientResponseError")),
-        ("botocore.exceptions", ("ConnectionError", "HTTPClientError", "IncompleteReadError")),
-        ("botocore.parsers", ("ResponseParserError",)),
-    ):
-        if loaded := sys.modules.get(module):
-            found += [getattr(loaded, name) for name in names if hasattr(loaded, name)]
-    return tuple(found)
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, (TransferError, OSError, EOFError)) or not names.isdisjoint(NETWORK_ERRORS)
 
 
 def _http_status(error: BaseException) -> int | None:
@@ -336,7 +307,7 @@ def _http_status(error: BaseException) -> int | None:
 
 def _reason(error: BaseException | None) -> str:
     """Say why an attempt failed, in one line without credentials."""
-    if isinstance(error, (WrongBytesError, NoRangesError, StalledError)):
+    if isinstance(error, (TransferError, NoRangesError)):
         return str(error)
     if error is not None and (status := _http_status(error)) is not None:
         return f"HTTP status {status}"

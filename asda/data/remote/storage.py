@@ -15,45 +15,112 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from asda.data.remote.cache import Cache, CacheConfig, FetchingStopped, StoredFile
-from asda.data.remote.fetch import PACKAGES, Fetcher, without_credentials
+from asda.data.remote.cache import Cache, CacheConfig, StoredFile
+from asda.data.remote.fetch import PACKAGES, RemoteFolder, without_credentials
 from asda.errors import UserError
 
 REPAIR = "restore the file, or make the dataset again with asda shards"
 MAX_EVICTIONS = 20  # times that a file is fetched and removed again before it is read
 
 
-class Storage:
-    """A folder of files, somewhere. Any thread may read anything at any time."""
+@dataclass(frozen=True)
+class LocalFolder:
+    """A folder of this machine, or one that it has mounted."""
+
+    folder: Path
+
+    def __str__(self) -> str:
+        return str(self.folder)
 
     def where(self, name: str) -> str:
-        """Return the file's place, for messages."""
-        raise NotImplementedError
+        """Return the file's path."""
+        return str(self.folder / name)
 
     def read_unlisted(self, name: str, limit_bytes: int) -> bytes:
         """Return the whole of a file whose length is not known. Raises UserError if it is missing or longer."""
-        raise NotImplementedError
+        path = self.folder / name
+        try:
+            if (num_bytes := path.stat().st_size) > limit_bytes:
+                raise UserError(f"{path} has {num_bytes} bytes; at most {limit_bytes} are read")
+            return path.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
 
     def read(self, file: StoredFile, start: int, stop: int) -> bytes:
         """Return the bytes from start to stop; fewer if the file is damaged. Raises UserError if it cannot be read."""
-        raise NotImplementedError
+        # Opened for each read, which takes 3 us: a dataset has more shards than a process may have open files.
+        try:
+            descriptor = os.open(f"{self.folder}/{file.name}", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                return os.pread(descriptor, stop - start, start)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            where = f"{self.where(file.name)}, bytes {start} to {stop}"
+            raise UserError(f"cannot read {where}: {error.strerror}; {REPAIR}") from error
 
     def read_whole(self, file: StoredFile) -> bytes:
-        """Return all bytes of a small file."""
+        """Return all bytes of a small file, after a look at its size."""
+        path = self.folder / file.name
+        _check_size(path, file, path.stat().st_size if path.is_file() else None)
         return self.read(file, 0, file.bytes)
 
     def read_ahead(self, file: StoredFile) -> None:
-        """Begin to bring the file near, in the background; reading does not depend on it."""
+        """Let the system read the whole file in one go: disks and network mounts are slow at jumping about."""
+        with suppress(OSError), (self.folder / file.name).open("rb", buffering=0) as opened:  # reading it will say so
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def renew(self, file: StoredFile) -> bool:
-        """Drop a damaged copy after a read gave wrong bytes; return whether reading once more may give others."""
+        """Return False: another read would give the same bytes."""
         return False
 
     def check_sizes(self, files: Iterable[StoredFile]) -> None:
-        """Refuse missing files and wrong sizes if looking is cheap; elsewhere reading finds them. Raises UserError."""
+        """Refuse missing files and wrong sizes, from one listing of the folder. Raises UserError."""
+        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder) if entry.is_file()}
+        for file in files:
+            _check_size(self.folder / file.name, file, sizes.get(file.name))
 
-    def close(self) -> None:
-        """Stop what is under way in the background."""
+
+class CachedFolder(RemoteFolder):
+    """A folder elsewhere, whose files are fetched whole when first needed, once for all processes of the machine."""
+
+    def __init__(self, location: str, config: CacheConfig):
+        super().__init__(location, config)
+        self._cache = Cache(config.path, int(config.gib * (1 << 30)))
+        self._slots = threading.BoundedSemaphore(config.downloads)
+        self._announced: set[str] = set()  # hashes of files that threads fetch, or will fetch
+
+    def read(self, file: StoredFile, start: int, stop: int) -> bytes:
+        """Read the copy, which is fetched if need be."""
+        for _ in range(MAX_EVICTIONS):
+            if (data := self._cache.read(file, start, stop)) is not None:
+                return data
+            self._cache.fill(file, self.download)
+        raise UserError(
+            f"{self.where(file.name)} was pushed out of the cache {self._cache.folder} {MAX_EVICTIONS} times before "
+            "it could be read: the cache is too small for the shards in use; raise data.cache_gib"
+        )
+
+    def read_ahead(self, file: StoredFile) -> None:
+        """Begin to fetch the file, or queue it behind those that are being fetched."""
+        if self._cache.holds(file) or file.hash in self._announced:
+            return
+        self._announced.add(file.hash)
+        # A daemon thread: the end of the program does not wait for a file that will not be read.
+        threading.Thread(target=self._fetch_ahead, args=(file,), daemon=True, name="asda-download").start()
+
+    def renew(self, file: StoredFile) -> bool:
+        """Drop the copy if its hash is wrong, so that the next read fetches another."""
+        self._cache.drop_if_damaged(file)
+        return True
+
+    def _fetch_ahead(self, file: StoredFile) -> None:
+        with suppress(UserError), self._slots:  # the reader of the file will meet the error
+            self._cache.fill(file, self.download)
+        self._announced.discard(file.hash)
+
+
+Storage = LocalFolder | RemoteFolder  # any thread may read anything at any time
 
 
 def open_storage(location: str | Path | Storage, cache: CacheConfig | None = None) -> Storage:
@@ -78,140 +145,7 @@ def open_storage(location: str | Path | Storage, cache: CacheConfig | None = Non
             f"cannot open {without_credentials(location)}: a location is a folder or begins with file://, "
             + ", ".join(f"{known}://" for known in PACKAGES)
         )
-    fetcher = Fetcher(location, cache or CacheConfig())
-    return CachedFolder(fetcher, cache) if cache else RemoteFolder(fetcher)
-
-
-@dataclass(frozen=True)
-class LocalFolder(Storage):
-    """A folder of this machine, or one that it has mounted."""
-
-    folder: Path
-
-    def __str__(self) -> str:
-        return str(self.folder)
-
-    def where(self, name: str) -> str:
-        """Return the file's path."""
-        return str(self.folder / name)
-
-    def read_unlisted(self, name: str, limit_bytes: int) -> bytes:
-        """Read the file after a look at its size."""
-        path = self.folder / name
-        try:
-            if (num_bytes := path.stat().st_size) > limit_bytes:
-                raise UserError(f"{path} has {num_bytes} bytes; at most {limit_bytes} are read")
-            return path.read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
-
-    def read(self, file: StoredFile, start: int, stop: int) -> bytes:
-        """Read by one pread."""
-        # Opened for each read, which takes 3 us: a dataset has more shards than a process may have open files.
-        try:
-            descriptor = os.open(f"{self.folder}/{file.name}", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                return os.pread(descriptor, stop - start, start)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            where = f"{self.where(file.name)}, bytes {start} to {stop}"
-            raise UserError(f"cannot read {where}: {error.strerror}; {REPAIR}") from error
-
-    def read_whole(self, file: StoredFile) -> bytes:
-        """Read the file after a look at its size."""
-        path = self.folder / file.name
-        _check_size(path, file, path.stat().st_size if path.is_file() else None)
-        return self.read(file, 0, file.bytes)
-
-    def read_ahead(self, file: StoredFile) -> None:
-        """Let the system read the whole file in one go: disks and network mounts are slow at jumping about."""
-        try:
-            descriptor = os.open(self.folder / file.name, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:  # reading it will say so
-            return
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-        finally:
-            os.close(descriptor)
-
-    def check_sizes(self, files: Iterable[StoredFile]) -> None:
-        """Compare with the folder, listed once."""
-        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder) if entry.is_file()}
-        for file in files:
-            _check_size(self.folder / file.name, file, sizes.get(file.name))
-
-
-class RemoteFolder(Storage):
-    """A folder elsewhere, of which nothing is kept: for a look at a few clips."""
-
-    def __init__(self, fetcher: Fetcher):
-        self._fetcher = fetcher
-
-    def __str__(self) -> str:
-        return self.where("").rstrip("/")
-
-    def where(self, name: str) -> str:
-        """Return the file's address, without credentials."""
-        return self._fetcher.where(name)
-
-    def read_unlisted(self, name: str, limit_bytes: int) -> bytes:
-        """Fetch the file each time, since it may change."""
-        return self._fetcher.read_up_to(name, limit_bytes)
-
-    def read(self, file: StoredFile, start: int, stop: int) -> bytes:
-        """Request just these bytes."""
-        return self._fetcher.read(file, start, stop)
-
-    def renew(self, file: StoredFile) -> bool:
-        """Return True: bytes may have been damaged on their way."""
-        return True
-
-    def close(self) -> None:
-        """End all requests."""
-        self._fetcher.stopping.set()
-
-
-class CachedFolder(RemoteFolder):
-    """A folder elsewhere, whose files are fetched whole when first needed, once for all processes of the machine."""
-
-    def __init__(self, fetcher: Fetcher, config: CacheConfig):
-        super().__init__(fetcher)
-        self._cache = Cache(config.path, config.limit_bytes)
-        self._slots = threading.BoundedSemaphore(config.downloads)
-        self._announced: set[str] = set()  # hashes of files that threads fetch, or will fetch
-
-    def read(self, file: StoredFile, start: int, stop: int) -> bytes:
-        """Read the copy, which is fetched if need be."""
-        for _ in range(MAX_EVICTIONS):
-            if (data := self._cache.read(file, start, stop)) is not None:
-                return data
-            self._fetch(file)
-        raise UserError(
-            f"{self.where(file.name)} was pushed out of the cache {self._cache.folder} {MAX_EVICTIONS} times before "
-            "it could be read: the cache is too small for the shards in use; raise data.cache_gib"
-        )
-
-    def read_ahead(self, file: StoredFile) -> None:
-        """Begin to fetch the file, or queue it behind those that are being fetched."""
-        if self._cache.holds(file) or file.hash in self._announced:
-            return
-        self._announced.add(file.hash)
-        # A daemon thread: the end of the program does not wait for a file that will not be read.
-        threading.Thread(target=self._fetch_ahead, args=(file,), daemon=True, name="asda-download").start()
-
-    def renew(self, file: StoredFile) -> bool:
-        """Drop the copy if its hash is wrong, so that the next read fetches another."""
-        self._cache.drop_if_damaged(file)
-        return True
-
-    def _fetch_ahead(self, file: StoredFile) -> None:
-        with suppress(UserError, FetchingStopped), self._slots:  # the reader of the file will meet the error
-            self._fetch(file)
-        self._announced.discard(file.hash)
-
-    def _fetch(self, file: StoredFile) -> None:
-        self._cache.fill(file, lambda part: self._fetcher.download(file, part), self._fetcher.stopping)
+    return CachedFolder(location, cache) if cache else RemoteFolder(location, CacheConfig())
 
 
 def _check_size(path: Path, file: StoredFile, found: int | None) -> None:

@@ -247,23 +247,6 @@ def test_a_reader_does_not_queue_behind_what_is_fetched_ahead(server, tmp_path, 
     assert server.requests[shards[3].entry.name] == 1
     server.released.set()
     assert shards[0].read_frame(0) == frames[0, 0]
-    shards[0].storage.close()
-
-
-def test_closing_ends_a_stalled_download_at_once(server, tmp_path):
-    config = CacheConfig(tmp_path / "cache", timeout_s=20)
-    dataset = load_dataset(server.url, None, config)
-    shard = shards_of(dataset)[0]
-    assert shard.index
-    server.faults[shard.entry.name] = ["stall"]
-    shard.prefetch()
-    while not any(name.endswith(".part") for name in cached(config)):
-        time.sleep(0.01)
-    began = time.monotonic()
-    dataset.folder.close()
-    while any(name.endswith(".part") for name in cached(config)):
-        assert time.monotonic() - began < 3  # WATCH_S is 0.1 s
-        time.sleep(0.01)
 
 
 def size_of(entry: os.DirEntry) -> int:
@@ -308,7 +291,7 @@ def test_the_least_recently_used_file_goes_first(tmp_path):
     (cache.folder / "thesis.txt").write_text("not ours, and larger than the bound: neither counted nor removed")
 
     def fill(n: int):
-        cache.fill(files[n], lambda part: part.write(bytes([n]) * 10) and None, threading.Event())
+        cache.fill(files[n], lambda _, part: part.write(bytes([n]) * 10) and None)
 
     for n in (0, 1, 2):
         fill(n)
@@ -323,7 +306,7 @@ def test_the_least_recently_used_file_goes_first(tmp_path):
 def test_a_file_that_is_removed_while_it_is_read_is_read_to_its_end(tmp_path):
     file = StoredFile("a", 10, tagged_hash(b"0123456789"))
     cache = Cache(tmp_path, 30)
-    cache.fill(file, lambda part: part.write(b"0123456789") and None, threading.Event())
+    cache.fill(file, lambda _, part: part.write(b"0123456789") and None)
     with cache.path(file).open("rb") as reader:
         cache.path(file).unlink()
         assert reader.read() == b"0123456789"
