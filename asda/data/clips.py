@@ -7,7 +7,6 @@ Damage is never passed over in silence. Strict, which is the default, the first 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import accumulate
 from threading import Lock
 
@@ -66,11 +65,7 @@ class ClipDataset:
             UserError: a dataset, split or shard is missing or damaged, a source has a shard twice, or the vocabularies
                 differ.
         """
-        opened = partial(_opened, tolerant=tolerant, cache=cache or CacheConfig())
-        self._sources = [
-            _each_once([part for spec in ([specs] if isinstance(specs, str) else specs) for part in opened(spec)])
-            for specs in sources
-        ]
+        self._sources = [_open_source(specs, tolerant, cache or CacheConfig()) for specs in sources]
         parts = [part for source in self._sources for part in source]
         self.vocabulary = _one_vocabulary([index for index, _ in parts]) if labelled else ()
         self.shards = [shard for part in parts for shard in _shards(part)]
@@ -97,11 +92,6 @@ class ClipDataset:
     def shares_shards_with(self, other: "ClipDataset") -> bool:
         """Return whether both contain a shard with the same hash."""
         return not {shard.entry.hash for shard in self.shards}.isdisjoint(shard.entry.hash for shard in other.shards)
-
-    def announce(self, shards: Iterable[int]) -> None:
-        """Begin to bring shards near, in the background, in this order."""
-        for number in shards:
-            self.shards[number].prefetch()
 
     def locate(self, clip: int) -> tuple[ShardFile, int]:
         """Return the shard that holds a clip, and the clip's place in it."""
@@ -155,13 +145,7 @@ class DamageBudget:
 def read_clips(
     dataset: ClipDataset, draws: Iterable[Draw], budget: DamageBudget | None = None, note: Note = lambda doing: None
 ) -> list[Clip]:
-    """Read, verify and decode clips, in the order asked for.
-
-    Args:
-        dataset: that numbers them.
-        draws: the visits.
-        budget: of damaged clips; None is strict.
-        note: is told which clip is being read.
+    """Read, verify and decode clips, in the order asked for; `note` is told which. Without a budget, it is strict.
 
     Raises:
         UserError: a frame is damaged, or holds another clip than the index says; nothing of it is used.
@@ -212,30 +196,28 @@ def _first_member(frame: bytes, name: str) -> memoryview:
     return memoryview(frame)[TAR_HEADER_BYTES : TAR_HEADER_BYTES + size]
 
 
-def _opened(spec: str, tolerant: bool, cache: CacheConfig) -> list[Part]:
-    """Return the splits that "LOCATION:SPLIT+SPLIT" names."""
-    location, colon, names = spec.rpartition(":")
-    if not colon or not location or not names or "/" in names:  # as a URL without splits has
-        raise UserError(
-            f"cannot read the data {without_credentials(spec)!r}; write FOLDER:SPLIT or FOLDER:SPLIT+SPLIT, as in "
-            "shards/esc:fold1"
-        )
-    index = load_dataset(location, names.split("+"), cache, tolerant=tolerant)
-    return [(index, name) for name in names.split("+")]
-
-
-def _each_once(parts: list[Part]) -> list[Part]:
+def _open_source(specs: DataSpecs, tolerant: bool, cache: CacheConfig) -> list[Part]:
     """Return the splits of one source. Raises UserError if two hold the same shard, whose clips would count twice."""
+    parts: list[Part] = []
     holder: dict[str, str] = {}  # by the hash of a shard
-    for index, name in parts:
-        where = f"{index.folder}:{name}"
-        for shard in {entry.hash for entry in index.splits[name].shards}:
-            if shard in holder:
-                raise UserError(
-                    f"{holder[shard]} and {where} hold the same clips, which would count twice; name each split once "
-                    "(to see some more often while training, give them a share of their own)"
-                )
-            holder[shard] = where
+    for spec in [specs] if isinstance(specs, str) else specs:
+        location, colon, names = spec.rpartition(":")
+        if not colon or not location or not names or "/" in names:  # as a URL without splits has
+            raise UserError(
+                f"cannot read the data {without_credentials(spec)!r}; write FOLDER:SPLIT or FOLDER:SPLIT+SPLIT, as in "
+                "shards/esc:fold1"
+            )
+        index = load_dataset(location, names.split("+"), cache, tolerant=tolerant)
+        for name in names.split("+"):
+            where = f"{index.folder}:{name}"
+            for shard in {entry.hash for entry in index.splits[name].shards}:
+                if shard in holder:
+                    raise UserError(
+                        f"{holder[shard]} and {where} hold the same clips, which would count twice; name each split "
+                        "once (to see some more often while training, give them a share of their own)"
+                    )
+                holder[shard] = where
+            parts.append((index, name))
     return parts
 
 

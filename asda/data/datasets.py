@@ -16,16 +16,7 @@ def open_clips(data: DataConfig, *sources: DataSpecs, labelled: bool = False, to
 
 
 def open_labelled(config: Config, key: str, specs: DataSpecs) -> ClipDataset:
-    """Open clips with labels.
-
-    Args:
-        config: of the run.
-        key: says in messages who asks, as "data.valid".
-        specs: the splits.
-
-    Raises:
-        UserError: the shards are missing, or no clip has a label.
-    """
+    """Open clips with labels. Raises UserError, which names `key`, as "data.valid", if no clip has a label."""
     dataset = open_clips(config.data, specs, labelled=True)
     _check_labelled(dataset, key, specs)
     return dataset
@@ -79,13 +70,7 @@ def open_held_out(config: Config, train: ClipDataset) -> tuple[ClipDataset | Non
 def open_evaluation_data(
     config: Config, vocabulary: tuple[str, ...], specs: DataSpecs, key: str = "evaluation data"
 ) -> ClipDataset:
-    """Open clips to evaluate a classifier on.
-
-    Args:
-        config: of the classifier's run.
-        vocabulary: its classes.
-        specs: the splits.
-        key: says in messages who asks.
+    """Open clips to evaluate a classifier on, which has the classes of `vocabulary`.
 
     Raises:
         UserError: the shards are missing, have no labels, or other classes than the classifier.

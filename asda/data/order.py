@@ -71,12 +71,9 @@ class ClipOrder:
     """
 
     def __init__(self, datasets: Sequence[OrderedDataset], *, seed: int, group_shards: int):
-        """Prepare the order; nothing is shuffled before it is asked for.
+        """Prepare the order of one dataset, or of several that are mixed by their shares.
 
-        Args:
-            datasets: one, or several that are mixed by their shares.
-            seed: the run's seed.
-            group_shards: most shards whose clips are shuffled together.
+        The clips of at most `group_shards` shards are shuffled together. Nothing is shuffled before it is asked for.
 
         Raises:
             UserError: a dataset without clips; balanced draws without usable weights, or more of them than clips.
@@ -100,19 +97,16 @@ class ClipOrder:
     def shards_ahead(self, position: int, num_draws: int) -> list[int]:
         """Return the shards that the next draws read, for a reader that fetches them early.
 
-        Args:
-            position: of the first draw.
-            num_draws: how far to look; of each dataset at most one epoch is looked at.
-
-        Returns:
-            The shards of all groups that the positions touch, in the order in which the groups come.
+        They are those of all groups that the positions touch, in the order in which the groups come. Of each dataset
+        at most one epoch is looked at.
         """
         starts = self._mixture.counts_at(position)
         stops = self._mixture.counts_at(position + num_draws)
-        needed: list[tuple[float, list[int]]] = []  # how far ahead, from 0 to 1, and what
-        for order, start, stop in zip(self._orders, starts, stops, strict=True):
-            for group_start, shards in order.groups(start, stop):
-                needed.append((max(0, group_start - start) / (stop - start), shards))
+        needed = [  # how far ahead, from 0 to 1, and what
+            (max(0, group_start - start) / (stop - start), shards)
+            for order, start, stop in zip(self._orders, starts, stops, strict=True)
+            for group_start, shards in order.groups(start, stop)
+        ]
         needed.sort(key=lambda item: item[0])
         return list(dict.fromkeys(shard for _, shards in needed for shard in shards))
 
@@ -143,13 +137,10 @@ class _DatasetOrder:
         # Sequential reads one shard after the other, so a group of one says best what is needed next.
         num_shards = len(dataset.shard_clips)
         self._num_groups = num_shards if self._mode == "sequential" else -(-num_shards // group_shards)
+        self.draws_per_group = self.visits_per_epoch / self._num_groups
         # The reader is in one epoch and one group, and looks for shards a group or two further.
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._group = lru_cache(maxsize=2)(self._make_group)
-
-    @property
-    def draws_per_group(self) -> float:
-        return self.visits_per_epoch / self._num_groups
 
     def draw(self, position: int) -> Draw:
         """Return the visit at a position of this dataset."""
@@ -172,7 +163,10 @@ class _DatasetOrder:
             start = epoch_start + epoch.starts[group + 1]
 
     def _make_epoch(self, epoch: int) -> _Epoch:
-        visits_V = self._chosen(hash_of(self._key, _CHOICE, epoch))
+        visits_V = None
+        if self._weights is not None:
+            choose = choose_with_replacement if self._replacement else choose_without_replacement
+            visits_V = choose(self._weights, self.visits_per_epoch, hash_of(self._key, _CHOICE, epoch))
         bounds = self._first_clips if visits_V is None else np.searchsorted(visits_V, self._first_clips)
         shards = np.arange(len(self._first_clips) - 1)
         if self._mode != "sequential":
@@ -181,13 +175,6 @@ class _DatasetOrder:
         starts = np.concatenate([[0], np.cumsum(np.diff(bounds)[shards])])[edges]
         groups = [np.sort(shards[low:high]) for low, high in pairwise(edges)]
         return _Epoch(visits_V, bounds.tolist(), groups, starts.tolist())
-
-    def _chosen(self, key: int) -> NDArray[np.int64] | None:
-        if self._weights is None:
-            return None
-        if self._replacement:
-            return choose_with_replacement(self._weights, self.visits_per_epoch, key)
-        return choose_without_replacement(self._weights, self.visits_per_epoch, key)
 
     def _make_group(self, epoch: int, group: int) -> NDArray[np.int64]:
         """Return the visits of a group in their order, each as clip + (repeat << REPEAT_BIT)."""
@@ -324,21 +311,11 @@ def rank_slice(start: int, stop: int, rank: int, world_size: int) -> range:
     return range(start + size * rank // world_size, start + size * (rank + 1) // world_size)
 
 
-def clip_seed(seed: int, draw: Draw, purpose: str) -> int:
-    """64 random bits of one visit, the same on whatever rank, thread or resumed run it happens.
-
-    Args:
-        seed: the run's seed.
-        draw: the visit.
-        purpose: "crop", "masks" or another; what is drawn for one purpose changes nothing for the others.
-    """
-    return xxh3_64_intdigest(_visit_bytes(seed, draw, purpose))
-
-
 def clip_rng(seed: int, draw: Draw, purpose: str) -> np.random.Generator:
-    """Random numbers of one visit, as `clip_seed`. Philox takes its key as it is: 10 us each, no seeding."""
-    return np.random.Generator(np.random.Philox(key=xxh3_128_intdigest(_visit_bytes(seed, draw, purpose))))
+    """Return random numbers of one visit, the same on whatever rank, thread or resumed run it happens.
 
-
-def _visit_bytes(seed: int, draw: Draw, purpose: str) -> bytes:
-    return struct.pack("<4Q", seed, draw.epoch, draw.clip, draw.repeat) + purpose.encode()
+    What is drawn for one purpose, "crop" or "masks", changes nothing for the others. Philox takes its key as it is:
+    10 us each, no seeding.
+    """
+    visit = struct.pack("<4Q", seed, draw.epoch, draw.clip, draw.repeat) + purpose.encode()
+    return np.random.Generator(np.random.Philox(key=xxh3_128_intdigest(visit)))

@@ -8,7 +8,7 @@
 3. patches   normalised log-mel patches on the device                                    ([B, N, P], Batch)
 
 A stage takes the samples of the stage before it and yields its own, in the thread of the training loop. `compose` adds
-one: stream.compose(my_stage). Slow work on a batch belongs into `_TrainingRead`, which runs in the threads.
+one: stream.compose(my_stage). Slow work on a batch belongs into `read`, which runs in the threads.
 
 The order is chosen before anything is read (asda.data.order), so plain webdataset's stages, which read a shard from
 its first sample to its last, are not used: every clip is reached by its offset, within the few shards of a group.
@@ -81,19 +81,11 @@ def training_batches(
     masks: MaskMaker | None,
     budget: DamageBudget | None = None,
 ) -> DataPipeline:
-    """Return stages 1 and 2 of training: this rank's micro-batches, without end.
+    """Return stages 1 and 2 of training: this rank's micro-batches, without end, from any `first_step` on.
 
-    Args:
-        dataset: opened with the datasets of `config`.
-        config: of the data.
-        seed: of the run.
-        first_step: where to begin; any step is reached at once.
-        batch: clips of a step, over all ranks.
-        micro_batch: most clips of a Batch.
-        rank: of this process.
-        world_size: number of ranks.
-        masks: draws what the students of a clip see, if there are students.
-        budget: of damaged clips; None is strict.
+    A step has `batch` clips over all ranks, a micro-batch at most `micro_batch`. `dataset` was opened with the datasets
+    of `config`. `masks` draws what the students of a clip see, if there are students. Without a `budget`, the first
+    damaged clip is an error.
 
     Raises:
         UserError: balanced draws need sample weights that are missing; while iterating, what `read_clips` and
@@ -105,15 +97,23 @@ def training_batches(
         start = announced = first_step * batch
         while True:
             if start >= announced:  # this group of shards and the next, each half a group ahead of need
-                dataset.announce(order.shards_ahead(start, order.draws_per_group + 1))
+                for shard in order.shards_ahead(start, order.draws_per_group + 1):
+                    dataset.shards[shard].prefetch()
                 announced = start + order.draws_per_group // 2
             mine = rank_slice(start, start + batch, rank, world_size)
             for low in range(mine.start, mine.stop, micro_batch):
                 yield order.draws(low, min(low + micro_batch, mine.stop))
             start += batch
 
-    read = _TrainingRead(dataset, config, seed, masks, budget or DamageBudget())
-    return DataPipeline(draws, _ahead(read, config))
+    def read(draws: list[Draw], note: Note) -> Batch:  # in a thread; all chance follows from the draw
+        clips = read_clips(dataset, draws, budget, note)
+        if config.crop == "random":
+            clips = [_random_crop(clip, config.frames, seed) for clip in clips]
+        augmentations = draw_augmentations(draws, Batch(clips).lengths, config, seed)
+        visible_BMK = np.stack([masks(clip_rng(seed, draw, "masks")) for draw in draws]) if masks else None
+        return Batch(clips, visible_BMK, augmentations)
+
+    return _pipeline(draws, read, config)
 
 
 def evaluation_batches(
@@ -132,27 +132,7 @@ def evaluation_batches(
     def read(draws: list[Draw], note: Note) -> Batch:
         return Batch(read_clips(dataset, draws, note=note))
 
-    return DataPipeline(draws, _ahead(read, config))
-
-
-@dataclass(frozen=True)
-class _TrainingRead:
-    """Make a Batch of draws, in a thread. All chance follows from the draw, so neither ranks nor threads matter."""
-
-    dataset: ClipDataset
-    config: DataConfig
-    seed: int
-    masks: MaskMaker | None
-    budget: DamageBudget
-
-    def __call__(self, draws: list[Draw], note: Note) -> Batch:
-        clips = read_clips(self.dataset, draws, self.budget, note)
-        if self.config.crop == "random":
-            clips = [_random_crop(clip, self.config.frames, self.seed) for clip in clips]
-        batch = Batch(clips)
-        augmentations = draw_augmentations(draws, batch.lengths, self.config, self.seed)
-        visible = [self.masks(clip_rng(self.seed, draw, "masks")) for draw in draws] if self.masks else None
-        return replace(batch, visible_BMK=np.stack(visible) if visible else None, augmentations=augmentations)
+    return _pipeline(draws, read, config)
 
 
 def _random_crop(clip: Clip, frames: int, seed: int) -> Clip:
@@ -165,11 +145,12 @@ def _random_crop(clip: Clip, frames: int, seed: int) -> Clip:
     return replace(clip, samples=clip.samples[start : start + length])
 
 
-def _ahead(
-    read: Callable[[list[Draw], Note], Batch], config: DataConfig
-) -> Callable[[Iterator[list[Draw]]], Iterator[Batch]]:
-    """Return the stage that reads, in data.threads threads, data.prefetch micro-batches ahead."""
-    return partial(read_ahead, work=read, threads=config.threads, ahead=config.prefetch, timeout_s=config.timeout_s)
+def _pipeline(
+    draws: Callable[[], Iterator[list[Draw]]], read: Callable[[list[Draw], Note], Batch], config: DataConfig
+) -> DataPipeline:
+    """Join stages 1 and 2: data.threads threads read, data.prefetch micro-batches ahead."""
+    ahead = partial(read_ahead, work=read, threads=config.threads, ahead=config.prefetch, timeout_s=config.timeout_s)
+    return DataPipeline(draws, ahead)
 
 
 def make_patches(config: Config, device: torch.device, batch_size: int, *, training: bool = False) -> PatchStage:
@@ -184,13 +165,18 @@ def make_patches(config: Config, device: torch.device, batch_size: int, *, train
     Raises:
         UserError: data.device is gpu and there is no CUDA device.
     """
+    data, stats = config.data, config.data.log_mel
+    if data.device == "gpu" and device.type != "cuda":
+        raise UserError("data.device is gpu, but this machine has no CUDA device; use auto or cpu")
+    assert isinstance(stats, LogMelStats), 'the trainer puts the figures of the shards in the place of "dataset"'
+    mask_first = data.augment.spec_augment.order == "before_normalisation"
     settings = {
-        "layout": _layout(config),
+        "layout": PatchLayout(data.frames, config.model.patch, stats.mean, stats.std, data.pad_log_mel, mask_first),
         "batch_size": batch_size,
-        "device": "gpu" if _on_gpu(config.data, device) else "cpu",
-        "threads": max(1, config.data.threads),
+        "device": "gpu" if data.device != "cpu" and device.type == "cuda" else "cpu",
+        "threads": max(1, data.threads),
         "prefetch": 2,  # what DALI holds ready; the reading ahead is done before it
-        "augmented": training and config.data.augment != AugmentConfig(),
+        "augmented": training and data.augment != AugmentConfig(),
     }
 
     def patches(batches: Iterator[Batch]) -> Iterator[tuple[Tensor, Batch]]:
@@ -199,16 +185,3 @@ def make_patches(config: Config, device: torch.device, batch_size: int, *, train
             yield from made
 
     return patches
-
-
-def _on_gpu(config: DataConfig, device: torch.device) -> bool:
-    if config.device == "gpu" and device.type != "cuda":
-        raise UserError("data.device is gpu, but this machine has no CUDA device; use auto or cpu")
-    return config.device != "cpu" and device.type == "cuda"
-
-
-def _layout(config: Config) -> PatchLayout:
-    data, stats = config.data, config.data.log_mel
-    assert isinstance(stats, LogMelStats), 'the trainer puts the figures of the shards in the place of "dataset"'
-    mask_first = data.augment.spec_augment.order == "before_normalisation"
-    return PatchLayout(data.frames, config.model.patch, stats.mean, stats.std, data.pad_log_mel, mask_first)

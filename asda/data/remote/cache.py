@@ -59,10 +59,8 @@ class CacheConfig:
     @property
     def path(self) -> Path:
         """The folder in use."""
-        if self.folder:
-            return Path(self.folder)
-        home = os.environ.get("XDG_CACHE_HOME")
-        return (Path(home) if home else Path.home() / ".cache") / "asda" / "shards"
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(self.folder or Path(home, "asda", "shards"))
 
 
 class Cache:
@@ -94,9 +92,7 @@ class Cache:
     def fill(self, file: StoredFile, download: Callable[[StoredFile, BinaryIO], None]) -> None:
         """Make a copy of a file; if another process is fetching it, wait for that instead.
 
-        Args:
-            file: what to fetch.
-            download: writes the whole file, and raises unless it is the right one.
+        `download` writes the whole file, and raises unless it is the right one.
 
         Raises:
             UserError: it does not fit, or the folder cannot be written.

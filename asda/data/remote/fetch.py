@@ -52,10 +52,6 @@ class TransferError(Exception):
     """Nothing arrives, or bytes that are not the file."""
 
 
-class NoRangesError(Exception):
-    """The server sends whole files, whatever the request."""
-
-
 class LocalDiskError(Exception):
     """Holds the OSError of a write to this machine's disk; asking the server again would not help."""
 
@@ -125,14 +121,7 @@ class RemoteFolder:
     ) -> int:
         """Transfer until it succeeds, or fails in a way that is final; return how many bytes have come.
 
-        Args:
-            name: of the file.
-            start: first byte.
-            stop: end of the bytes.
-            out: is written from its beginning.
-            ranged: whether they are a part of the file.
-            exact: refuse fewer bytes.
-            digest: refuse bytes of another hash.
+        `ranged`: they are a part of the file. `exact` refuses fewer, `digest` those of another hash.
         """
 
         def attempt() -> int:
@@ -231,7 +220,7 @@ class _Arrivals:
             self.num_bytes += len(chunk)
             if self.num_bytes > self._limit_bytes:
                 if self._ranged:
-                    raise NoRangesError("the server does not send parts of files; read it through a cache (data.cache)")
+                    raise UserError("the server does not send parts of files; read it through a cache (data.cache)")
                 raise self.wrong(f"more than {self._limit_bytes} bytes arrived")
             self.hash.update(chunk)
             try:
@@ -307,7 +296,7 @@ def _http_status(error: BaseException) -> int | None:
 
 def _reason(error: BaseException | None) -> str:
     """Say why an attempt failed, in one line without credentials."""
-    if isinstance(error, (TransferError, NoRangesError)):
+    if isinstance(error, (TransferError, UserError)):
         return str(error)
     if error is not None and (status := _http_status(error)) is not None:
         return f"HTTP status {status}"

@@ -3,18 +3,18 @@
 import re
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import AfterValidator, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
 
 from asda.errors import UserError
 from asda.system import hash_bytes
 
 FORMAT_VERSION = 2  # of dataset.json; version 1 is read too, and lacks what has a default below
 SHARD_FORMAT_VERSION = 1  # of a shard and its index
-READABLE_VERSIONS = (1, 2)
 DATASET_FILE = "dataset.json"
 SHARD_SUFFIX = ".tar.zst"
 TAR_END = bytes(1024)  # two zero blocks
@@ -33,16 +33,6 @@ HASH_DIGITS = re.compile(rb"xxh3_128:[0-9a-f]{32}")  # of dataset.json itself, w
 NO_HASH = b"xxh3_128:" + b"0" * 32  # stands there while the file is hashed
 
 
-class UnknownVersionError(Exception):
-    """A format_version is unknown to this code."""
-
-
-def _known_version(version: int) -> int:
-    if version not in READABLE_VERSIONS:
-        raise UnknownVersionError(version)
-    return version
-
-
 def _weights(values: object) -> np.ndarray:
     """Check a list of weights as a whole: two million of them, one by one, would take a second."""
     array = np.asarray(values)
@@ -56,20 +46,24 @@ def _weights(values: object) -> np.ndarray:
     return array
 
 
-Version = Annotated[int, AfterValidator(_known_version)]
+Version = Annotated[int, Field(ge=1, le=FORMAT_VERSION)]
 Weights = Annotated[np.ndarray, PlainValidator(_weights)]
 
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-Record = TypeVar("Record")
+
+class Record:
+    """What a JSON file or a part of one holds: nothing is converted, and no key may be unknown."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 _validator = lru_cache(TypeAdapter)  # building one takes milliseconds
 
 
 @dataclass(frozen=True)
-class ShardEntry:
+class ShardEntry(Record):
     """The entry of dataset.json about one shard and its index."""
-
-    __pydantic_config__ = STRICT
 
     name: ShardName
     clips: Annotated[int, Field(gt=0)]
@@ -85,10 +79,8 @@ class ShardEntry:
 
 
 @dataclass(frozen=True)
-class LogMelMoments:
+class LogMelMoments(Record):
     """Moments of all log-mel values of a split: every bin of every real frame."""
-
-    __pydantic_config__ = STRICT
 
     mean: float
     std: float
@@ -96,10 +88,8 @@ class LogMelMoments:
 
 
 @dataclass(frozen=True)
-class SplitIndex:
+class SplitIndex(Record):
     """One split of a dataset; class_counts[i] clips carry the vocabulary's label i."""
-
-    __pydantic_config__ = STRICT
 
     clips: Count
     seconds: float
@@ -113,10 +103,8 @@ class SplitIndex:
 
 
 @dataclass(frozen=True)
-class Duplicates:
+class Duplicates(Record):
     """How many pairs of duplicates.csv are of each kind, and how many of those lie in two splits."""
-
-    __pydantic_config__ = STRICT
 
     exact: Count = 0
     exact_across_splits: Count = 0
@@ -125,10 +113,8 @@ class Duplicates:
 
 
 @dataclass(frozen=True)
-class DatasetIndex:
+class DatasetIndex(Record):
     """The contents of dataset.json, and the folder it was found in."""
-
-    __pydantic_config__ = STRICT
 
     format_version: Version
     sample_rate_hz: Literal[16_000]
@@ -158,10 +144,8 @@ class DatasetIndex:
 
 
 @dataclass(frozen=True)
-class ShardIndex:
+class ShardIndex(Record):
     """One shard, column by column; row i of every column is clip i."""
-
-    __pydantic_config__ = STRICT
 
     format_version: Version
     name: ShardName
@@ -181,10 +165,8 @@ class ShardIndex:
             raise ValueError("its columns differ in length")
         if len(set(self.keys)) != len(self.keys):
             raise ValueError("a key is listed twice")
-        ends = (*self.offsets[1:], self.bytes)
-        if self.offsets[0] != 0 or any(
-            not 0 < b - a <= MAX_SAMPLE_BYTES for a, b in zip(self.offsets, ends, strict=True)
-        ):
+        sizes = [stop - start for start, stop in pairwise((*self.offsets, self.bytes))]
+        if self.offsets[0] != 0 or not all(0 < size <= MAX_SAMPLE_BYTES for size in sizes):
             raise ValueError(f"its offsets do not ascend from 0 in steps of at most {MAX_SAMPLE_BYTES} bytes")
 
 
@@ -211,15 +193,15 @@ def parse_dataset(text: bytes, path: Path | str) -> DatasetIndex:
     return dataset
 
 
-def parse(record: type[Record], text: bytes, path: Path | str) -> Record:
+def parse(record: type[AnyRecord], text: bytes, path: Path | str) -> AnyRecord:
     """Check a JSON file against a dataclass. Raises UserError naming the file and the first wrong value."""
     try:
         return _validator(record).validate_json(text)
-    except UnknownVersionError as error:
-        known = " and ".join(map(str, READABLE_VERSIONS))
-        raise UserError(f"{path} has format version {error}, this asda reads {known}; update asda") from None
     except ValidationError as error:
         first = error.errors()[0]
+    place = ".".join(map(str, first["loc"])) or "top"
+    if place == "format_version" and first["type"].endswith("_than_equal"):
         raise UserError(
-            f"{path} is malformed at {'.'.join(map(str, first['loc'])) or 'top'}: {first['msg']}; {REPAIR}"
-        ) from None
+            f"{path} has format version {first['input']}, this asda reads 1 and {FORMAT_VERSION}; update asda"
+        )
+    raise UserError(f"{path} is malformed at {place}: {first['msg']}; {REPAIR}")

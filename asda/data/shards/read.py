@@ -130,16 +130,13 @@ class ShardFile:
         frame = self.storage.read(self.file, start, stop)
         if xxh3_64_hexdigest(frame) != expected and self.storage.renew(self.file):
             frame = self.storage.read(self.file, start, stop)
-        if (found := xxh3_64_hexdigest(frame)) != expected:
-            raise UserError(f"{self._damage(number)}: its hash is {found}, the index says {expected}; {REPAIR}")
         try:
+            if (found := xxh3_64_hexdigest(frame)) != expected:
+                raise BadFrameError(f"its hash is {found}, the index says {expected}")
             return decompress(frame)
         except (BadFrameError, zstandard.ZstdError) as error:
-            raise UserError(f"{self._damage(number)}: {error}; {REPAIR}") from error
-
-    def _damage(self, number: int) -> str:
-        start, stop = self.index.offsets[number : number + 2]
-        return f"shard {self.path} is damaged at key {self.index.keys[number]} (bytes {start} to {stop})"
+            where = f"shard {self.path} is damaged at key {index.keys[number]} (bytes {start} to {stop})"
+            raise UserError(f"{where}: {error}; {REPAIR}") from error
 
 
 class BadFrameError(ValueError):
