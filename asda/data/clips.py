@@ -19,7 +19,7 @@ from asda.data.order import Draw, OrderedDataset
 from asda.data.prefetch import Note
 from asda.data.remote.cache import CacheConfig
 from asda.data.remote.fetch import without_credentials
-from asda.data.shards.index import DatasetIndex, SplitIndex, class_weight
+from asda.data.shards.index import DatasetIndex, LogMelMoments, SplitIndex, class_weight
 from asda.data.shards.read import ShardFile, load_dataset
 from asda.errors import UserError, say
 
@@ -27,7 +27,7 @@ SILENT_STD = 1e-3  # of log-mel values; equal ones differ by rounding, and those
 TAR_HEADER_BYTES = 512
 TAR_NAME, TAR_SIZE = slice(0, 100), slice(124, 136)  # of a ustar header; the size is octal
 
-Part = tuple[DatasetIndex, str]  # a dataset, and the name of one of its splits
+Part = tuple[DatasetIndex, SplitIndex]  # a dataset, and one of its splits
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class ClipDataset:
         self._sources = [_open_source(specs, tolerant, cache or CacheConfig()) for specs in sources]
         parts = [part for source in self._sources for part in source]
         self.vocabulary = _one_vocabulary([index for index, _ in parts]) if labelled else ()
-        self.shards = [shard for part in parts for shard in _shards(part)]
-        self.log_mel = _pooled_stats([_split(part) for part in parts])
-        self.num_labels = sum(sum(_split(part).class_counts) for part in parts)
+        self.shards = [ShardFile(index.folder, entry) for index, split in parts for entry in split.shards]
+        self.log_mel = _pooled_stats([split.log_mel for _, split in parts])
+        self.num_labels = sum(sum(split.class_counts) for _, split in parts)
         self.fingerprint = xxhash.xxh3_128_hexdigest("".join(shard.entry.hash for shard in self.shards).encode())
         self._first_clip = [0, *accumulate(shard.entry.clips for shard in self.shards)]
 
@@ -103,7 +103,7 @@ class ClipDataset:
         return [
             OrderedDataset(
                 name=str(mixed.data),
-                shard_clips=[entry.clips for part in parts for entry in _split(part).shards],
+                shard_clips=[entry.clips for _, split in parts for entry in split.shards],
                 order=(order := mixed.order or config.order),
                 weights=_sample_weights(parts) if order.mode == "balanced" else None,
                 share=mixed.share,
@@ -217,29 +217,19 @@ def _open_source(specs: DataSpecs, tolerant: bool, cache: CacheConfig) -> list[P
                         "once (to see some more often while training, give them a share of their own)"
                     )
                 holder[shard] = where
-            parts.append((index, name))
+            parts.append((index, index.splits[name]))
     return parts
-
-
-def _split(part: Part) -> SplitIndex:
-    index, name = part
-    return index.splits[name]
-
-
-def _shards(part: Part) -> list[ShardFile]:
-    index, _ = part
-    return [ShardFile(index.folder, entry) for entry in _split(part).shards]
 
 
 def _sample_weights(parts: Sequence[Part]) -> np.ndarray:
     """Weights for balanced draws, [clips]: those of dataset.json; of several splits, by all their clips a class."""
     if len(parts) == 1:
-        return _split(parts[0]).sample_weights
+        return parts[0][1].sample_weights
     _one_vocabulary([index for index, _ in parts])
-    counts_C = np.sum([_split(part).class_counts for part in parts], axis=0)
+    counts_C = np.sum([split.class_counts for _, split in parts], axis=0)
     weights_C = np.array([class_weight(count) for count in counts_C])
-    labels = (labels for part in parts for shard in _shards(part) for labels in shard.index.labels)
-    return np.array([weights_C[list(some)].sum() for some in labels], dtype=np.float32)
+    shards = (ShardFile(index.folder, entry) for index, split in parts for entry in split.shards)
+    return np.array([weights_C[list(some)].sum() for shard in shards for some in shard.index.labels], dtype=np.float32)
 
 
 def _one_vocabulary(indexes: list[DatasetIndex]) -> tuple[str, ...]:
@@ -253,9 +243,8 @@ def _one_vocabulary(indexes: list[DatasetIndex]) -> tuple[str, ...]:
     return first.vocabulary
 
 
-def _pooled_stats(splits: list[SplitIndex]) -> LogMelStats:
-    """Mean and standard deviation over the union of several sets of values."""
-    stats = [split.log_mel for split in splits]
+def _pooled_stats(stats: list[LogMelMoments]) -> LogMelStats:
+    """Return mean and standard deviation over the union of several sets of values."""
     frames = np.array([s.frames for s in stats], dtype=np.float64)
     means = np.array([s.mean for s in stats])
     mean = float(np.average(means, weights=frames))

@@ -32,11 +32,8 @@ def open_training_data(config: Config) -> ClipDataset:
     dataset = open_clips(config.data, labelled=isinstance(objective, ClassifyConfig), tolerant=tolerant)
     if isinstance(objective, ClassifyConfig):
         _check_labelled(dataset, "data.train", config.data.train)
-        if objective.loss == "ce" and (complaint := dataset.complaint_about_labels()):
-            raise UserError(
-                f"data.train {config.data.train}: {complaint}. objective.loss ce needs exactly one label on every "
-                "clip; use objective.loss=bce"
-            )
+        if objective.loss == "ce":
+            _check_each_has_one(dataset, f"data.train {config.data.train}", "objective.loss ce", "objective.loss=bce")
     return dataset
 
 
@@ -109,11 +106,13 @@ def open_probe_data(config: Config) -> tuple[ClipDataset, ClipDataset]:
 
 def check_one_label(config: Config, key: str, specs: DataSpecs, dataset: ClipDataset) -> None:
     """Raise UserError if an accuracy selects the best checkpoint, and a held-out clip has several labels or none."""
-    if config.run.keep_best == "accuracy" and (complaint := dataset.complaint_about_labels()):
-        raise UserError(
-            f"{key} {specs}: {complaint}. run.keep_best=accuracy needs exactly one label on every clip; use "
-            "run.keep_best=mAP"
-        )
+    if config.run.keep_best == "accuracy":
+        _check_each_has_one(dataset, f"{key} {specs}", "run.keep_best=accuracy", "run.keep_best=mAP")
+
+
+def _check_each_has_one(dataset: ClipDataset, name: str, setting: str, repair: str) -> None:
+    if complaint := dataset.complaint_about_labels():
+        raise UserError(f"{name}: {complaint}. {setting} needs exactly one label on every clip; use {repair}")
 
 
 def _check_labelled(dataset: ClipDataset, key: str, specs: object) -> None:

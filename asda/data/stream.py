@@ -138,8 +138,7 @@ def evaluation_batches(
 def _random_crop(clip: Clip, frames: int, seed: int) -> Clip:
     """Cut a random stretch of exactly `frames` log-mel frames out of a clip that has more."""
     length = num_samples(frames)
-    spare = len(clip.samples) - length
-    if spare <= 0:
+    if (spare := len(clip.samples) - length) <= 0:
         return clip
     start = int(clip_rng(seed, clip.draw, "crop").integers(spare + 1))
     return replace(clip, samples=clip.samples[start : start + length])

@@ -169,10 +169,8 @@ class Cache:
         files = []
         for entry in os.scandir(self.folder):
             if OURS.fullmatch(entry.name):
-                try:
+                with suppress(FileNotFoundError):  # renamed or removed since the folder was listed
                     files.append((Path(entry.path), entry.stat(follow_symlinks=False)))
-                except FileNotFoundError:  # renamed or removed since the folder was listed
-                    continue
         return files
 
     def _sweep(self) -> None:
