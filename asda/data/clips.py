@@ -24,8 +24,7 @@ from asda.data.shards.read import ShardFile, load_dataset
 from asda.errors import UserError, say
 
 SILENT_STD = 1e-3  # of log-mel values; equal ones differ by rounding, and those of any sound by about 1
-TAR_HEADER_BYTES = 512
-TAR_NAME, TAR_SIZE = slice(0, 100), slice(124, 136)  # of a ustar header; the size is octal
+TAR_HEADER_BYTES, TAR_NAME, TAR_SIZE = 512, slice(0, 100), slice(124, 136)  # of ustar; the size is octal
 
 Part = tuple[DatasetIndex, SplitIndex]  # a dataset, and one of its splits
 
@@ -154,10 +153,7 @@ def read_clips(
 
 
 def _read_or_stand_in(dataset: ClipDataset, draw: Draw, budget: DamageBudget, note: Note) -> Clip:
-    """Read the clip of a draw; if it is damaged, that 1, 2, 4, 8, ... further on, with the randomness of the draw.
-
-    So it is the same clip on any rank, and soon one of another shard.
-    """
+    """Read the clip of a draw; if it is damaged, the one 1, 2, 4, 8, ... further on, soon of another shard."""
     for attempt in range(len(dataset).bit_length() + 1):
         clip = (draw.clip + (1 << attempt >> 1)) % len(dataset)
         try:

@@ -83,8 +83,7 @@ class ClipOrder:
         for number, dataset in enumerate(datasets):
             if not sum(dataset.shard_clips):
                 raise UserError(f"{dataset.name} has no clips to draw; name another split in data.train")
-            key = hash_of(seed, number)
-            self._orders.append(_DatasetOrder(dataset, key, group_shards, first_clip, first_shard))
+            self._orders.append(_DatasetOrder(dataset, hash_of(seed, number), group_shards, first_clip, first_shard))
             first_clip += sum(dataset.shard_clips)
             first_shard += len(dataset.shard_clips)
         self._mixture = _Mixture([dataset.share for dataset in datasets], seed)

@@ -153,13 +153,9 @@ def _pipeline(
 
 
 def make_patches(config: Config, device: torch.device, batch_size: int, *, training: bool = False) -> PatchStage:
-    """Return stage 3: from a Batch to (its patches, float32 [B, N, P], the Batch).
+    """Return stage 3: from a Batch of at most `batch_size` clips to (its patches, float32 [B, N, P], the Batch).
 
-    Args:
-        config: of the run, with data.log_mel in figures.
-        device: of training; data.device may say that the CPU makes the patches all the same.
-        batch_size: most clips of a Batch.
-        training: whether data.augment happens to the clips.
+    The CPU makes the patches if `device` is one, or data.device says so. data.augment happens only in `training`.
 
     Raises:
         UserError: data.device is gpu and there is no CUDA device.

@@ -76,13 +76,13 @@ class RemoteFolder:
     def read_unlisted(self, name: str, limit_bytes: int) -> bytes:
         """Return the whole of a file whose length is not known. Raises UserError if it is missing or longer."""
         out = io.BytesIO()
-        num_bytes = self._fetch(name, 0, limit_bytes, out, exact=False)
+        num_bytes = self._fetch(name, range(limit_bytes), out, exact=False)
         return out.getvalue()[:num_bytes]
 
     def read(self, file: StoredFile, start: int, stop: int) -> bytes:
         """Return the bytes from start to stop, not verified. Raises UserError if they cannot be fetched."""
         out = io.BytesIO()
-        self._fetch(file.name, start, stop, out, ranged=(start, stop) != (0, file.bytes))
+        self._fetch(file.name, range(start, stop), out, ranged=(start, stop) != (0, file.bytes))
         return out.getvalue()
 
     def read_whole(self, file: StoredFile) -> bytes:
@@ -106,28 +106,20 @@ class RemoteFolder:
             UserError: the file cannot be fetched.
             OSError: `out` cannot be written.
         """
-        self._fetch(file.name, 0, file.bytes, out, digest=file.digest)
+        self._fetch(file.name, range(file.bytes), out, digest=file.digest)
 
     def _fetch(
-        self,
-        name: str,
-        start: int,
-        stop: int,
-        out: BinaryIO,
-        *,
-        ranged: bool = False,
-        exact: bool = True,
-        digest: str = "",
+        self, name: str, span: range, out: BinaryIO, *, ranged: bool = False, exact: bool = True, digest: str = ""
     ) -> int:
-        """Transfer until it succeeds, or fails in a way that is final; return how many bytes have come.
+        """Transfer a span of bytes until it succeeds, or fails in a way that is final; return how many have come.
 
-        `ranged`: they are a part of the file. `exact` refuses fewer, `digest` those of another hash.
+        `ranged`: the span is a part of the file. `exact` refuses fewer bytes, `digest` those of another hash.
         """
 
         def attempt() -> int:
-            arrivals = self._transfer(name, start, stop, out, ranged=ranged)
-            if exact and arrivals.num_bytes != stop - start:
-                raise arrivals.wrong(f"{arrivals.num_bytes} of {stop - start} bytes arrived")
+            arrivals = self._transfer(name, span, out, ranged=ranged)
+            if exact and arrivals.num_bytes != len(span):
+                raise arrivals.wrong(f"{arrivals.num_bytes} of {len(span)} bytes arrived")
             if digest and (found := arrivals.hash.hexdigest()) != digest:
                 raise arrivals.wrong(f"its hash is {found}, the index says {digest}")
             return arrivals.num_bytes
@@ -154,11 +146,11 @@ class RemoteFolder:
         attempts = f"attempt {state.attempt_number + 1} of {self._config.attempts} in {state.upcoming_sleep:.1f} s"
         _log.warning("%s: %s; %s", self.where(name), _reason(state.outcome.exception()), attempts)
 
-    def _transfer(self, name: str, start: int, stop: int, out: BinaryIO, *, ranged: bool) -> "_Arrivals":
-        """Fetch the bytes from start to stop once; stop if nothing arrives any more."""
+    def _transfer(self, name: str, span: range, out: BinaryIO, *, ranged: bool) -> "_Arrivals":
+        """Fetch a span of bytes once; stop if nothing arrives any more."""
         out.seek(0)
-        arrivals = _Arrivals(out, stop - start, ranged=ranged)
-        future = asyncio.run_coroutine_threadsafe(self._pour(name, start, stop, arrivals, ranged=ranged), get_loop())
+        arrivals = _Arrivals(out, len(span), ranged=ranged)
+        future = asyncio.run_coroutine_threadsafe(self._pour(name, span, arrivals, ranged=ranged), get_loop())
         try:
             while not wait([future], timeout=WATCH_S).done:
                 if time.monotonic() - arrivals.last_at > self._config.timeout_s:
@@ -169,15 +161,15 @@ class RemoteFolder:
             future.cancel()
         return arrivals
 
-    async def _pour(self, name: str, start: int, stop: int, arrivals: "_Arrivals", *, ranged: bool) -> None:
+    async def _pour(self, name: str, span: range, arrivals: "_Arrivals", *, ranged: bool) -> None:
         url, fs = self._url(name), self._fs
         if self._scheme in HTTP:
-            headers = {"Range": f"bytes={start}-{stop - 1}"} if ranged else {}
+            headers = {"Range": f"bytes={span.start}-{span.stop - 1}"} if ranged else {}
             await fs._get_file(url, arrivals, headers=headers)
             return
         cat_file = fs._cat_file if isinstance(fs, AsyncFileSystem) else partial(asyncio.to_thread, fs.cat_file)
-        for low in range(start, stop, PIECE_BYTES):
-            high = min(low + PIECE_BYTES, stop)
+        for low in span[::PIECE_BYTES]:
+            high = min(low + PIECE_BYTES, span.stop)
             if arrivals.write(await cat_file(url, start=low, end=high)) < high - low:
                 return  # the file ends here
 

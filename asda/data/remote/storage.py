@@ -121,9 +121,10 @@ class CachedFolder(RemoteFolder):
 
 
 Storage = LocalFolder | RemoteFolder  # any thread may read anything at any time
+Location = str | Path | Storage
 
 
-def open_storage(location: str | Path | Storage, cache: CacheConfig | None = None) -> Storage:
+def open_storage(location: Location, cache: CacheConfig | None = None) -> Storage:
     """Open a place without looking into it.
 
     Args:

@@ -1,4 +1,1 @@
-"""Reads shards and their indexes: no byte is used before its hash agrees.
-
-Training can be changed without opening it.
-"""
+"""Reads shards and their indexes: no byte is used before its hash agrees. Training can be changed without it."""

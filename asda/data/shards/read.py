@@ -16,7 +16,7 @@ import zstandard
 from xxhash import xxh3_64_hexdigest
 
 from asda.data.remote.cache import CacheConfig, StoredFile
-from asda.data.remote.storage import LocalFolder, Storage, open_storage
+from asda.data.remote.storage import LocalFolder, Location, open_storage
 from asda.data.shards.index import (
     DATASET_FILE,
     MAX_DATASET_FILE_BYTES,
@@ -37,11 +37,7 @@ _of_thread = threading.local()  # .decompressor: making one takes 20 us, and thr
 
 
 def load_dataset(
-    location: str | Path | Storage,
-    splits: Sequence[str] | None = None,
-    cache: CacheConfig | None = None,
-    *,
-    tolerant: bool = False,
+    location: Location, splits: Sequence[str] | None = None, cache: CacheConfig | None = None, *, tolerant: bool = False
 ) -> DatasetIndex:
     """Open a dataset, and check that all files of the given splits (default: all) have their sizes.
 
@@ -68,13 +64,13 @@ def load_dataset(
             raise UserError(f"{where} has no split {name!r}; it has {', '.join(dataset.splits)}")
     if names and not tolerant:
         entries = (entry for name in names for entry in dataset.splits[name].shards)
-        storage.check_sizes(file for entry in entries for file in (_shard_file(entry), _index_file(entry)))
+        storage.check_sizes(file for entry in entries for file in _files(entry))
     return dataset
 
 
-def load_shard_index(location: str | Path | Storage, entry: ShardEntry) -> ShardIndex:
+def load_shard_index(location: Location, entry: ShardEntry) -> ShardIndex:
     """Read the index of one shard. Raises UserError unless it is the one that dataset.json was written with."""
-    storage, file = open_storage(location), _index_file(entry)
+    storage, (_, file) = open_storage(location), _files(entry)
     where = storage.where(file.name)
     text = storage.read_whole(file)
     if tagged_hash(text) != file.hash and storage.renew(file):
@@ -97,10 +93,10 @@ _kept_shard_index = lru_cache(maxsize=INDEXES_KEPT)(load_shard_index)
 class ShardFile:
     """One shard. Reads are independent of each other: any thread may read any clip at any time."""
 
-    def __init__(self, location: str | Path | Storage, entry: ShardEntry):
+    def __init__(self, location: Location, entry: ShardEntry):
         self.storage = open_storage(location)
         self.entry = entry
-        self.file = _shard_file(entry)
+        self.file, self._index_file = _files(entry)
 
     @cached_property
     def path(self) -> Path | str:
@@ -115,7 +111,7 @@ class ShardFile:
 
     def prefetch(self) -> None:
         """Begin to fetch the shard in the background: into the cache, or into the system's memory."""
-        self.storage.read_ahead(_index_file(self.entry))
+        self.storage.read_ahead(self._index_file)
         self.storage.read_ahead(self.file)
 
     def read_frame(self, number: int) -> bytes:
@@ -162,9 +158,7 @@ def decompress(frame: bytes) -> bytes:
     return decompressor.decompress(frame, allow_extra_data=False)
 
 
-def _shard_file(entry: ShardEntry) -> StoredFile:
-    return StoredFile(entry.name, entry.bytes, entry.hash)
-
-
-def _index_file(entry: ShardEntry) -> StoredFile:
-    return StoredFile(entry.index_name, entry.index_bytes, entry.index_hash)
+def _files(entry: ShardEntry) -> tuple[StoredFile, StoredFile]:
+    """Return the shard and its index."""
+    index = StoredFile(entry.index_name, entry.index_bytes, entry.index_hash)
+    return StoredFile(entry.name, entry.bytes, entry.hash), index
