@@ -320,10 +320,10 @@ def cold_reads(shards: Path) -> dict[str, float]:
     for _, (name, (overrides, announced)) in product(range(ROUNDS), orders.items()):
         config = config_for(shards, overrides=["data.group_shards=2", *overrides])
         dataset = ClipDataset(config.data.train, labelled=False)  # type: ignore[arg-type]
-        if not announced:
-            dataset.announce = lambda shards: None
         for shard in dataset.shards:
             forget(Path(shard.path))
+            if not announced:
+                shard.prefetch = lambda: None
         batches = training_batches(dataset, config.data, first_step=0, masks=None, **ONE_RANK)
         started = time.perf_counter()
         deque(islice(batches, NUM_CLIPS // BATCH), maxlen=0)
