@@ -1,11 +1,13 @@
 """List the audio files that a user means: files as given, and folders with everything below them."""
 
 import os
-from collections.abc import Iterator
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from asda.data.audio.waves import AUDIO_EXTENSIONS
+from asda.data.audio.waves import AUDIO_EXTENSIONS, UNREAD_EXTENSIONS
 from asda.errors import UserError
 
 
@@ -36,8 +38,30 @@ def audio_files(given: list[Path]) -> list[AudioFile]:
 
 
 def is_audio(relative: str) -> bool:
-    """Return whether a name has an audio extension and no part of its path is hidden."""
-    return os.path.splitext(relative)[1].lower() in AUDIO_EXTENSIONS and "/." not in f"/{relative}"
+    """Return whether a name has an audio extension and is not hidden."""
+    return os.path.splitext(relative)[1].lower() in AUDIO_EXTENSIONS and not is_hidden(relative)
+
+
+def is_hidden(relative: str) -> bool:
+    """Return whether a part of a path is hidden: .x, macOS's ._x, or its folder __MACOSX. Such files are no input."""
+    return any(part.startswith(".") and part not in (".", "..") or part == "__MACOSX" for part in relative.split("/"))
+
+
+def unreadable(names: Iterable[str]) -> dict[str, int]:
+    """Count the files, by extension, that hold sound which is not read; the most frequent first."""
+    extensions = (os.path.splitext(name)[1].lower() for name in names if not is_hidden(name))
+    return dict(Counter(extension for extension in extensions if extension in UNREAD_EXTENSIONS).most_common())
+
+
+def existing(path: Path) -> Path:
+    """Return the path as it is on the disk, if only its Unicode form differs (é as one character or two); else as given."""
+    if os.path.lexists(path):
+        return path
+    for form in ("NFC", "NFD"):
+        other = Path(unicodedata.normalize(form, str(path)))
+        if os.path.lexists(other):
+            return other
+    return path
 
 
 def walk(folder: Path) -> Iterator[str]:

@@ -13,11 +13,20 @@ import numpy as np
 
 # What is read, by the names such files bear; what a file is, its content says.
 LIBSNDFILE_EXTENSIONS = (
-    *(".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc"),
+    *(".wav", ".wave", ".bwf", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc"),
     *(".au", ".snd", ".caf", ".w64", ".rf64", ".sph", ".nist"),
 )
-PYAV_EXTENSIONS = (".m4a", ".m4b", ".mp4", ".aac", ".webm", ".mka", ".mkv")  # by the extra m4a
+PYAV_EXTENSIONS = (  # by the extra m4a
+    *(".m4a", ".m4b", ".mp4", ".mov", ".3gp", ".3g2", ".aac", ".webm", ".mka", ".mkv"),
+    *(".mp2", ".wma", ".wv", ".ac3", ".eac3", ".amr", ".tta", ".ape", ".mpc", ".dsf"),
+)
 AUDIO_EXTENSIONS = LIBSNDFILE_EXTENSIONS + PYAV_EXTENSIONS
+# Sounds that are not read; a folder that holds some is told so.
+UNREAD_EXTENSIONS = (
+    *(".mid", ".midi", ".kar", ".mod", ".xm", ".it", ".s3m"),  # notes, not sound
+    *(".ra", ".ram", ".rm", ".dss", ".ds2", ".dff", ".dts", ".voc", ".vox", ".gsm", ".spx", ".shn", ".tak", ".awb"),
+    *(".aa", ".aax", ".m4p", ".avi", ".flv", ".mpg", ".mpeg", ".wmv", ".ts", ".ogv"),
+)
 
 SAMPLE_RATE_HZ = 16_000
 MIN_SAMPLES = 400  # one 25 ms frame of the log-mel front-end
