@@ -44,7 +44,7 @@ def is_audio(relative: str) -> bool:
 
 def is_hidden(relative: str) -> bool:
     """Return whether a part of a path is hidden: .x, macOS's ._x, or its folder __MACOSX. Such files are no input."""
-    return any(part.startswith(".") and part not in (".", "..") or part == "__MACOSX" for part in relative.split("/"))
+    return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in relative.split("/"))
 
 
 def unreadable(names: Iterable[str]) -> dict[str, int]:
@@ -54,7 +54,7 @@ def unreadable(names: Iterable[str]) -> dict[str, int]:
 
 
 def existing(path: Path) -> Path:
-    """Return the path as it is on the disk, if only its Unicode form differs (é as one character or two); else as given."""
+    """Return the path as the disk has it, if only its Unicode form differs (é as one character or two), or as given."""
     if os.path.lexists(path):
         return path
     for form in ("NFC", "NFD"):

@@ -8,10 +8,11 @@ and chunks are followed instead. A part is the file's own bytes, with a header o
     MP3            its frames are counted; joined files are parts; a part without a right Xing count gets one
     Ogg            the links of a chain are parts
     FLAC           its last frame tells the length; joined files are parts
-    WAV, AIFF      sizes of 0, stale or beyond 4 GiB are computed from what is there; BW64 is RF64
+    WAV, AIFF, CAF sizes of 0, stale, unknown or beyond 4 GiB are computed from what is there; BW64 is RF64
 
 Sources: ISO 11172-3 and 13818-3 (frames), the Xing and VBRI headers as LAME and Fraunhofer write them, RFC 3533 (Ogg),
-RFC 9639 (FLAC), EBU Tech 3306 and ITU-R BS.2088 (RF64, BW64), Apple's AIFF specification.
+RFC 9639 (FLAC), EBU Tech 3306 and ITU-R BS.2088 (RF64, BW64), Apple's AIFF and CAF
+specifications.
 """
 
 import io
@@ -102,6 +103,8 @@ def _parts(path: Path, size: int, _modified_ns: int) -> tuple[Part, ...]:
             return _wav_parts(view)
         if head == b"FORM":
             return _aiff_parts(view)
+        if head == b"caff":
+            return _caf_parts(view)
         if head == b"fLaC":
             return _flac_parts(view)
         if head == b"OggS":
@@ -217,6 +220,18 @@ def _aiff_parts(view: View) -> tuple[Part, ...]:
     return (_patched({at: value.to_bytes(4, "big") for at, value in fields.items()}, 0, len(view)),)
 
 
+def _caf_parts(view: View) -> tuple[Part, ...]:
+    place = 8
+    while place + 12 <= len(view):
+        size = int.from_bytes(view[place + 4 : place + 12], "big", signed=True)
+        if view[place : place + 4] == b"data":
+            there = len(view) - place - 12
+            field = {place + 4: there.to_bytes(8, "big")}
+            return (_patched(field, 0, len(view)),) if size == -1 else ()  # the last chunk may leave its size open
+        place += 12 + max(0, size)
+    return ()
+
+
 def _patched(patches: dict[int, bytes], start: int, stop: int) -> Part:
     """Return a stretch of the file with some bytes replaced."""
     pieces: list[bytes | tuple[int, int]] = []
@@ -272,7 +287,7 @@ def _flac_samples(view: View, start: int, stop: int, declared: int) -> int | Non
 
 def _flac_frame_end(head: bytes, block_size: int) -> int | None:
     """Return the number of the sample behind a frame, from its header; None if this is no header."""
-    if len(head) < FLAC_HEADER_BYTES or head[2] >> 4 == 0 or head[3] & 1 or head[3] >> 4 > 10:
+    if len(head) < 6 or head[2] >> 4 == 0 or head[3] & 1 or head[3] >> 4 > 10:
         return None
     length = 1 if head[4] < 0x80 else 8 - (head[4] ^ 0xFF).bit_length()
     if (length == 1 and head[4] >= 0x80) or length > 7:
