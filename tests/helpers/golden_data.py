@@ -13,7 +13,7 @@ from kaldi import MOST, PERCENTILE_99_9
 from torch import Tensor
 
 from asda.config.model import MaskConfig
-from asda.data.audio import waves as audio
+from asda.data.audio.resampling import resample
 from asda.data.features import fbank
 from asda.data.features.augment import ClipAugmentation
 from asda.data.features.cpu import CpuPatches
@@ -53,7 +53,7 @@ def check_front_end(official: Table, numbers: Table) -> Findings:
 
 def resampled(wave_S: Tensor, rate: int) -> Tensor:
     """To 16 kHz, as audio files are."""
-    return torch.from_numpy(audio.resample(wave_S.numpy(), rate))
+    return torch.from_numpy(resample(wave_S.numpy(), rate))
 
 
 def waveform(clip: str, wave_S: Tensor, rate: int, official: Table) -> Findings:

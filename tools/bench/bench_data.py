@@ -45,7 +45,7 @@ from asda.config.model import MaskConfig
 from asda.config.run import Config, load_config
 from asda.data.audio.waves import SAMPLE_RATE_HZ, decode_wav
 from asda.data.clips import ClipDataset
-from asda.data.features.fbank import log_mel_into, num_frames
+from asda.data.features.fbank import log_mel, num_frames
 from asda.data.shards.index import (
     FORMAT_VERSION,
     DatasetIndex,
@@ -355,7 +355,7 @@ def stages(shards: Path) -> dict[str, float]:
         "read": lambda: os.pread(file, stop - start, start),
         "hash": lambda: xxhash.xxh3_64_hexdigest(frame),
         "decompress": lambda: decompressor.decompress(frame),
-        "log_mel": lambda: log_mel_into(samples_S, mel_TM),
+        "log_mel": lambda: log_mel(samples_S, out_TM=mel_TM),
         "masks": lambda: draw_masks(rng),
         "torchaudio_log_mel": lambda: kaldi_log_mel(torch.from_numpy(samples_S / np.float32(32768))),
     }

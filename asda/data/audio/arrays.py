@@ -1,7 +1,4 @@
-"""Arrays and tensors of audio to 16 kHz mono float32.
-
-Shapes: S samples, C channels.
-"""
+"""Turn arrays and tensors of audio into 16 kHz mono float32. Shapes: S samples, C channels."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,14 +19,17 @@ def to_wave(audio: Audio, sample_rate_hz: float, name: str = "audio") -> Tensor:
     It averages like asda.data.audio.read.read_wave and resamples like the official feature extraction.
 
     Args:
-        audio: [S] or [channels, S], floats with full scale 1, or int16.
-        sample_rate_hz: of the audio; a whole number.
+        audio: [S] or [C, S], floats with full scale 1, or int16.
+        sample_rate_hz: a whole number.
         name: of the audio, for messages.
 
     Raises:
         UserError: the shape, the type, a sample, the length or the rate is out of bounds.
     """
-    rate_hz = _checked_rate(sample_rate_hz)
+    low_hz, high_hz = RATE_BOUNDS_HZ
+    number = isinstance(sample_rate_hz, int | float | np.number) and not isinstance(sample_rate_hz, bool)
+    if not number or not low_hz <= sample_rate_hz <= high_hz or sample_rate_hz != int(sample_rate_hz):
+        raise UserError(f"sample_rate_hz {sample_rate_hz!r} must be a whole number from {low_hz} to {high_hz}")
     audio_CS = _checked_channels(audio, name)
     mono_S = np.zeros(audio_CS.shape[1], np.float32)
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is not finite, and refused below
@@ -38,7 +38,7 @@ def to_wave(audio: Audio, sample_rate_hz: float, name: str = "audio") -> Tensor:
     mono_S /= len(audio_CS) * (INT16_SCALE if audio_CS.dtype == np.int16 else 1)
     if complaint := amplitude_complaint(mono_S):
         raise UserError(f"{name} {complaint}")
-    wave_S = resample(mono_S, rate_hz)
+    wave_S = resample(mono_S, int(sample_rate_hz))
     if len(wave_S) < MIN_SAMPLES:
         raise UserError(f"{name} has {len(wave_S)} samples at 16 kHz; the shortest clip has {MIN_SAMPLES} (0.025 s)")
     return from_numpy(wave_S)
@@ -56,16 +56,7 @@ def is_list(audio: Any) -> bool:
     return isinstance(audio, Sequence) and not isinstance(audio, str)
 
 
-def _checked_rate(sample_rate_hz: Any) -> int:
-    low_hz, high_hz = RATE_BOUNDS_HZ
-    number = isinstance(sample_rate_hz, int | float | np.number) and not isinstance(sample_rate_hz, bool)
-    if not number or not low_hz <= sample_rate_hz <= high_hz or sample_rate_hz != int(sample_rate_hz):
-        raise UserError(f"sample_rate_hz {sample_rate_hz!r} must be a whole number from {low_hz} to {high_hz}")
-    return int(sample_rate_hz)
-
-
 def _checked_channels(audio: Any, name: str) -> np.ndarray:
-    """Return audio as [C, S], floats or int16. Raises UserError."""
     if isinstance(audio, Tensor):
         audio = audio.detach().cpu()
         audio = (audio.float() if audio.is_floating_point() else audio).numpy()

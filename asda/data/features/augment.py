@@ -1,14 +1,14 @@
 """Random changes of a clip as numbers: drawn before its audio is touched, applied by asda.data.features.dali.
 
     wave, minus its mean   rolled forward by `wave_shift`, times `gain`, plus white noise of `noise_ratio` times its rms
-    log-mel                padded to T frames; with SpecAug of order before_normalisation, the box becomes 0;
-                           box, noise and roll of the frames are then its partner's too, and so the mixture's
+    log-mel                padded to T frames; with SpecAug of order before_normalisation, the box becomes 0, and both
+                           clips of a mixture have the same box, noise and roll of the frames
     normalised             plus `frame_noise` times a uniform number for each value; rolled forward by `frame_shift`
-    mixed                  `share` of it, and 1 - `share` of its partner: of clips 2k and 2k + 1 of a batch the other
+    mixed                  `share` of it and 1 - `share` of its partner; clips 2k and 2k + 1 of a batch are partners
     masked                 with SpecAug of order after_mixup, the box becomes 0, which is the mean
 
-All of it follows from a generator that belongs to one visit of one clip, so it is the same on whatever rank, in
-whatever micro-batch, and after whatever interruption that visit happens.
+The numbers follow from a generator that belongs to one visit of one clip, so they do not depend on the rank, the
+micro-batch or an interruption.
 
 Shapes: B clips, T frames, N patches, C classes, K fields of ClipAugmentation.
 """
@@ -49,12 +49,8 @@ def draw_augmentations(
 ) -> list[ClipAugmentation] | None:
     """Draw the changes of the clips of a micro-batch; None if the configuration asks for nothing.
 
-    Args:
-        draws: neighbours in the order of the run, the first at an even position, so that pairs of them are the same
-            in every micro-batch; an even number of them if they are mixed.
-        clip_samples: of each clip.
-        config: of the data.
-        seed: of the run.
+    The draws are neighbours in the order of the run, the first at an even position, so that their pairs are the same in
+    every micro-batch. Mixing needs an even number of them.
     """
     augment = config.augment
     if augment == AugmentConfig():
@@ -77,10 +73,10 @@ def used_parts(
 
 
 def frames_alike(augmentations: Sequence[ClipAugmentation]) -> list[ClipAugmentation]:
-    """To the frames of both clips of a mixed pair happens what happens to those of the first.
+    """Give the frames of both clips of a mixed pair the box, noise and roll of the first.
 
-    AST mixes waves and then blanks, makes noisy and rolls the mixture. What is done alike to both parts of a mean is
-    done to it: blanks stay blank, and the noise is not averaged away.
+    AST mixes waves and then blanks, makes noisy and rolls the mixture. Changing both parts of a mean alike does the
+    same: blanks stay blank, and the noise is not averaged away.
     """
     firsts = [augmentations[min(place, partner)] for place, partner in enumerate(partners(augmentations))]
     return [
@@ -92,17 +88,10 @@ def frames_alike(augmentations: Sequence[ClipAugmentation]) -> list[ClipAugmenta
 def draw_augmentation(
     rng: np.random.Generator, config: AugmentConfig, num_samples: int, frames: int, share: float = 1.0
 ) -> ClipAugmentation:
-    """Everything that happens to one visit of one clip.
+    """Draw everything that happens to one visit of one clip, whose generator is `rng`.
 
     The published recipes (EAT's and ASDA's code) roll by any offset and multiply by Beta(10, 10) + 0.5; Speech Commands
     also has the frame noise, U(0, 1) / 10 times a uniform number for each value, and rolls the frames by up to 10.
-
-    Args:
-        rng: belongs to the visit; the same state gives the same augmentation.
-        config: what there is, and how much.
-        num_samples: of the clip.
-        frames: it is padded or cut to.
-        share: of the clip in its mixture; see draw_share.
     """
     chance = rng.random(NUM_CHANCES)
     noise_key = int(rng.integers(1 << 32))
@@ -112,8 +101,8 @@ def draw_augmentation(
     frame_start, frame_stop = masked_range(chance[2], chance[3], config.spec_augment.frame_ratio, frames)
     return ClipAugmentation(
         wave_shift=int(chance[4] * num_samples) if config.roll else 0,
-        gain=float(magnitude * _amplitude(_between(config.gain_db, chance[5]))),
-        noise_ratio=float(_amplitude(-_between(config.noise_snr_db, chance[6]))) if config.noise_snr_db else 0.0,
+        gain=float(magnitude * 10 ** (_between(config.gain_db, chance[5]) / 20)),
+        noise_ratio=float(10 ** (-_between(config.noise_snr_db, chance[6]) / 20)) if config.noise_snr_db else 0.0,
         frame_noise=float(config.frame_noise * chance[7]),
         frame_shift=(int(chance[8] * (2 * config.frame_roll + 1)) - config.frame_roll) % frames,
         noise_key=noise_key,
@@ -126,12 +115,11 @@ def draw_augmentation(
 
 
 def draw_share(rng: np.random.Generator, config: MixupConfig) -> float:
-    """How much of itself a clip keeps in its mixture with its partner; the partner keeps as much of its own.
+    """Draw how much of itself a clip keeps in its mixture; its partner keeps as much. `rng` belongs to the first clip.
 
     The published code draws one share for a batch and mixes clip i with clip B - 1 - i. In a shuffled order that is a
-    random partner and a share from the same Beta(alpha, alpha), which is what neighbours with a share for each pair
-    have too; but pairs of neighbours lie in one micro-batch of one rank however the batch is cut, and a share for each
-    pair needs no word between the ranks. Draw it from a generator that belongs to the first clip of the pair.
+    random partner and a share from Beta(alpha, alpha), as here. But neighbours lie in one micro-batch of one rank
+    however the batch is cut, and a share for each pair needs no communication between the ranks.
     """
     is_mixed = rng.random() < config.probability
     return float(rng.beta(config.alpha, config.alpha)) if config.alpha and is_mixed else 1.0
@@ -140,7 +128,7 @@ def draw_share(rng: np.random.Generator, config: MixupConfig) -> float:
 def masked_range(width_chance: float, place_chance: float, ratio: float, size: int) -> tuple[int, int]:
     """Return a masked range of up to ratio * size out of `size`: first index, and first index after it.
 
-    As torchaudio.functional.mask_along_axis: a real width and a real place, both uniform, each rounded down.
+    It has a real width and a real place, both uniform, each rounded down, as torchaudio.functional.mask_along_axis.
     """
     width = width_chance * ratio * size
     start = int(place_chance * (size - width))
@@ -161,19 +149,14 @@ def unpacked(numbers_K: np.ndarray) -> tuple[ClipAugmentation, int]:
 
 
 def partners(augmentations: Sequence[ClipAugmentation]) -> list[int]:
-    """With which clip of the batch each is mixed: its neighbour in the pair (2k, 2k + 1), or itself where it is not.
+    """Return each clip's partner: its neighbour in the pair (2k, 2k + 1), or itself if it is not mixed.
 
-    Raises:
-        ValueError: a clip that is to be mixed has no neighbour, or one that keeps another share.
+    Raises ValueError if a clip that is to be mixed has no neighbour, or one that keeps another share.
     """
-    found = []
-    for place, one in enumerate(augmentations):
-        if one.share == 1:
-            found.append(place)
-        elif (place ^ 1) < len(augmentations) and augmentations[place ^ 1].share == one.share:
-            found.append(place ^ 1)
-        else:
-            raise ValueError(f"clip {place} of {len(augmentations)} keeps {one.share:g}, its partner does not")
+    found = [place if one.share == 1 else place ^ 1 for place, one in enumerate(augmentations)]
+    for one, place in zip(augmentations, found, strict=True):
+        if place >= len(found) or augmentations[place].share != one.share:
+            raise ValueError(f"clip {place ^ 1} of {len(found)} keeps {one.share:g}, its partner does not")
     return found
 
 
@@ -184,20 +167,11 @@ def mixed_targets(targets_BC: np.ndarray, augmentations: Sequence[ClipAugmentati
 
 
 def present_patches(
-    clip_samples: Sequence[int],
-    augmentations: Sequence[ClipAugmentation] | None,
-    frames: int,
-    patch: int,
+    clip_samples: Sequence[int], augmentations: Sequence[ClipAugmentation] | None, frames: int, patch: int
 ) -> np.ndarray:
     """Mark patches with audio, bool [B, N]: a patch is present if any of its frames is; the others are padding.
 
-    Where frames are not rolled this says: if its first frame is. A mixture is present where either clip is.
-
-    Args:
-        clip_samples: of each clip of the batch, at least 400.
-        augmentations: of each clip; None when there are none.
-        frames: T, a clip is padded or cut to.
-        patch: frames and mel bins of a patch.
+    A mixture is present where either clip is. Each clip has at least 400 samples, and is padded or cut to `frames`.
     """
     present_BT = np.arange(frames) < np.array([num_frames(samples) for samples in clip_samples])[:, None]
     if augmentations is not None:
@@ -209,7 +183,3 @@ def present_patches(
 
 def _between(limits: tuple[float, float], chance: float) -> float:
     return limits[0] + (limits[1] - limits[0]) * chance
-
-
-def _amplitude(decibel: float) -> float:
-    return 10 ** (decibel / 20)

@@ -2,8 +2,7 @@
 
 DALI's CPU operators would pass over a clip's 0.5 MB once each for padding, normalising and cutting into patches, which
 costs more than half of the log-mel itself. Here a thread takes a clip (or the two of a mixture) through all stages
-while its log-mel lies in the core's cache. What stands beside fbank.py is compiled by numba and runs without
-Python's lock.
+while its log-mel lies in the core's cache. The loops are compiled by numba and run without Python's lock.
 
 Shapes: B clips, S samples, T frames, M mel bins, N patches, F mel patches, P pixels of a patch.
 """
@@ -21,7 +20,6 @@ from asda.data.features.augment import ClipAugmentation, unpacked
 from asda.models.patches import PatchLayout
 
 NUM_MEL_BINS = fbank.NUM_MEL_BINS  # a constant for numba, which makes faster loops of it than of a length
-NOTHING = ClipAugmentation()
 ROOT_12 = 12**0.5  # 1 / rms of a uniform number from -0.5 to 0.5
 WEYL_STEP = 0x9E3779B9  # 2^32 / golden ratio: spreads neighbouring counters over all 32 bits
 
@@ -38,11 +36,10 @@ class CpuPatches:
     def make(self, waves: list[np.ndarray], numbers: list[np.ndarray] | None = None) -> list[np.ndarray]:
         """Make the patches of a batch: int16 [S] of each clip to float32 [N, P], valid until the next call.
 
-        Args:
-            waves: the clips.
-            numbers: what happens to each: rows of asda.data.features.augment.packed; None changes nothing.
+        `numbers` are the rows of asda.data.features.augment.packed; None changes nothing.
         """
-        rows = [(NOTHING, place) for place in range(len(waves))] if numbers is None else map(unpacked, numbers)
+        nothing = ClipAugmentation()
+        rows = [(nothing, place) for place in range(len(waves))] if numbers is None else map(unpacked, numbers)
         augmentations, partners = zip(*rows, strict=True)
         # Each pair once; a clip that is not mixed is its own partner.
         todo = iter([sorted({place, partner}) for place, partner in enumerate(partners) if place <= partner])
@@ -61,7 +58,6 @@ class CpuPatches:
         self._pool.shutdown()
 
     def _make_mixture(self, places: list[int], waves: list[np.ndarray], both: list[ClipAugmentation]) -> None:
-        """Make the patches of one clip, or of two that are mixed."""
         frames_2TM = self._scratch.frames_2TM
         for x_TM, wave_S, one in zip(frames_2TM, waves, both, strict=False):
             self._make_frames(wave_S, one, x_TM)
@@ -74,18 +70,17 @@ class CpuPatches:
 
     def _make_frames(self, wave_S: np.ndarray, one: ClipAugmentation, out_TM: np.ndarray) -> None:
         """Make the normalised frames of a clip before it is mixed."""
-        layout = self._layout
-        num_real = min(fbank.num_frames(len(wave_S)), layout.frames)
+        num_real = min(fbank.num_frames(len(wave_S)), self._layout.frames)
         if one.wave_shift or one.noise_ratio:
             augmented_S = self._scratch.wave_S[: fbank.num_samples(num_real)]
             _augment_wave(wave_S, one.wave_shift, one.gain, one.noise_ratio, one.noise_key, augmented_S)
-            fbank.log_mel_into(augmented_S, out_TM[:num_real])
+            fbank.log_mel(augmented_S, out_TM=out_TM[:num_real])
         else:
-            fbank.log_mel_into(wave_S, out_TM[:num_real], one.gain)
+            fbank.log_mel(wave_S, one.gain, out_TM[:num_real])
         self._finish(out_TM, num_real, one)
 
     def _finish(self, out_TM: np.ndarray, num_real: int, one: ClipAugmentation) -> None:
-        """Pad, normalise, add noise to and roll log-mel, of which the first `num_real` frames are there."""
+        """Pad, normalise, make noisy and roll log-mel that has `num_real` frames."""
         layout = self._layout
         out_TM[num_real:] = layout.pad_log_mel
         if layout.mask_first:
@@ -107,21 +102,15 @@ class _Scratch(threading.local):
 
 
 def _single_core_threads(num_threads: int) -> ThreadPoolExecutor:
-    """Threads in which torch computes on one core each; elsewhere it computes as before.
+    """Start threads in which torch computes on one core each; elsewhere it computes as before.
 
     torch.set_num_threads concerns the calling thread and all that have not asked for their number yet. So each thread
     of the pool asks, and then the setting is put back.
     """
-    before = torch.get_num_threads()
-    all_here = threading.Barrier(num_threads)
-
-    def settle(_: int) -> None:
-        torch.set_num_threads(1)
-        torch.get_num_threads()
-        all_here.wait()  # holds the thread, so that the next task starts another one
-
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="asda-fbank")
-    list(pool.map(settle, range(num_threads)))
+    before, all_started = torch.get_num_threads(), threading.Barrier(num_threads)
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="asda-fbank", initializer=torch.get_num_threads)
+    list(pool.map(lambda _: all_started.wait(), range(num_threads)))  # a waiting thread leaves the next task to another
     torch.set_num_threads(before)
     return pool
 
@@ -132,16 +121,16 @@ def _mask(x_TM: np.ndarray, one: ClipAugmentation) -> None:
     x_TM[one.frame_start : one.frame_stop] = 0
 
 
-# Numba takes the types of what follows from the callers. Each is one plain loop, which compiles to vector instructions;
-# nothing in them is reordered or fused.
+# Numba takes the types of these functions from their callers. Each is one plain loop, which compiles to vector
+# instructions; nothing in them is reordered or fused.
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def uniform(counter, key):
     """Return a uniform float32 in [0, 1) of 24 bits, from two uint32: MurmurHash3's finaliser (Appleby, public domain).
 
-    Noise is a function of a clip's key and a value's place, and not a stream, because DALI can compute that on a GPU:
-    arrays made on the host would cost it 0.5 MB of transfer a clip, and its own generators know nothing of clips.
+    Noise is a function of a clip's key and a value's place, because DALI can compute that on a GPU too. Arrays made on
+    the host would cost 0.5 MB of transfer a clip, and DALI's own generators know nothing of clips.
     """
     bits = np.uint32(np.uint32(counter * np.uint32(WEYL_STEP)) + key)
     bits = np.uint32((bits ^ (bits >> np.uint32(16))) * np.uint32(0x85EBCA6B))
@@ -152,7 +141,7 @@ def uniform(counter, key):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _augment_wave(samples_S, shift, gain, noise_ratio, noise_key, out_S):
-    """Return the first samples of a clip that is centred, rolled, amplified and made noisy; full scale 1."""
+    """Centre, roll, amplify and make noisy a clip; write its first samples, full scale 1."""
     total, squares = np.int64(0), np.int64(0)  # exact, for clips of up to 2^33 samples
     for sample in samples_S:
         total += np.int64(sample)
@@ -198,7 +187,7 @@ def _mix(first, second, share):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _cut_into_patches(x_TM, patch, out_NP):
-    """Frames [T, M] to patches [N, P]: time-major, the pixels of a patch frame by frame."""
+    """Cut frames [T, M] into patches [N, P]: time-major, the pixels of a patch frame by frame."""
     mel_patches = NUM_MEL_BINS // patch
     for frame in range(len(x_TM)):
         in_M = x_TM[frame]

@@ -2,9 +2,9 @@
 
 The front-end of the published models is Kaldi's fbank as torchaudio has it. Two float32 programs that round in
 different places differ by up to 5e-3 in the quietest bins of a loud frame, because an FFT carries the rounding of its
-largest line into all others. So this one rounds where torchaudio rounds: same order of operations, same FFT. What
-stands around the FFT is compiled by numba: one pass before it and one after it, two weights a line where torchaudio
-multiplies by 128, and without Python's lock, so that threads compute side by side.
+largest line into all others. So this one rounds where torchaudio rounds: same order of operations, same FFT. Numba
+compiles one pass before the FFT and one after it, with two weights a line where torchaudio multiplies by 128. They run
+without Python's lock, so that threads compute side by side.
 
 Shapes: S samples, T frames, W samples of a frame, N points of the FFT, K = N/2 + 1 spectral lines, M mel bins.
 """
@@ -37,7 +37,7 @@ WINDOW_W = torch.hann_window(FRAME_WINDOW, periodic=False)  # symmetric: the fir
 
 
 def num_frames(num_samples: int) -> int:
-    """Frames that lie wholly within a clip of `num_samples` >= 400 samples (Kaldi's snip_edges)."""
+    """Count the frames that lie wholly within a clip of `num_samples` >= 400 samples (Kaldi's snip_edges)."""
     return 1 + (num_samples - FRAME_WINDOW) // FRAME_SHIFT
 
 
@@ -47,11 +47,11 @@ def num_samples(num_frames: int) -> int:
 
 
 def mel_filters() -> torch.Tensor:
-    """Kaldi's triangular filters, float32 [K, M].
+    """Compute Kaldi's triangular filters, float32 [K, M].
 
-    They are triangles on the mel scale, mel = 1127 ln(1 + Hz / 700), whose corners lie at equal distances. The line at
-    the Nyquist frequency has no weight. Computed in float32 throughout, because torchaudio's weights are: the slopes
-    are differences of nearly equal numbers, and float64 moves them by 1e-5.
+    The triangles lie on the mel scale, mel = 1127 ln(1 + Hz / 700), their corners at equal distances. The line at the
+    Nyquist frequency has no weight. Everything is float32, because torchaudio's weights are: the slopes are differences
+    of nearly equal numbers, and float64 moves them by 1e-5.
     """
     low, high = (1127 * math.log(1 + hz / 700) for hz in (LOW_HZ, SAMPLE_RATE_HZ / 2))
     step = (high - low) / (NUM_MEL_BINS + 1)
@@ -66,24 +66,17 @@ def mel_filters() -> torch.Tensor:
     return filters_KM
 
 
-def log_mel(wave_S: np.ndarray, gain: float = 1.0) -> np.ndarray:
-    """Log-mel frames of one clip, float32 [T, 128], T = num_frames(S).
+def log_mel(wave_S: np.ndarray, gain: float = 1.0, out_TM: np.ndarray | None = None) -> np.ndarray:
+    """Compute the log-mel frames of one clip, float32 [T, 128], T = num_frames(S). Several threads may call it.
 
-    16 kHz, minus the clip's mean; frames of 25 ms every 10 ms, each minus its mean, pre-emphasised, under a symmetric
-    Hann window; |FFT|^2; 128 mel filters from 20 Hz to 8 kHz; natural logarithm, floored at -15.94. As ASDA and EAT
-    call torchaudio.compliance.kaldi.fbank (htk_compat, no energy, no dither). Safe to call from several threads.
+    16 kHz, minus the clip's mean, times `gain`; frames of 25 ms every 10 ms, each minus its mean, pre-emphasised, under
+    a symmetric Hann window; |FFT|^2; 128 mel filters from 20 Hz to 8 kHz; natural logarithm, floored at -15.94. ASDA
+    and EAT call torchaudio.compliance.kaldi.fbank so (htk_compat, no energy, no dither).
 
-    Args:
-        wave_S: [S] with S >= 400; int16, or float32 of full scale 1.
-        gain: a factor on the wave, after its mean is taken off.
+    The wave has S >= 400 samples: int16, or float32 of full scale 1. The result of a clip's first frames goes into
+    `out_TM` if it is given, which must be contiguous.
     """
-    mel_TM = np.empty((num_frames(len(wave_S)), NUM_MEL_BINS), np.float32)
-    log_mel_into(wave_S, mel_TM, gain)
-    return mel_TM
-
-
-def log_mel_into(wave_S: np.ndarray, out_TM: np.ndarray, gain: float = 1.0) -> None:
-    """`log_mel` of a clip's first T frames, into memory that is there: float32 [T, 128], contiguous."""
+    out_TM = np.empty((num_frames(len(wave_S)), NUM_MEL_BINS), np.float32) if out_TM is None else out_TM
     unit = np.float32(1 / INT16_SCALE if wave_S.dtype == np.int16 else 1)
     total = _sum_of_integers(wave_S) if wave_S.dtype == np.int16 else wave_S.sum(dtype=np.float64)
     scales = unit, np.float32(total / len(wave_S) * unit), np.float32(gain), np.float32(PRE_EMPHASIS)
@@ -95,20 +88,20 @@ def log_mel_into(wave_S: np.ndarray, out_TM: np.ndarray, gain: float = 1.0) -> N
         spectrum_TK = torch.fft.rfft(frames_TN)
         _mel_energies(torch.view_as_real(spectrum_TK).flatten(1).numpy(), *LINE_FILTERS, mel_TM)
     torch.from_numpy(out_TM).log_()
+    return out_TM
 
 
 def log_mel_of_wave(wave_S: torch.Tensor) -> torch.Tensor:
-    """`log_mel` of amplitudes: float32 [S], full scale 1, to float32 [T, 128]."""
+    """Compute `log_mel` of a tensor of amplitudes: float32 [S], full scale 1, to float32 [T, 128]."""
     return torch.from_numpy(log_mel(wave_S.numpy()))
 
 
-# Numba takes the types of these two from their caller. Their inner loops run over whole rows or constant lengths, so
-# that they become vector instructions; nothing in them is reordered or fused, every value rounds as the line says.
+# Numba takes the types of these functions from their callers. Their inner loops run over whole rows or constant
+# lengths, so that they become vector instructions; nothing is reordered or fused, every value rounds as the line says.
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _sum_of_integers(wave_S):
-    """Exact."""
     total = np.int64(0)
     for sample in wave_S:
         total += np.int64(sample)
@@ -117,7 +110,7 @@ def _sum_of_integers(wave_S):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _windowed_frames(wave_S, unit, mean, gain, pre_emphasis, window_W, out_TN):
-    """Centred, pre-emphasised and windowed frames into the first W columns of `out_TN`; column 0 stays 0."""
+    """Write centred, pre-emphasised and windowed frames into the first W columns of `out_TN`; column 0 stays 0."""
     centred_S = np.empty(len(wave_S), np.float32)
     for i in range(len(wave_S)):
         centred_S[i] = (np.float32(wave_S[i]) * unit - mean) * gain
@@ -152,9 +145,9 @@ def _sum_as_torch(values_W, sums_L):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _mel_energies(spectrum_T2K, filter_K, weights_K2, out_TM):
-    """Energies in the mel filters, floored at MIN_ENERGY: real and imaginary parts side by side to [T, M].
+    """Compute the energies in the mel filters, [T, M], floored at MIN_ENERGY; real and imaginary parts alternate.
 
-    LANES frames at a time: each line adds to its two filters, for all of the frames together.
+    It takes LANES frames at a time: each line adds to its two filters, for all of the frames together.
     """
     power_KL = np.zeros((NUM_LINES, LANES), np.float32)
     energy_ML = np.empty((NUM_MEL_BINS, LANES), np.float32)
@@ -177,15 +170,6 @@ def _mel_energies(spectrum_T2K, filter_K, weights_K2, out_TM):
                 out_M[m] = max(energy_ML[m, lane], np.float32(MIN_ENERGY))
 
 
-def _line_filters() -> tuple[np.ndarray, np.ndarray]:
-    """For each line, int64 [K] and float32 [K, 2]: the first filter it has weight in, and the weights there and in
-    the next. Each filter ends where the next but one begins, so there is no third.
-    """
-    filters_KM = mel_filters().numpy()
-    first_K = np.minimum((filters_KM > 0).argmax(axis=1), NUM_MEL_BINS - 2)
-    return first_K, np.take_along_axis(filters_KM, first_K[:, None] + np.arange(2), axis=1)
-
-
 class _Scratch(threading.local):
     """Each thread's work space: fresh memory for every clip would cost as much as the arithmetic."""
 
@@ -193,5 +177,9 @@ class _Scratch(threading.local):
         self.frames_TN = torch.zeros(FRAMES_AT_ONCE, FFT_POINTS)  # column 0 and the padding are never written
 
 
-LINE_FILTERS = _line_filters()
+# The first filter in which each line has weight, int64 [K], and its weights there and in the next, float32 [K, 2]. Each
+# filter ends where the next but one begins, so there is no third.
+_FILTERS_KM = mel_filters().numpy()
+_FIRST_K = np.minimum((_FILTERS_KM > 0).argmax(axis=1), NUM_MEL_BINS - 2)
+LINE_FILTERS = _FIRST_K, np.take_along_axis(_FILTERS_KM, _FIRST_K[:, None] + np.arange(2), axis=1)
 _scratch = _Scratch()
