@@ -36,7 +36,11 @@ def resample(wave_S: np.ndarray, rate_hz: int) -> np.ndarray:
         import torch
 
         return _resampler(rate_hz)(torch.from_numpy(wave_S)).numpy()
-    return np.concatenate(list(resample_blocks([wave_S], rate_hz)))
+    out_S, stop = np.empty(resampled_length(len(wave_S), rate_hz), np.float32), 0
+    blocks = (wave_S[start : start + RESAMPLE_AT_ONCE] for start in range(0, len(wave_S), RESAMPLE_AT_ONCE))
+    for block_S in resample_blocks(blocks, rate_hz):
+        out_S[stop : (stop := stop + len(block_S))] = block_S
+    return out_S
 
 
 def resample_blocks(blocks: Iterable[np.ndarray], rate_hz: int) -> Iterator[np.ndarray]:
