@@ -20,11 +20,10 @@ pixels of a patch, D width, C classes, W windows.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby, islice
+from itertools import chain, islice
 from numbers import Integral
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -86,35 +85,31 @@ def load(path: str | Path, weights: Which = "student", device: Device = "auto") 
     folder = resolve_checkpoint(Path(path))
     description = read_description(folder)
     if weights == "student" and isinstance(description.objective, ClassifyConfig):
-        tensors = read_weights(folder, "model")
-        if description.labels or "head.weight" in tensors:
-            classifier = _classifier(description, folder)
+        tensors, labels = read_weights(folder, "model"), description.labels
+        if "head.weight" in tensors and not labels:
+            raise UserError(f"{folder}/config.json names no labels; name the classes there in the order of the logits")
+        if labels:
+            classifier = Classifier(description.model, description.objective, len(labels))
             load_into(classifier, tensors, folder)
-            return Model(folder, description, classifier.encoder, classifier, place)
+            return Model(folder, description, classifier, place)
     encoder = make_encoder(description.model)
     load_encoder(encoder, description.model, folder, weights)
-    return Model(folder, description, encoder, None, place)
-
-
-def _classifier(description: Description, folder: Path) -> Classifier:
-    """Make the classifier of a description, which must name its classes."""
-    if not description.labels:
-        raise UserError(f"{folder}/config.json names no labels; name the classes there in the order of the logits")
-    assert isinstance(description.objective, ClassifyConfig)
-    return Classifier(description.model, description.objective, len(description.labels))
+    return Model(folder, description, encoder, place)
 
 
 class Model:
     """A network, and all that turns audio into its input. asda.load makes it; it keeps no state between calls.
 
     In all methods `audio` is a numpy array or a tensor, [S] or [channels, S] (averaged), of floats with full scale 1 or
-    of int16, and at least 0.025 s long. If a method accepts a list of clips, it returns a list of results.
-    `sample_rate_hz` is a whole number from 1000 to 768000. Results are fp32, on the CPU, and other networks may be
-    trained on them. UserError says what is wrong with an argument: a shape, a sample that is not finite, a short clip.
+    of int16, and at least 0.025 s long. `features`, `logits` and `tags` also take a list of clips of any lengths, and
+    then return a list of results. `sample_rate_hz`, of all clips, is a whole number from 1000 to 768000. Results are
+    fp32, on the CPU, and other networks may be trained on them. UserError says what is wrong with an argument: a shape,
+    a sample that is not finite, a short clip.
 
     Attributes:
         folder: the checkpoint or the folder of weights.
         description: the network's sizes, its input and its objective.
+        encoder: the network without its classifier, on its device, in eval mode; read it, but do not train it.
         labels: class names in the order of the logits; empty without a classifier.
         width: features of an embedding, D.
         depth: blocks of the encoder.
@@ -125,27 +120,20 @@ class Model:
     sample_rate_hz = SAMPLE_RATE_HZ  # all audio is resampled to it
 
     def __init__(
-        self,
-        folder: Path,
-        description: Description,
-        encoder: Encoder | AstEncoder,
-        classifier: Classifier | None,
-        device: torch.device,
+        self, folder: Path, description: Description, network: Encoder | AstEncoder | Classifier, device: torch.device
     ):
-        """Take loaded modules; `encoder` is that of the classifier, if there is one."""
-        self.folder = folder
-        self.description = description
-        self.labels: tuple[str, ...] = description.labels if classifier else ()
+        """Take a loaded network."""
+        network = network.to(device).eval().requires_grad_(False)
+        self._classifier = network if isinstance(network, Classifier) else None
+        self.encoder = network.encoder if isinstance(network, Classifier) else network
+        self.folder, self.description, self._device = folder, description, device
+        self.labels: tuple[str, ...] = description.labels if self._classifier else ()
         model = description.model
         self.width, self.depth = model.width, model.depth
+        self._is_ast = isinstance(model, AstConfig)
         self._stride = model.time_stride if isinstance(model, AstConfig) else model.patch  # frames
-        self.hop_s = self._stride / FRAMES_PER_S
-        self.chunk_s = description.data.frames / FRAMES_PER_S
-        self._encoder = encoder.to(device).eval().requires_grad_(False)
-        self._classifier = classifier.to(device).eval().requires_grad_(False) if classifier else None
-        self._device = device
         self._patch, self._chunk = model.patch, description.data.frames  # frames
-        self._num_bands = model.mel_bins // model.patch  # mel patches of the data
+        self.hop_s, self.chunk_s = self._stride / FRAMES_PER_S, self._chunk / FRAMES_PER_S
 
     @overload
     def features(self, audio: Audio, sample_rate_hz: float, layer: int | None = None) -> Features: ...
@@ -164,14 +152,15 @@ class Model:
 
         Args:
             audio: a clip, or a list of clips.
-            sample_rate_hz: of the clip, or of all clips.
+            sample_rate_hz: of the audio.
             layer: 0 is the input of the first block, `depth` (the default) the output of the last.
         """
         depth = self._checked_layer(layer)
         clips = [cut(wave_S, self._chunk, self._chunk) for wave_S in to_waves(audio, sample_rate_hz)]
-        batches = in_batches(chain.from_iterable(clips), self._num_patches)
-        tokens = chain.from_iterable(self._encode_chunks(chunks, depth) for chunks in batches)
-        return _like(audio, [self._join(list(islice(tokens, len(chunks)))) for chunks in clips])
+        sized = ((self._padded_frames(chunk_S), chunk_S) for chunks in clips for chunk_S in chunks)
+        batches = in_batches(sized, self._frames_at_once, mixed=True)
+        encoded = chain.from_iterable(self._encode_chunks(chunks, frames, depth) for frames, chunks in batches)
+        return _like(audio, [self._join(list(islice(encoded, len(chunks)))) for chunks in clips])
 
     @overload
     def logits(self, audio: Audio, sample_rate_hz: float) -> Tensor: ...
@@ -184,10 +173,6 @@ class Model:
         clips: its logits are those of asda/evaluate.py. A longer clip gets the mean of its chunks' probabilities,
         weighted by their frames; its logits are the log-odds (bce) or the logarithms (ce) of that mean. Its last chunk
         is padded to a whole patch only (for AST, which has one length, like a short clip).
-
-        Args:
-            audio: a clip, or a list of clips.
-            sample_rate_hz: of the clip, or of all clips.
         """
         self._check_classifier()
         clips = [cut(wave_S, self._chunk, self._chunk) for wave_S in to_waves(audio, sample_rate_hz)]
@@ -199,18 +184,11 @@ class Model:
     @overload
     def tags(self, audio: Sequence[Audio], sample_rate_hz: float, top: int = 10) -> list[list[Tag]]: ...
     def tags(self, audio: Audio | Sequence[Audio], sample_rate_hz: float, top: int = 10) -> list[Tag] | list[list[Tag]]:
-        """Return the most probable classes of clips of any length, the most probable first.
-
-        Args:
-            audio: a clip, or a list of clips; `logits` says how long ones are scored.
-            sample_rate_hz: of the clip, or of all clips.
-            top: most classes per clip.
-        """
+        """Return at most `top` classes of each clip, the most probable first; `logits` says how clips are scored."""
         if isinstance(top, bool) or not isinstance(top, Integral) or top < 1:
             raise UserError(f"top {top!r} must be a whole number, 1 or more")
         logits = self.logits(audio, sample_rate_hz)
-        clips = logits if isinstance(logits, list) else [logits]
-        return _like(audio, [self._strongest(self._probabilities(logits_C), top) for logits_C in clips])
+        return [self._top(logits_C, top) for logits_C in logits] if isinstance(logits, list) else self._top(logits, top)
 
     def timeline(
         self, audio: Audio, sample_rate_hz: float, window_s: float | None = None, hop_s: float | None = None
@@ -231,20 +209,15 @@ class Model:
         hop = self._in_frames("hop_s", hop_s, window)
         wave_S = to_wave(audio, sample_rate_hz)
         windows = cut(wave_S, window, hop)
-        logits = self._stretch_logits([windows])
         starts_W = torch.arange(len(windows), dtype=torch.float64) * hop
         ends_W = (starts_W + window).clamp(max=num_frames(len(wave_S)))
-        probabilities_WC = torch.stack([self._probabilities(logits_C) for logits_C in logits])
+        probabilities_WC = torch.stack([self._probabilities(logits_C) for logits_C in self._stretch_logits([windows])])
         return Timeline((starts_W / FRAMES_PER_S).float(), (ends_W / FRAMES_PER_S).float(), probabilities_WC)
 
     def log_mel(self, audio: Audio, sample_rate_hz: float) -> Tensor:
         """Compute the log-mel of one clip as the network needs it, (log-mel - mean) / (2 std): [T, 128], not padded.
 
         T counts the frames of 25 ms, every 10 ms, that lie within the clip.
-
-        Args:
-            audio: one clip.
-            sample_rate_hz: of the clip.
         """
         return self._normalised(log_mel_of_wave(to_wave(audio, sample_rate_hz)))
 
@@ -263,11 +236,7 @@ class Model:
         return self._encode(mel_BTM, self._checked_layer(layer)).clone()
 
     def logits_of_log_mel(self, mel_BTM: Tensor) -> Tensor:
-        """Compute logits [B, C].
-
-        Args:
-            mel_BTM: as for `encode_log_mel`.
-        """
+        """Compute logits [B, C] of log-mels as for `encode_log_mel`."""
         self._check_classifier()
         self._check_log_mel(mel_BTM)
         return self._classify(mel_BTM).clone()
@@ -276,16 +245,11 @@ class Model:
         sizes = f"{self.depth} blocks of width {self.width}, {len(self.labels)} classes"
         return f"asda Model ({self.description.preset}, {sizes}, on {self._device})"
 
-    @property
-    def encoder(self) -> Encoder | AstEncoder:
-        """The network without its classifier, on its device, in eval mode; read it, but do not train it."""
-        return self._encoder
-
     @torch.inference_mode()
     def _encode(self, mel_BTM: Tensor, depth: int, present_BN: Tensor | None = None) -> Tensor:
         """Compute the output of block number `depth`, counted from 1, on the CPU."""
         present_BN = None if present_BN is None else present_BN.to(self._device)
-        return self._encoder(self._patches(mel_BTM), present_BN=present_BN, depth=depth).float().cpu()
+        return self.encoder(self._patches(mel_BTM), present_BN=present_BN, depth=depth).float().cpu()
 
     @torch.inference_mode()
     def _classify(self, mel_BTM: Tensor) -> Tensor:
@@ -296,24 +260,20 @@ class Model:
         """Return patches [B, N, P] on the device."""
         return to_patches(mel_BTM.to(self._device, torch.float32), self._patch)
 
-    def _encode_chunks(self, chunks: list[Tensor], depth: int) -> list[Tensor]:
-        """Compute tokens [1 + N, D] of each chunk: CLS, then patches frame by frame. N may differ between chunks."""
-        if isinstance(self._encoder, AstEncoder):
-            tokens_BSD = self._encode(self._stack(chunks, self._chunk), depth)
-            frames = [num_frames(len(chunk_S)) for chunk_S in chunks]
-            return [self._in_time(*pair) for pair in zip(tokens_BSD, frames, strict=True)]
-        sizes = [self._num_patches(chunk_S) for chunk_S in chunks]
-        mel_BTM = self._stack(chunks, max(sizes) // self._num_bands * self._patch)
-        present_BN = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
-        tokens_BND = self._encode(mel_BTM, depth, None if present_BN.all() else present_BN)
-        return [tokens_ND[: 1 + size] for tokens_ND, size in zip(tokens_BND, sizes, strict=True)]
-
-    def _in_time(self, tokens_SD: Tensor, frames: int) -> Tensor:
-        """Order AST's tokens of a chunk as ASDA's: the token for the clip, then the patches by time."""
-        special_KD, patches_ND = tokens_SD.tensor_split([self._encoder.num_special])
-        patches_TFD = patches_ND.unflatten(0, (self._encoder.num_mel_patches, -1)).transpose(0, 1)
-        patches_TFD = patches_TFD[: math.ceil(frames / self._stride)]
-        return torch.cat([special_KD.mean(0, keepdim=True), patches_TFD.flatten(0, 1)])
+    def _encode_chunks(self, chunks: list[Tensor], frames: int, depth: int) -> list[tuple[Tensor, Tensor]]:
+        """Compute the embedding [D] of each chunk, and those of its patches [T, F, D]; T may differ between chunks."""
+        num_steps = [math.ceil(num_frames(len(chunk_S)) / self._stride) for chunk_S in chunks]
+        num_mel, present_BN = self.encoder.num_mel_patches, None
+        if not self._is_ast and min(num_steps) < max(num_steps):
+            present_BN = torch.arange(max(num_steps) * num_mel) < torch.tensor(num_steps)[:, None] * num_mel
+        tokens_BSD = self._encode(self._stack(chunks, frames), depth, present_BN)
+        special_BKD, patches_BND = tokens_BSD.tensor_split([self.encoder.num_special], dim=1)
+        if self._is_ast:  # mel band by mel band
+            patches_BTFD = patches_BND.unflatten(1, (num_mel, -1)).transpose(1, 2)
+        else:
+            patches_BTFD = patches_BND.unflatten(1, (-1, num_mel))
+        per_chunk = zip(special_BKD.mean(1), patches_BTFD, num_steps, strict=True)
+        return [(clip_D, patches_TFD[:steps]) for clip_D, patches_TFD, steps in per_chunk]
 
     def _stretch_logits(self, clips: list[list[Tensor]]) -> Iterator[Tensor]:
         """Compute logits [C] of each stretch of each clip.
@@ -321,17 +281,18 @@ class Model:
         A whole clip is padded to the length of the training clips, a part of one only to a whole patch: a network that
         has seen little padding takes it for a sound. For masked padding every clip is padded to a whole patch.
         """
-        sized = ((self._padded_frames(one, len(stretches)), one) for stretches in clips for one in stretches)
-        for frames, group in groupby(sized, key=itemgetter(0)):
-            num_patches = frames // self._patch * self._num_bands
-            for batch in in_batches((one for _, one in group), lambda _, size=num_patches: size):
-                yield from self._classify(self._stack(batch, frames)).clone()
+        fills = self.description.data.padding == "constant"
+        sized = ((self._padded_frames(one, fills and len(clip) == 1), one) for clip in clips for one in clip)
+        for frames, stretches in in_batches(sized, self._frames_at_once, mixed=False):
+            yield from self._classify(self._stack(stretches, frames)).clone()
 
-    def _padded_frames(self, stretch_S: Tensor, num_stretches: int) -> int:
-        whole_patches = self._num_patches(stretch_S) // self._num_bands * self._patch
-        is_filled = num_stretches == 1 and self.description.data.padding == "constant"
-        is_filled |= isinstance(self._encoder, AstEncoder)
-        return self._chunk if is_filled else whole_patches
+    def _padded_frames(self, chunk_S: Tensor, fill: bool = False) -> int:
+        """Return the frames of whole patches; if `fill`, those of a training clip, which AST always needs."""
+        return self._chunk if fill or self._is_ast else math.ceil(num_frames(len(chunk_S)) / self._patch) * self._patch
+
+    @property
+    def _frames_at_once(self) -> int:
+        return PATCHES_AT_ONCE * self._patch**2 // self.description.model.mel_bins
 
     def _stack(self, chunks: list[Tensor], frames: int) -> Tensor:
         """Compute normalised log-mels of waves [S], filled up to `frames` frames: [B, T, M]."""
@@ -344,20 +305,14 @@ class Model:
         stats = self.description.data.log_mel
         return normalised(mel_TM, stats.mean, stats.std)
 
-    def _num_patches(self, chunk_S: Tensor) -> int:
-        return math.ceil(num_frames(len(chunk_S)) / self._patch) * self._num_bands
-
-    def _join(self, tokens: list[Tensor]) -> Features:
-        """Join the tokens [1 + N, D] of a clip's chunks."""
-        chunks_TFD = [tokens_ND[1:].unflatten(0, (-1, self._encoder.num_mel_patches)) for tokens_ND in tokens]
-        patches_TFD = torch.cat(chunks_TFD)
-        weight_K = torch.tensor([len(tokens_ND) - 1.0 for tokens_ND in tokens])
-        cls_KD = torch.stack([tokens_ND[0] for tokens_ND in tokens])
-        utterance_D = (weight_K / weight_K.sum()) @ cls_KD
+    def _join(self, chunks: list[tuple[Tensor, Tensor]]) -> Features:
+        """Join the embeddings of a clip's chunks."""
+        patches_TFD = torch.cat([chunk_TFD for _, chunk_TFD in chunks])
+        weight_K = torch.tensor([float(len(chunk_TFD)) for _, chunk_TFD in chunks])
+        utterance_D = (weight_K / weight_K.sum()) @ torch.stack([clip_D for clip_D, _ in chunks])
+        starts = [number * self._chunk + torch.arange(len(x)) * self._stride for number, (_, x) in enumerate(chunks)]
         first_centre = ((self._patch - 1) * FRAME_SHIFT + FRAME_WINDOW) / 2  # samples
-        steps = [torch.arange(len(chunk_TFD), dtype=torch.float64) * self._stride for chunk_TFD in chunks_TFD]
-        frame_T = torch.cat([number * self._chunk + step_T for number, step_T in enumerate(steps)])
-        centre_T = first_centre + frame_T * FRAME_SHIFT
+        centre_T = first_centre + torch.cat(starts).double() * FRAME_SHIFT
         return Features(patches_TFD, patches_TFD.mean(1), utterance_D, (centre_T / SAMPLE_RATE_HZ).float())
 
     def _merge(self, logits: list[Tensor], chunks: list[Tensor]) -> Tensor:
@@ -369,8 +324,8 @@ class Model:
     def _probabilities(self, logits_C: Tensor) -> Tensor:
         return logits_C.softmax(0) if self._loss == "ce" else logits_C.sigmoid()
 
-    def _strongest(self, probabilities_C: Tensor, top: int) -> list[Tag]:
-        found = probabilities_C.topk(min(top, len(self.labels)))
+    def _top(self, logits_C: Tensor, number: int) -> list[Tag]:
+        found = self._probabilities(logits_C).topk(min(number, len(self.labels)))
         return [Tag(self.labels[c], p) for p, c in zip(found.values.tolist(), found.indices.tolist(), strict=True)]
 
     @property
@@ -402,19 +357,18 @@ class Model:
         return frames
 
     def _check_log_mel(self, mel_BTM: Tensor) -> None:
-        mel_bins = self.description.model.mel_bins
-        if mel_BTM.ndim != 3 or not len(mel_BTM) or mel_BTM.shape[2] != mel_bins:
-            raise UserError(f"the log-mel has shape {tuple(mel_BTM.shape)}; give [clips, frames, {mel_bins}]")
-        frames, model = mel_BTM.shape[1], self.description.model
+        model, patch = self.description.model, self._patch
+        if mel_BTM.ndim != 3 or not len(mel_BTM) or mel_BTM.shape[2] != model.mel_bins:
+            raise UserError(f"the log-mel has shape {tuple(mel_BTM.shape)}; give [clips, frames, {model.mel_bins}]")
+        frames = mel_BTM.shape[1]
         if isinstance(model, AstConfig):
             if frames != model.frames:
                 raise UserError(f"the log-mel has {frames} frames; this AST takes exactly {model.frames}")
             return
-        most = model.max_time_patches * self._patch
-        if frames % self._patch or not 0 < frames <= most:
-            raise UserError(
-                f"the log-mel has {frames} frames; give a multiple of a patch's {self._patch}, and at most {most}"
-            )
+        most = model.max_time_patches * patch
+        if frames % patch or not 0 < frames <= most:
+            words = f"give a multiple of a patch's {patch}, and at most {most}"
+            raise UserError(f"the log-mel has {frames} frames; {words}")
 
 
 def mean_logits(logits: Tensor, weight_K: Tensor, loss: str) -> Tensor:
@@ -439,18 +393,24 @@ def cut(wave_S: Tensor, window: int, hop: int) -> list[Tensor]:
     return [wave_S[start : start + num_samples(window)] for start in starts]
 
 
-def in_batches(chunks: Iterable[Tensor], num_patches: Callable[[Tensor], int]) -> Iterator[list[Tensor]]:
-    """Group chunks in order; a group padded to its longest chunk has at most PATCHES_AT_ONCE patches."""
+def in_batches(
+    sized: Iterable[tuple[int, Tensor]], frames_at_once: int, *, mixed: bool
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """Group chunks, given with their frames, in order; yield each group with the frames of its longest.
+
+    A group padded to its longest chunk has at most `frames_at_once`; unless `mixed`, all of a group are equally long.
+    """
     batch: list[Tensor] = []
     longest = 0
-    for chunk_S in chunks:
-        longest = max(longest, num_patches(chunk_S))
-        if batch and longest * (len(batch) + 1) > PATCHES_AT_ONCE:
-            yield batch
-            batch, longest = [], num_patches(chunk_S)
+    for frames, chunk_S in sized:
+        fits = max(longest, frames) * (len(batch) + 1) <= frames_at_once and (mixed or frames == longest)
+        if batch and not fits:
+            yield longest, batch
+            batch, longest = [], 0
         batch.append(chunk_S)
+        longest = max(longest, frames)
     if batch:
-        yield batch
+        yield longest, batch
 
 
 def _like(audio: Audio | Sequence[Audio], results: list[Any]) -> Any:

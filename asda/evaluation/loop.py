@@ -91,7 +91,7 @@ def _over_whole_clips(
     assert isinstance(config.objective, ClassifyConfig)
     one_label = config.objective.loss == "ce"
     description = description_of(config, dataset.vocabulary)
-    model = Model(Path(config.run.folder), description, classifier.encoder, classifier, processes.device)
+    model = Model(Path(config.run.folder), description, classifier, processes.device)
 
     def rows() -> Iterator[tuple[Tensor, Batch]]:
         for batch in _batches(dataset, config, processes):

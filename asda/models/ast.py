@@ -44,19 +44,13 @@ class AstBlock(nn.Module):
 
 
 class AstEncoder(nn.Module):
-    """Patches of log-mel in, tokens out: CLS, DIST, then one token an overlapping patch.
-
-    Args:
-        config: the sizes.
-        drop_path: rate of the last block; linear from 0 in the first.
-    """
+    """Patches of log-mel in, tokens out: CLS, DIST, then one token an overlapping patch; drop_path as in Encoder."""
 
     num_special = NUM_SPECIAL
 
     def __init__(self, config: AstConfig, drop_path: float = 0.0):
         super().__init__()
-        self.recompute = False  # keep only the input of each block for the backward, and compute the block again there
-        self.num_bands = config.mel_bins // config.patch
+        self.recompute = False  # as in Encoder
         self.patch = config.patch
         self.num_mel_patches = config.grid[1]
         self.patch_embed = nn.Conv2d(1, config.width, config.patch, (config.mel_stride, config.time_stride))
@@ -73,16 +67,12 @@ class AstEncoder(nn.Module):
         nn.init.zeros_(self.patch_embed.bias)
 
     def forward(self, patches_BNP: Tensor, present_BN: Tensor | None = None, depth: int | None = None) -> Tensor:
-        """Encode each clip by itself.
+        """Encode each clip by itself, as Encoder does: [B, S, D], after the last block normalised.
 
         Args:
-            patches_BNP: normalised log-mel of exactly config.frames frames in any float dtype, as the data pipeline
-                makes it: patches by time and then by mel, the pixels of a patch frame by frame.
+            patches_BNP: as for Encoder, of exactly config.frames frames.
             present_BN: always None; AST has no padding mask (the configuration refuses data.padding masked).
             depth: number of blocks to pass through; None for all.
-
-        Returns:
-            [B, S, D] tokens, after the last block normalised, in the dtype of the weights (or of autocast).
         """
         assert present_BN is None, "the configuration refuses it"
         tokens_BSD = self.embed(patches_BNP)
@@ -92,35 +82,25 @@ class AstEncoder(nn.Module):
 
     def embed(self, patches_BNP: Tensor) -> Tensor:
         """Make the input of the first block, [B, S, D]."""
-        image_B1MT = self._image(patches_BNP).to(self.patch_embed.weight.dtype)
-        patches_BSD = self.patch_embed(image_B1MT).flatten(2).transpose(1, 2)
+        image_B1MT = from_patches(patches_BNP, self.patch).transpose(1, 2).contiguous()[:, None]  # M mel bins, T frames
+        patches_BND = self.patch_embed(image_B1MT.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
         special = [token.expand(len(patches_BNP), -1, -1) for token in (self.cls_token, self.dist_token)]
-        return torch.cat([*special, patches_BSD], dim=1) + self.positions
-
-    def _image(self, patches_BNP: Tensor) -> Tensor:
-        """Return the spectrogram that was cut into patches, [B, 1, mel bins, frames]."""
-        mel_BTM = from_patches(patches_BNP, self.patch, self.num_bands * self.patch)
-        return mel_BTM.transpose(1, 2).contiguous()[:, None]
+        return torch.cat([*special, patches_BND], dim=1) + self.positions
 
 
 def fitted_positions(positions_SD: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
     """Fit a learned table of positions to clips of another length, by AST's own rule.
 
     A shorter clip takes the middle of the table; a longer one takes the table stretched along time by linear
-    interpolation. CLS and DIST keep their positions.
-
-    Args:
-        positions_SD: positions of CLS, DIST and the patches.
-        grid: (T, F) of the table.
-        wanted: (T, F) of the network; F must be the table's.
+    interpolation. CLS and DIST keep their positions. `grid` is (T, F) of the table, `wanted` that of the network.
     """
     (now, bands), (then, wanted_bands) = grid, wanted
     assert bands == wanted_bands, "equal strides and patches give equal mel patches"
-    special_SD, table_ND = positions_SD[:NUM_SPECIAL], positions_SD[NUM_SPECIAL:]
+    special_KD, table_ND = positions_SD.tensor_split([NUM_SPECIAL])
     table_1DFT = table_ND.T.unflatten(1, (bands, now))[None]
     if then <= now:
         first = now // 2 - then // 2
         table_1DFT = table_1DFT[..., first : first + then]
     else:
         table_1DFT = interpolate(table_1DFT, size=(bands, then), mode="bilinear")
-    return torch.cat([special_SD, table_1DFT[0].flatten(1).T]).contiguous()
+    return torch.cat([special_KD, table_1DFT[0].flatten(1).T]).contiguous()

@@ -1,7 +1,7 @@
 """Differential attention: one softmax map minus lambda times another (ASDA, Interspeech 2025).
 
-The definition stands first. Two faster ways to compute it follow, torch's fused attention and a Triton kernel; then the
-module of which the encoder's blocks are made.
+The definition stands first, then two faster ways to compute it (torch's fused attention, a Triton kernel), then the
+module for the encoder's blocks.
 
 Shapes: B sequences, N tokens, D width, H heads, E = D / H features of a head. G = H times the number of maps: the heads
 of the first map, then those of the second. A leading 2: queries, then keys.
@@ -77,12 +77,10 @@ def attend(
 
 def _by_sdpa(qk_2BGNE: Tensor, v_BHNE: Tensor, lam: Lambda, present_BN: Tensor | None) -> Tensor:
     mask_B11N = None if present_BN is None else present_BN[:, None, None]
-    q_BGNE, k_BGNE = qk_2BGNE
-    heads = v_BHNE.shape[1]
     # One call a map, with the same v: one call for both would need a doubled copy of v.
     first, *second = (
         scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE, mask_B11N)
-        for q_BHNE, k_BHNE in zip(q_BGNE.split(heads, dim=1), k_BGNE.split(heads, dim=1), strict=True)
+        for q_BHNE, k_BHNE in qk_2BGNE.split(v_BHNE.shape[1], dim=2)
     )
     if not second:
         return first
@@ -95,15 +93,9 @@ def choose_path(
     """Choose how to compute attention for sequences of so many tokens and heads of so many features.
 
     `auto` takes torch's fused attention (sdpa). On a CPU, training of short sequences takes the definition (explicit)
-    instead, because the backward of sdpa is slow in bf16 with AMX. Time of the definition / time of sdpa, 12 heads of
-    64 features, medians on shared, noisy machines; `python tools/bench/bench.py attention` measures yours:
-
-                                 AMX, 2 threads     AVX2, 1 thread
-                                  bf16     fp32     bf16     fp32
-        training, 103 tokens      0.38     1.39     0.93     1.38
-        training, 513 tokens      1.08     1.70     1.52     1.64
-        forward, 103 tokens       1.3      0.9      9.5      1.4
-        forward, 513 tokens       2.9      2.8      16       2.5
+    instead, because the backward of sdpa is slow in bf16 with AMX. There the definition takes 0.38 of the time of sdpa
+    for 103 tokens and 1.08 for 513, but 1.4 to 1.7 in fp32, and up to 2.9 without a backward (12 heads of 64 features,
+    medians on shared, noisy machines; `python tools/bench/bench.py attention` measures yours).
 
     `triton` must be asked for: its kernels have run in Triton's interpreter only, and their speed is unknown. Sequences
     longer than its tile take sdpa instead.
@@ -124,7 +116,7 @@ def choose_path(
 
 
 def describe_paths(path: AttentionPath, device_type: str, features: int, sequences: dict[str, tuple[int, bool]]) -> str:
-    """Describe in one line the paths of sequences, given as name -> tokens, and whether gradients are needed."""
+    """Describe in one line the paths of sequences, given as name -> (tokens, whether gradients are needed)."""
     taken = [
         f"{choose_path(path, device_type, tokens, features, needs_gradient)} for {name} of {tokens} tokens"
         for name, (tokens, needs_gradient) in sequences.items()
@@ -140,14 +132,10 @@ def set_attention_path(module: nn.Module, path: AttentionPath) -> None:
 
 
 class Attention(nn.Module):
-    """The attention of an encoder block: differential, or ordinary if lambda is absent.
+    """The attention of block number `block`, from 0: differential, or ordinary if lambda is absent.
 
     Every map has queries and keys of its own; all maps share the values. The result is normalised, over all heads
-    together or head by head, then scaled and projected.
-
-    Args:
-        config: width, heads and kind.
-        block: number of the block, from 0; learned lambdas and their scale depend on it.
+    together or head by head, then scaled and projected. Learned lambdas and their scale depend on the block.
     """
 
     def __init__(self, config: ModelConfig, block: int):
@@ -158,12 +146,12 @@ class Attention(nn.Module):
         self.path: AttentionPath = "auto"
         self.qk = nn.Linear(width, 2 * num_maps * width)  # rows: q1, q2, k1, k2; or q, k
         self.v = nn.Linear(width, width)
-        self.lam = _make_lambda(config, block)
-        self.norm = {
-            "joint": lambda: nn.LayerNorm(width, eps=NORM_EPS),
-            "per_head": lambda: PerHeadNorm(features),
-            "none": nn.Identity,
-        }[config.attention_norm]()
+        if config.attention_lambda == "learned":
+            self.lam = LearnedLambda(features, block)
+        else:
+            self.lam = 0.0 if config.attention_lambda == "absent" else config.attention_lambda
+        norms = {"joint": nn.LayerNorm(width, eps=NORM_EPS), "per_head": PerHeadNorm(features), "none": nn.Identity()}
+        self.norm = norms[config.attention_norm]
         self.scale = 1 - initial_lambda(block) if config.attention_scale == "by_depth" else config.attention_scale
         self.proj = nn.Linear(width, width)
 
@@ -172,8 +160,7 @@ class Attention(nn.Module):
         qk_2BGNE = self._queries_and_keys(tokens_BND)
         v_BHNE = self.v(tokens_BND).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         mixed_BHNE = attend(qk_2BGNE, v_BHNE, self.current_lambda(), present_BN, self.path)
-        mixed_BND = mixed_BHNE.transpose(1, 2).flatten(2)
-        return self.proj(self.norm(mixed_BND) * self.scale)
+        return self.proj(self.norm(mixed_BHNE.transpose(1, 2).flatten(2)) * self.scale)
 
     def current_lambda(self) -> Lambda:
         """Return the weight of the second map."""
@@ -184,9 +171,8 @@ class Attention(nn.Module):
         return attention_map(*self._queries_and_keys(tokens_BND)).split(self.heads, dim=1)
 
     def _queries_and_keys(self, tokens_BND: Tensor) -> Tensor:
-        qk_BNC = self.qk(tokens_BND)  # C: q1, q2, k1, k2 of all heads
         features = tokens_BND.shape[-1] // self.heads
-        return qk_BNC.unflatten(-1, (2, -1, features)).permute(2, 0, 3, 1, 4)  # [2, B, G, N, E]
+        return self.qk(tokens_BND).unflatten(-1, (2, -1, features)).permute(2, 0, 3, 1, 4)  # [2, B, G, N, E]
 
 
 class PerHeadNorm(nn.Module):
@@ -220,9 +206,3 @@ class LearnedLambda(nn.Module):
 def initial_lambda(block: int) -> float:
     """Return 0.2 for the first block, towards 0.8 for deep ones (Differential Transformer, section 2.1)."""
     return 0.8 - 0.6 * math.exp(-0.3 * block)
-
-
-def _make_lambda(config: ModelConfig, block: int) -> float | LearnedLambda:
-    if config.attention_lambda == "learned":
-        return LearnedLambda(config.width // config.heads, block)
-    return 0.0 if config.attention_lambda == "absent" else config.attention_lambda

@@ -27,10 +27,9 @@ class Classifier(nn.Module):
     def __init__(self, model: ModelConfig | AstConfig, config: ClassifyConfig, num_classes: int):
         super().__init__()
         self.pooling = config.pooling
-        is_ast = isinstance(model, AstConfig)
         self.encoder = make_encoder(model, config.drop_path)
-        self.ham = Ham(model) if is_ast else nn.Identity()
-        self.norm = nn.LayerNorm(model.width, eps=model.norm_eps if is_ast else NORM_EPS)
+        self.ham, eps = (Ham(model), model.norm_eps) if isinstance(model, AstConfig) else (nn.Identity(), NORM_EPS)
+        self.norm = nn.LayerNorm(model.width, eps=eps)
         self.head = Head(model.width, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=INIT_STD)
         nn.init.zeros_(self.head.bias)
@@ -49,8 +48,7 @@ class Classifier(nn.Module):
         if self.encoder.num_special > 1:  # AST: the mean of CLS and DIST takes the place of CLS
             special_BKD, patches_BND = tokens_BND.tensor_split([self.encoder.num_special], dim=1)
             tokens_BND = torch.cat([special_BKD.mean(1, keepdim=True), patches_BND], dim=1)
-        clip_BD = POOLINGS[self.pooling](tokens_BND, present_BN)
-        return self.head(self.norm(clip_BD))
+        return self.head(self.norm(POOLINGS[self.pooling](tokens_BND, present_BN)))
 
     def set_recompute(self, recompute: bool) -> None:
         """Set whether to keep only the input of each block for the backward, and compute the block again there."""
@@ -106,12 +104,7 @@ def classification_loss(logits_BC: Tensor, targets_BC: Tensor, config: ClassifyC
     "ce" is the cross-entropy with one-hot (or mixed) targets, smoothed by config.label_smoothing; "bce" is the sum over
     classes of the binary cross-entropies. The released recipes divide a batch's bce by its number of positive labels
     (about two a clip in AudioSet). Then a clip's weight would depend on the other clips of its rank; a constant factor
-    makes no difference, because Adam undoes it.
-
-    Args:
-        logits_BC: the classifier's output.
-        targets_BC: probabilities in [0, 1], any float dtype; rows that sum to 1 for "ce".
-        config: the loss and its smoothing.
+    makes no difference, because Adam undoes it. Targets are probabilities, in rows that sum to 1 for "ce".
     """
     targets_BC = targets_BC.float()
     if config.loss == "ce":

@@ -1,6 +1,6 @@
-"""Costs of a network: parameters, arithmetic of a clip and memory of training, counted from shapes alone.
+"""Costs of a network, counted from shapes alone: parameters, arithmetic of a clip and memory of training.
 
-And the rate of a machine: its products of large matrices, against which the throughput of a step is measured.
+And the rate of a machine in products of large matrices, against which the throughput of a step is measured.
 """
 
 import math
@@ -19,7 +19,6 @@ from asda.models.attention import set_attention_path
 from asda.models.classifier import Classifier
 from asda.models.pretrain import MaskedStudents, Teacher
 
-META = torch.device("meta")  # tensors with a shape and no content
 PREFIXES = ["", "k", "M", "G", "T", "P", "E", "Z"]
 SMALLEST_GEMM = 256
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}  # rows and columns: hundreds of operations for every byte of memory
@@ -41,24 +40,18 @@ def network_costs(
     """Count a training step of one clip: forward and backward of the trained module, forward of the teacher.
 
     Only products of matrices and convolutions count, as is usual. Attention counts as its definition, whichever path
-    computes it.
-
-    Args:
-        model: settings of the encoder.
-        objective: settings of students and decoder, or of the classifier.
-        frames: log-mel frames of a clip.
-        classes: number of classes; not used in pre-training.
+    computes it. A clip has so many log-mel frames; `classes` is not used in pre-training.
     """
     num_patches = (frames // model.patch) * (model.mel_bins // model.patch)
-    with META:
+    with torch.device("meta"):  # tensors with a shape and no content
         patches_BNP = torch.empty(1, num_patches, model.patch**2)
         if isinstance(objective, PretrainConfig):
             return _pretraining(of_asda(model), objective, patches_BNP)
         classifier = Classifier(model, objective, classes)
         flops = {"forward and backward": _flops(lambda: classifier(patches_BNP).sum().backward(), classifier)}
-        parts = {"encoder": [classifier.encoder], "ham": [classifier.ham], "head": [classifier.norm, classifier.head]}
-        sizes = {name: _size(*modules) for name, modules in parts.items()}
-        return Network({name: size for name, size in sizes.items() if size or name != "ham"}, flops)
+        ham = {"ham": size} if (size := _size(classifier.ham)) else {}
+        head = {"head": _size(classifier.norm) + _size(classifier.head)}
+        return Network({"encoder": _size(classifier.encoder)} | ham | head, flops)
 
 
 def _pretraining(model: ModelConfig, objective: PretrainConfig, patches_BNP: torch.Tensor) -> Network:
@@ -68,15 +61,11 @@ def _pretraining(model: ModelConfig, objective: PretrainConfig, patches_BNP: tor
     targets_BND = torch.empty(1, num_patches, model.width)
     grid = (-1, model.mel_bins // model.patch)
     tokens_STFD = torch.empty(objective.students, num_patches, model.width).unflatten(1, grid).requires_grad_()
-    whole = _flops(
-        lambda: students(patches_BNP, visible_BMK, targets_BND, targets_BND[:, 0]).total.backward(), students
-    )
+    inputs = patches_BNP, visible_BMK, targets_BND, targets_BND[:, 0]
+    whole = _flops(lambda: students(*inputs).total.backward(), students)
     decoder = _flops(lambda: students.decoder(tokens_STFD).sum().backward(), students)
-    flops = {
-        "students": whole - decoder,
-        "decoder": decoder,
-        "teacher": _flops(lambda: teacher.targets(patches_BNP), teacher),
-    }
+    following = _flops(lambda: teacher.targets(patches_BNP), teacher)
+    flops = {"students": whole - decoder, "decoder": decoder, "teacher": following}
     return Network({"encoder": _size(students.encoder), "decoder": _size(students.decoder)}, flops)
 
 
@@ -89,7 +78,8 @@ def in_flop(count: float) -> str:
 def rank_memory(trained: int, followed: int, engine: EngineConfig, world_size: int) -> Costs:
     """Count bytes on the device of each rank, by content; without activations and DeepSpeed's buffers.
 
-    With P trained parameters, E of them followed by a teacher, W ranks, and b = 4 bytes in fp32 or 2 in bf16 and fp16:
+    With P `trained` parameters, E of them `followed` by a teacher (0 without one), W ranks, and b = 4 bytes in fp32 or
+    2 in bf16 and fp16:
 
                   weights   gradients   master weights and moments   averages        teacher
         stage 0   b P       b P         12 P (8 P in fp32)           4 E / W         b E
@@ -99,12 +89,6 @@ def rank_memory(trained: int, followed: int, engine: EngineConfig, world_size: i
 
     The ZeRO paper counts the same (Rajbhandari et al., 2020, figure 1), without the teacher and with gradients that add
     up in bf16. One rank in fp32 needs no averages beside the teacher. An offloaded optimizer is not on the device.
-
-    Args:
-        trained: parameters of the trained module.
-        followed: parameters of the teacher; 0 without one.
-        engine: precision, stage, offload.
-        world_size: number of ranks.
     """
     stage, size = engine.zero_stage, 4 if engine.precision == "fp32" else 2
     no_master, no_averages = stage == 0 and size == 4, world_size == 1 and size == 4
@@ -123,24 +107,20 @@ def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
 
     The matrices grow until a product takes long enough to be timed: bf16 on a CPU without bf16 instructions is a
     thousand times slower than elsewhere. Then products are timed for a quarter of a second, at least three; the median
-    counts. The matrices are normal: zeros would draw less power and run faster. On a CPU this
-    process's threads work, so ranks that share a machine should measure together.
-
-    Args:
-        device: a CPU or a CUDA device.
-        dtype: of both matrices; in fp32, torch.backends decides about TF32.
+    counts. The matrices are normal: zeros would draw less power and run faster. On a CPU this process's threads work,
+    so ranks that share a machine should measure together. In fp32, torch.backends decides about TF32.
     """
     own = torch.Generator(device).manual_seed(0)  # leaves the run's generator as it is
-    size, largest = SMALLEST_GEMM, GEMM_SIZE[device.type]
+    size = SMALLEST_GEMM
     while True:
         a, b = (torch.randn(size, size, device=device, generator=own).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
         _timed_product_s(a, b, out)
-        if size == largest or _timed_product_s(a, b, out) > GEMM_TIME_S / MIN_PRODUCTS:
+        times_s = [_timed_product_s(a, b, out)]
+        if size == GEMM_SIZE[device.type] or times_s[0] > GEMM_TIME_S / MIN_PRODUCTS:
             break
         size *= 2
-    times_s = [_timed_product_s(a, b, out) for _ in range(MIN_PRODUCTS)]
-    while sum(times_s) < GEMM_TIME_S:
+    while len(times_s) < MIN_PRODUCTS or sum(times_s) < GEMM_TIME_S:
         times_s.append(_timed_product_s(a, b, out))
     return 2 * size**3 / median(times_s)
 
@@ -153,14 +133,14 @@ def _timed_product_s(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> flo
     return time.perf_counter() - started
 
 
-def _size(*modules: nn.Module) -> int:
-    return sum(p.numel() for module in modules for p in module.parameters())
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _flops(work: Callable[[], Any], module: nn.Module) -> int:
     set_attention_path(module, "explicit")
-    own_formulas = {torch.ops.aten.convolution_backward: _conv_backward}
-    with FlopCounterMode(display=False, custom_mapping=own_formulas) as counter:
+    formulas = {torch.ops.aten.convolution_backward: _conv_backward}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         work()
     return counter.get_total_flops()
 
@@ -168,5 +148,4 @@ def _flops(work: Callable[[], Any], module: nn.Module) -> int:
 def _conv_backward(grad_shape: Any, x_shape: Any, w_shape: Any, *args: Any, **kwargs: Any) -> int:
     """Count each wanted gradient as one forward; torch's own formula forgets the groups in one of them."""
     wants_input, wants_weight, _ = args[-1]
-    forward = 2 * grad_shape[0] * math.prod(grad_shape[2:]) * math.prod(w_shape)
-    return forward * (wants_input + wants_weight)
+    return 2 * grad_shape[0] * math.prod(grad_shape[2:]) * math.prod(w_shape) * (wants_input + wants_weight)

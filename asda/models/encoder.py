@@ -23,14 +23,19 @@ MAX_WAVELENGTH = 10_000.0  # patches / (2 pi), of the slowest position feature (
 def sincos_positions(rows: int, columns: int, width: int) -> Tensor:
     """Make the fixed position table of a grid, [rows * columns, width] in fp32, row after row.
 
-    The first half of the features encodes the column (mel), the second half the row (time). Each half holds sines,
-    then cosines, of the same wavelengths (He et al., "Masked autoencoders", 2021).
+    The first half of the features encodes the column (mel), the second half the row (time), by the same wavelengths
+    (He et al., "Masked autoencoders", 2021).
     """
-    num_waves = width // 4
-    frequency_W = MAX_WAVELENGTH ** (-torch.arange(num_waves, dtype=torch.float64) / num_waves)
     row_N, column_N = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).unbind(1)
-    phases = [column_N[:, None] * frequency_W, row_N[:, None] * frequency_W]
-    return torch.cat([wave(phase) for phase in phases for wave in (torch.sin, torch.cos)], dim=1).float()
+    return torch.cat([sinusoids(column_N, width // 2), sinusoids(row_N, width // 2)], dim=1)
+
+
+def sinusoids(position_N: Tensor, width: int) -> Tensor:
+    """Compute sines, then cosines, of positions, [N, width] in fp32 ("Attention is all you need", section 3.5)."""
+    num_waves = width // 2
+    frequency_W = MAX_WAVELENGTH ** (-torch.arange(num_waves, dtype=torch.float64) / num_waves)
+    phase_NW = position_N[:, None] * frequency_W
+    return torch.cat([phase_NW.sin(), phase_NW.cos()], dim=1).float()
 
 
 def init_linear(module: nn.Module) -> None:
@@ -66,8 +71,7 @@ class DropPath(nn.Module):
         if not self.training or self.rate == 0:
             return branch_BND
         keep = 1 - self.rate
-        kept_B11 = torch.empty_like(branch_BND[:, :1, :1]).bernoulli_(keep)
-        return branch_BND * (kept_B11 / keep)
+        return branch_BND * (torch.empty_like(branch_BND[:, :1, :1]).bernoulli_(keep) / keep)
 
 
 class Block(nn.Module):
@@ -91,9 +95,7 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """Patches of log-mel in, tokens out: CLS first, then one token a patch.
 
-    Args:
-        config: the sizes.
-        drop_path: rate of the last block; linear from 0 in the first.
+    `drop_path` is the rate of the last block; it is linear from 0 in the first.
     """
 
     num_special = 1  # tokens before those of the patches: CLS
@@ -143,9 +145,8 @@ class Encoder(nn.Module):
         """Make the input of the first block, [B, 1 + N, D]; arguments as for forward."""
         positions = self.positions[: patches_BNP.shape[1]] if where_BN is None else self.positions[where_BN]
         dtype = self.patch_embed.weight.dtype  # DeepSpeed casts the weights and leaves the positions in fp32
-        patch_tokens_BND = self.patch_embed(patches_BNP.to(dtype)) + positions.to(dtype)
-        cls_B1D = self.cls_token.expand(len(patches_BNP), -1, -1)
-        return self.norm(torch.cat([cls_B1D, patch_tokens_BND], dim=1))
+        patches_BND = self.patch_embed(patches_BNP.to(dtype)) + positions.to(dtype)
+        return self.norm(torch.cat([self.cls_token.expand(len(patches_BND), -1, -1), patches_BND], dim=1))
 
     def layers(self, patches_BNP: Tensor) -> list[Tensor]:
         """Return the input of the first block, then each block's output, of whole clips: depth + 1 of [B, 1 + N, D]."""
@@ -156,8 +157,7 @@ class Encoder(nn.Module):
 
     def ffn_outputs(self, patches_BNP: Tensor) -> list[Tensor]:
         """Return what each block's MLP adds to its residual, for whole clips: depth of [B, 1 + N, D]."""
-        tokens_BND = self.embed(patches_BNP)
-        outputs = []
+        tokens_BND, outputs = self.embed(patches_BNP), []
         for block in self.blocks:
             tokens_BND, ffn_BND = block(tokens_BND)
             outputs.append(ffn_BND)

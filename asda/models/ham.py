@@ -1,31 +1,22 @@
 """HAM-AST: Conformer blocks and channel attention on AST's tokens (Liu, Zhang and Makino, NCSP 2025).
 
 The Conformer is that of Gulati et al. (arXiv 2005.08100) with the relative attention of Transformer-XL (Dai et al.,
-2019). Channel attention pools as CBAM does (Woo et al., 2018). The configuration has a value for each choice that the
-HAM-AST paper leaves open; docs/ham_ast.md gives the reasons for the defaults.
+2019). Channel attention pools as CBAM does (Woo et al., 2018). What the HAM-AST paper leaves open is configured;
+docs/ham_ast.md gives the reasons for the defaults.
 
 Shapes: B clips, T time patches, F mel patches, S = 2 + F * T tokens: CLS, DIST, then the patches mel band by mel band;
 D width, H heads, E = D / H, L distances between two tokens.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import glu, pad, scaled_dot_product_attention, silu
 
 from asda.config.model import AstConfig, ChannelAttentionConfig, ConformerConfig
 from asda.models.ast import NUM_SPECIAL
-from asda.models.encoder import INIT_STD, MAX_WAVELENGTH, init_linear, run_block
+from asda.models.encoder import INIT_STD, init_linear, run_block, sinusoids
 
 NORM_EPS = 1e-5  # of the Conformer's norms: torch's own
-
-
-class Distances(NamedTuple):
-    """Distances between tokens, for all blocks."""
-
-    table_LD: Tensor  # sines and cosines of every distance that occurs
-    number_SS: Tensor  # int64, row of the table for each query and key
 
 
 class Ham(nn.Module):
@@ -33,9 +24,9 @@ class Ham(nn.Module):
 
     def __init__(self, config: AstConfig):
         super().__init__()
+        width, channels = config.width, config.channel_attention
         self.conformer = Conformer(config) if config.conformer.blocks else nn.Identity()
-        enabled = config.channel_attention.enabled
-        self.channels = ChannelAttention(config.width, config.channel_attention) if enabled else nn.Identity()
+        self.channels = ChannelAttention(width, channels) if channels.enabled else nn.Identity()
 
     def forward(self, tokens_BSD: Tensor) -> Tensor:
         """Pass the tokens through both, [B, S, D] -> [B, S, D]."""
@@ -43,19 +34,24 @@ class Ham(nn.Module):
 
 
 class Conformer(nn.Module):
-    """The blocks, and the distances that all of them use."""
+    """The blocks, and the distances between tokens that all of them use; these are computed, hence in no checkpoint."""
 
-    table_LD: Tensor  # computed, hence in no checkpoint
-    number_SS: Tensor
+    table_LD: Tensor  # sines and cosines of every distance that occurs
+    number_SS: Tensor  # int64, row of the table for each query and key
 
     def __init__(self, config: AstConfig):
         super().__init__()
         self.recompute = False  # as in the encoder
         self.blocks = nn.ModuleList([ConformerBlock(config) for _ in range(config.conformer.blocks)])
         num_time, num_mel = config.grid
-        along_time = config.conformer.axis == "time"
-        farthest = (num_time if along_time else NUM_SPECIAL + num_time * num_mel) - 1
-        distance_SS = _distances_in_time(num_time, num_mel) if along_time else _differences(torch.arange(farthest + 1))
+        if config.conformer.axis == "time":  # CLS and DIST have no place in time and are at distance 0 of all
+            farthest = num_time - 1
+            place_N = torch.arange(num_time).repeat(num_mel)
+            distance_SS = pad(place_N[:, None] - place_N, (NUM_SPECIAL, 0, NUM_SPECIAL, 0))
+        else:
+            farthest = NUM_SPECIAL + num_time * num_mel - 1
+            place_S = torch.arange(farthest + 1)
+            distance_SS = place_S[:, None] - place_S
         table_LD = sinusoids(torch.arange(-farthest, farthest + 1), config.width)
         self.register_buffer("table_LD", table_LD, persistent=False)
         self.register_buffer("number_SS", distance_SS + farthest, persistent=False)
@@ -63,9 +59,9 @@ class Conformer(nn.Module):
 
     def forward(self, tokens_BSD: Tensor) -> Tensor:
         """Pass the tokens through all blocks, [B, S, D] -> [B, S, D]."""
-        distances = Distances(self.table_LD.to(tokens_BSD.dtype), self.number_SS)
+        table_LD = self.table_LD.to(tokens_BSD.dtype)
         for block in self.blocks:
-            tokens_BSD = run_block(block, self.recompute, tokens_BSD, distances)
+            tokens_BSD = run_block(block, self.recompute, tokens_BSD, table_LD, self.number_SS)
         return tokens_BSD
 
 
@@ -82,10 +78,10 @@ class ConformerBlock(nn.Module):
         self.second = FeedForward(width, hidden, settings.dropout)
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
 
-    def forward(self, tokens_BSD: Tensor, distances: Distances) -> Tensor:
+    def forward(self, tokens_BSD: Tensor, table_LD: Tensor, number_SS: Tensor) -> Tensor:
         """Apply equation 1, [B, S, D] -> [B, S, D]."""
         tokens_BSD = tokens_BSD + 0.5 * self.first(tokens_BSD)
-        tokens_BSD = tokens_BSD + self.attention(tokens_BSD, distances)
+        tokens_BSD = tokens_BSD + self.attention(tokens_BSD, table_LD, number_SS)
         tokens_BSD = tokens_BSD + self.convolution(tokens_BSD)
         tokens_BSD = tokens_BSD + 0.5 * self.second(tokens_BSD)
         return self.norm(tokens_BSD)
@@ -103,8 +99,7 @@ class FeedForward(nn.Module):
 
     def forward(self, tokens_BSD: Tensor) -> Tensor:
         """Transform each token, [B, S, D] -> [B, S, D]."""
-        hidden_BSK = self.dropout(silu(self.fc1(self.norm(tokens_BSD))))
-        return self.dropout(self.fc2(hidden_BSK))
+        return self.dropout(self.fc2(self.dropout(silu(self.fc1(self.norm(tokens_BSD))))))
 
 
 class RelativeAttention(nn.Module):
@@ -123,12 +118,12 @@ class RelativeAttention(nn.Module):
         for bias in (self.u, self.v):
             nn.init.normal_(bias, std=INIT_STD)
 
-    def forward(self, tokens_BSD: Tensor, distances: Distances) -> Tensor:
+    def forward(self, tokens_BSD: Tensor, table_LD: Tensor, number_SS: Tensor) -> Tensor:
         """Mix the tokens by content and distance, [B, S, D] -> [B, S, D]."""
         q_BHSE, k_BHSE, v_BHSE = self._by_head(self.qkv(self.norm(tokens_BSD)), 3)
-        (r_1HLE,) = self._by_head(self.distance(distances.table_LD)[None], 1)
+        (r_1HLE,) = self._by_head(self.distance(table_LD)[None], 1)
         by_distance_BHSL = (q_BHSE + self.v) @ r_1HLE.transpose(-2, -1)
-        number_BHSS = distances.number_SS.expand(*by_distance_BHSL.shape[:2], -1, -1)
+        number_BHSS = number_SS.expand(*by_distance_BHSL.shape[:2], -1, -1)
         bias_BHSS = by_distance_BHSL.gather(-1, number_BHSS) * q_BHSE.shape[-1] ** -0.5
         mixed_BHSE = scaled_dot_product_attention(q_BHSE + self.u, k_BHSE, v_BHSE, bias_BHSS)
         return self.dropout(self.proj(mixed_BHSE.transpose(1, 2).flatten(2)))
@@ -141,14 +136,13 @@ class RelativeAttention(nn.Module):
 class Convolution(nn.Module):
     """Norm, gated linear unit, depthwise convolution, norm, swish, linear layer (arXiv 2005.08100, figure 2).
 
-    Gulati et al. have a BatchNorm in the middle. Its running moments depend on how a batch is cut into ranks and
-    micro-batches, and our checkpoints hold no buffers. Here it is a norm of each token ("layer") or clip ("group").
+    The norm in the middle is of each token ("layer") or clip ("group"), not a BatchNorm, because its running moments
+    depend on how a batch is cut into ranks and micro-batches, and our checkpoints hold no buffers.
     """
 
     def __init__(self, width: int, grid: tuple[int, int], config: ConformerConfig):
         super().__init__()
-        self.num_time_patches = grid[0]
-        self.axis = config.axis
+        self.num_time_patches, self.axis = grid[0], config.axis
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.gate = nn.Linear(width, 2 * width)
         self.depthwise = nn.Conv1d(width, width, config.kernel, padding=config.kernel // 2, groups=width)
@@ -158,7 +152,7 @@ class Convolution(nn.Module):
 
     def forward(self, tokens_BSD: Tensor) -> Tensor:
         """Mix neighbouring tokens, [B, S, D] -> [B, S, D]."""
-        gated_BSD = nn.functional.glu(self.gate(self.norm(tokens_BSD)), dim=-1)
+        gated_BSD = glu(self.gate(self.norm(tokens_BSD)), dim=-1)
         mixed_BSD = self._along_time(gated_BSD) if self.axis == "time" else self._along(gated_BSD)
         return self.dropout(self.proj(silu(self.middle(mixed_BSD))))
 
@@ -205,32 +199,6 @@ class ChannelAttention(nn.Module):
         """Compute the weights of the features, [B, D]: in (0, 1) with sigmoid, of mean 1 with softmax."""
         pooled_BND = tokens_BSD[:, NUM_SPECIAL:] if self.config.tokens == "patches" else tokens_BSD
         pooled = [pooled_BND.mean(1), pooled_BND.amax(1)]
-        if self.config.combine == "concat":
-            score_BD = self._layers(torch.cat(pooled, dim=-1))
-        else:
-            score_BD = self._layers(pooled[0]) + self._layers(pooled[1])
-        if self.config.normalize == "sigmoid":
-            return score_BD.sigmoid()
-        return score_BD.softmax(-1) * score_BD.shape[-1]
-
-    def _layers(self, pooled_BC: Tensor) -> Tensor:
-        return self.fc2(self.fc1(pooled_BC).relu())
-
-
-def sinusoids(distance_L: Tensor, width: int) -> Tensor:
-    """Compute sines, then cosines, of distances, [L, width] in fp32 ("Attention is all you need", section 3.5)."""
-    num_waves = width // 2
-    frequency_W = MAX_WAVELENGTH ** (-torch.arange(num_waves, dtype=torch.float64) / num_waves)
-    phase_LW = distance_L[:, None] * frequency_W
-    return torch.cat([phase_LW.sin(), phase_LW.cos()], dim=1).float()
-
-
-def _distances_in_time(num_time: int, num_mel: int) -> Tensor:
-    """Compute distances in time patches, [S, S]; CLS and DIST have no place in time and are at distance 0 of all."""
-    between_patches_NN = _differences(torch.arange(num_time).repeat(num_mel))
-    return nn.functional.pad(between_patches_NN, (NUM_SPECIAL, 0, NUM_SPECIAL, 0))
-
-
-def _differences(places_S: Tensor) -> Tensor:
-    """Subtract the place of the key from that of the query, [S, S]."""
-    return places_S[:, None] - places_S
+        inputs = [torch.cat(pooled, dim=-1)] if self.config.combine == "concat" else pooled
+        score_BD = torch.stack([self.fc2(self.fc1(input_BC).relu()) for input_BC in inputs]).sum(0)
+        return score_BD.sigmoid() if self.config.normalize == "sigmoid" else score_BD.softmax(-1) * score_BD.shape[-1]

@@ -16,13 +16,7 @@ def inverse_block_masks(
     """Draw masks, [M, N], True at visible patches; every mask has exactly config.visible(N) of them.
 
     A mask starts as a union of blocks around random centres. If it has too many patches, random ones are hidden; if it
-    has too few, random ones outside are shown.
-
-    Args:
-        rng: the source of randomness; the same state gives the same masks.
-        num_masks: M.
-        grid: (T, F) of the clip.
-        config: shares and block size.
+    has too few, random ones outside are shown. The same state of `rng` gives the same masks; `grid` is (T, F).
     """
     num_patches = grid[0] * grid[1]
     num_visible = config.visible(num_patches)
@@ -76,8 +70,7 @@ def _bring_to(visible_MN, num_visible, chance_MX):
     for mask in range(len(visible_MN)):
         visible_N = visible_MN[mask]
         count = visible_N.sum()
-        hides = count > num_visible
-        num_candidates = 0
+        hides, num_candidates = count > num_visible, 0
         for patch in range(len(visible_N)):
             if visible_N[patch] == hides:
                 candidates[num_candidates] = patch

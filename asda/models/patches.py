@@ -47,7 +47,7 @@ def to_patches(x_TF: Tensor, patch: int) -> Tensor:
     return x_TF.unflatten(-2, (-1, patch)).unflatten(-1, (-1, patch)).transpose(-3, -2).flatten(-2).flatten(-3, -2)
 
 
-def from_patches(x_NP: Tensor, patch: int, mel_bins: int = NUM_MEL_BINS) -> Tensor:
+def from_patches(x_NP: Tensor, patch: int) -> Tensor:
     """Join patches [..., N, P] to [..., T, F], the inverse of `to_patches`."""
-    blocks = x_NP.unflatten(-2, (-1, mel_bins // patch)).unflatten(-1, (patch, patch))
+    blocks = x_NP.unflatten(-2, (-1, NUM_MEL_BINS // patch)).unflatten(-1, (patch, patch))
     return blocks.transpose(-3, -2).flatten(-2).flatten(-3, -2)

@@ -92,41 +92,29 @@ class MaskedStudents(nn.Module):
         """
         visible_SK = visible_BMK.flatten(0, 1)
         clip_B11 = torch.arange(len(patches_BNP), device=visible_BMK.device)[:, None, None]
-        visible_SKP = patches_BNP[clip_B11, visible_BMK].flatten(0, 1)
-        tokens_SKD = self.encoder(visible_SKP, visible_SK)  # CLS first
-        if noise_SND is None:
-            noise_SND = self._draw_noise(tokens_SKD, patches_BNP.shape[1])
-        pred_SND = self._decode(tokens_SKD[:, 1:], visible_SK, noise_SND)
-        return self._losses(pred_SND, tokens_SKD[:, 0], visible_BMK, targets_BND, target_cls_BD)
-
-    def _draw_noise(self, tokens_SKD: Tensor, num_patches: int) -> Tensor:
-        num_sequences, _, width = tokens_SKD.shape
-        # Drawn in fp32 and rounded later: on a CPU torch draws bf16 normals four times slower.
-        noise_SND = torch.empty(num_sequences, num_patches, width, device=tokens_SKD.device)
-        return noise_SND.normal_(std=self.noise_std)
-
-    def _decode(self, tokens_SKD: Tensor, visible_SK: Tensor, noise_SND: Tensor) -> Tensor:
+        tokens_SKD = self.encoder(patches_BNP[clip_B11, visible_BMK].flatten(0, 1), visible_SK)
+        cls_SD, tokens_SKD = tokens_SKD[:, 0], tokens_SKD[:, 1:]
+        if noise_SND is None:  # drawn in fp32 and rounded below: on a CPU torch draws bf16 normals four times slower
+            size = len(tokens_SKD), patches_BNP.shape[1], tokens_SKD.shape[2]
+            noise_SND = torch.empty(size, device=tokens_SKD.device).normal_(std=self.noise_std)
         grid_SND = noise_SND.to(tokens_SKD.dtype).scatter(1, visible_SK[..., None].expand_as(tokens_SKD), tokens_SKD)
-        grid_STFD = grid_SND.unflatten(1, (-1, self.encoder.num_mel_patches))
-        return self.decoder(grid_STFD).flatten(1, 2)
+        pred_STFD = self.decoder(grid_SND.unflatten(1, (-1, self.encoder.num_mel_patches)))
+        return self._losses(pred_STFD.flatten(1, 2), cls_SD, visible_BMK, targets_BND, target_cls_BD)
 
     def _losses(
         self, pred_SND: Tensor, cls_SD: Tensor, visible_BMK: Tensor, targets_BND: Tensor, target_cls_BD: Tensor
     ) -> Losses:
         error, pred_var = masked_error(pred_SND, targets_BND, visible_BMK.flatten(0, 1))
         frame = error * pred_SND.shape[-1] ** -0.5
-        cls_BMD = cls_SD.float().unflatten(0, visible_BMK.shape[:2])
-        utterance = scaled_error(cls_BMD, target_cls_BD[:, None]).mean()
+        utterance = scaled_error(cls_SD.float().unflatten(0, visible_BMK.shape[:2]), target_cls_BD[:, None]).mean()
         return Losses(frame + self.utterance_weight * utterance, frame, utterance, pred_var)
 
 
 def masked_error(pred_SND: Tensor, targets_BND: Tensor, visible_SK: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean of |prediction - target|^2 over masked patches, and the spread of the predictions there; fp32.
 
-    Args:
-        pred_SND: predictions of M = S / B students of each clip, one clip after the other.
-        targets_BND: fp32.
-        visible_SK: places of the patches that are not masked, each once.
+    Predictions are those of M = S / B students of each clip, one clip after the other; targets are fp32; the places of
+    the patches that are not masked stand once each in visible_SK.
     """
     pred_SND = pred_SND.float()
     masked_SN = torch.ones(pred_SND.shape[:2], device=pred_SND.device).scatter(1, visible_SK, 0.0)
@@ -169,9 +157,8 @@ class Teacher(nn.Module):
 
         The MLP outputs of the last target_layers blocks, without CLS, are normalised per feature over the patches of
         the clip and averaged; a LayerNorm over the features follows. Each layer's mean over the patches is 0, so the
-        clip feature is only the small residue that the last norm leaves.
-
-        The targets are inference tensors: a loss may subtract them, but nothing may write into them.
+        clip feature is only the small residue that the last norm leaves. Nothing may write into the targets, which are
+        inference tensors; a loss may subtract them.
         """
         outputs = self.encoder.ffn_outputs(patches_BNP)[-self.target_layers :]
         layers_LBDN = [instance_norm(ffn_BND[:, 1:].float().transpose(1, 2)) for ffn_BND in outputs]

@@ -19,6 +19,7 @@ from asda.config.data import InputConfig, LogMelStats
 from asda.config.model import AstConfig, ChannelAttentionConfig, ConformerConfig
 from asda.config.run import Description
 from asda.models.costs import network_costs
+from asda.models.encoder import sinusoids
 from asda.models.ham import (
     ChannelAttention,
     Conformer,
@@ -27,7 +28,6 @@ from asda.models.ham import (
     FeedForward,
     Ham,
     RelativeAttention,
-    sinusoids,
 )
 from asda.objectives import make_objective
 from asda.run.log import read_metrics
@@ -103,18 +103,19 @@ def test_relative_attention_is_the_formula_of_transformer_xl(axis: str):
     conformer = randomised(Conformer(ast(axis=axis)))
     attention = conformer.blocks[0].attention
     assert isinstance(attention, RelativeAttention)
-    found_BSD = attention(tokens(), distances_of(conformer))
+    found_BSD = attention(tokens(), *distances_of(conformer))
     torch.testing.assert_close(found_BSD, naive_attention(attention, tokens(), axis), rtol=1e-10, atol=1e-10)
 
 
-def distances_of(conformer: Conformer):
+def distances_of(conformer: Conformer) -> tuple[Tensor, Tensor]:
     """What the blocks are given, with the sines in fp64 as in the loop below."""
     seen = []
-    handle = conformer.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[1]))
+    handle = conformer.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[1:]))
     conformer(tokens())
     handle.remove()
-    farthest = len(seen[0].table_LD) // 2
-    return seen[0]._replace(table_LD=waves_of(torch.arange(-farthest, farthest + 1)))
+    table_LD, number_SS = seen[0]
+    farthest = len(table_LD) // 2
+    return waves_of(torch.arange(-farthest, farthest + 1)), number_SS
 
 
 def waves_of(distance_L: Tensor) -> Tensor:
@@ -168,7 +169,7 @@ def test_a_block_without_attention_is_torchaudios_without_attention():
     for silenced in (ours.attention.proj, theirs.self_attn.out_proj):
         nn.init.zeros_(silenced.weight)
         nn.init.zeros_(silenced.bias)
-    found_BSD = ours(tokens(), distances_of(Conformer(config).double()))
+    found_BSD = ours(tokens(), *distances_of(Conformer(config).double()))
     torch.testing.assert_close(
         found_BSD, theirs(tokens().transpose(0, 1), None).transpose(0, 1), rtol=1e-11, atol=1e-11
     )

@@ -305,7 +305,7 @@ def test_a_value_on_the_host_would_be_noticed(waits: Callable[[Tensor], object],
         waits(torch.randn(4, 4, device="meta"))
 
 
-def test_visible_patches_are_gathered_before_they_are_embedded(monkeypatch: pytest.MonkeyPatch):
+def test_visible_patches_are_gathered_before_they_are_embedded():
     class EncodedError(Exception):
         pass
 
@@ -315,7 +315,7 @@ def test_visible_patches_are_gathered_before_they_are_embedded(monkeypatch: pyte
     students, _, patches_BNP, visible_BMK = a_step("auto")
     embedded: list[int] = []
     students.encoder.patch_embed.register_forward_hook(lambda module, args, output: embedded.append(args[0].numel()))
-    monkeypatch.setattr(students, "_draw_noise", stop)
+    students.encoder.register_forward_hook(stop)
     with NoWaiting() as mode, pytest.raises(EncodedError):
         students(patches_BNP, visible_BMK, torch.zeros(1), torch.zeros(1))
     assert embedded == [visible_BMK.numel() * patches_BNP.shape[-1]]
