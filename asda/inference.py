@@ -22,13 +22,13 @@ pixels of a patch, D width, C classes, W windows.
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import log_softmax, logsigmoid
 
 from asda.checkpoint.read import read_description, resolve_checkpoint
@@ -128,7 +128,8 @@ class Model:
         self.encoder = network.encoder if isinstance(network, Classifier) else network
         self.folder, self.description, self._device = folder, description, device
         self.labels: tuple[str, ...] = description.labels if self._classifier else ()
-        model = description.model
+        model, objective = description.model, description.objective
+        self._loss = objective.loss if isinstance(objective, ClassifyConfig) else ""
         self.width, self.depth = model.width, model.depth
         self._is_ast = isinstance(model, AstConfig)
         self._stride = model.time_stride if isinstance(model, AstConfig) else model.patch  # frames
@@ -150,17 +151,13 @@ class Model:
         data.pad_log_mel (for AST to a whole chunk, without the patches that begin after the clip). The features of a
         clip are those of its chunks in sequence. The utterance embedding is their mean, weighted by their patches.
 
-        Args:
-            audio: a clip, or a list of clips.
-            sample_rate_hz: of the audio.
-            layer: 0 is the input of the first block, `depth` (the default) the output of the last.
+        Layer 0 is the input of the first block, layer `depth` (the default) the output of the last.
         """
         depth = self._checked_layer(layer)
         clips = [cut(wave_S, self._chunk, self._chunk) for wave_S in to_waves(audio, sample_rate_hz)]
-        sized = ((self._padded_frames(chunk_S), chunk_S) for chunks in clips for chunk_S in chunks)
-        batches = in_batches(sized, self._frames_at_once, mixed=True)
-        encoded = chain.from_iterable(self._encode_chunks(chunks, frames, depth) for frames, chunks in batches)
-        return _like(audio, [self._join(list(islice(encoded, len(chunks)))) for chunks in clips])
+        encoded = self._encode_chunks(clips, depth)
+        results = [self._join(list(islice(encoded, len(chunks)))) for chunks in clips]
+        return results if is_list(audio) else results[0]
 
     @overload
     def logits(self, audio: Audio, sample_rate_hz: float) -> Tensor: ...
@@ -174,10 +171,11 @@ class Model:
         weighted by their frames; its logits are the log-odds (bce) or the logarithms (ce) of that mean. Its last chunk
         is padded to a whole patch only (for AST, which has one length, like a short clip).
         """
-        self._check_classifier()
+        self._checked_classifier()
         clips = [cut(wave_S, self._chunk, self._chunk) for wave_S in to_waves(audio, sample_rate_hz)]
         logits = self._stretch_logits(clips)
-        return _like(audio, [self._merge(list(islice(logits, len(chunks))), chunks) for chunks in clips])
+        results = [self._merge(list(islice(logits, len(chunks))), chunks) for chunks in clips]
+        return results if is_list(audio) else results[0]
 
     @overload
     def tags(self, audio: Audio, sample_rate_hz: float, top: int = 10) -> list[Tag]: ...
@@ -195,16 +193,12 @@ class Model:
     ) -> Timeline:
         """Compute probabilities of the classes in consecutive windows of a clip.
 
-        Windows are scored like the chunks of a long clip, see `logits`. The first begins with the clip; the last is the
-        first that reaches its end, and is cut there. Short windows separate times better and classes worse.
-
-        Args:
-            audio: one clip.
-            sample_rate_hz: of the clip.
-            window_s: length, rounded to frames of 0.01 s; at most chunk_s, the default.
-            hop_s: from the start of a window to the next; at most window_s, the default.
+        Windows have `window_s` seconds (at most chunk_s, the default) and begin every `hop_s` (at most window_s, the
+        default), rounded to frames of 0.01 s. They are scored like the chunks of a long clip, see `logits`. The first
+        begins with the clip; the last is the first that reaches its end, and is cut there. Short windows separate times
+        better and classes worse.
         """
-        self._check_classifier()
+        self._checked_classifier()
         window = self._in_frames("window_s", window_s, self._chunk)
         hop = self._in_frames("hop_s", hop_s, window)
         wave_S = to_wave(audio, sample_rate_hz)
@@ -224,56 +218,48 @@ class Model:
     def encode_log_mel(self, mel_BTM: Tensor, layer: int | None = None) -> Tensor:
         """Compute the encoder's tokens [B, 1 + N, D]: CLS, then patches frame by frame (number = time * F + mel).
 
-        AST has [B, 2 + N, D]: CLS, DIST, then patches band by band (number = mel * T + time).
-
-        Args:
-            mel_BTM: normalised log-mel as from `log_mel`. T is a multiple of the patch's 16 frames; for AST it is the
-                length of the training clips. Nothing is padded.
-            layer: as for `features`.
+        AST has [B, 2 + N, D]: CLS, DIST, then patches band by band (number = mel * T + time). The normalised log-mels
+        are as from `log_mel`, and T is a multiple of the patch's 16 frames; for AST it is the length of the training
+        clips. Nothing is padded. Layers count as for `features`.
         """
         self._check_log_mel(mel_BTM)
-        # A copy, because no network can be trained on tensors of inference_mode; the others copy or join them too.
-        return self._encode(mel_BTM, self._checked_layer(layer)).clone()
+        return self._run(self.encoder, mel_BTM, depth=self._checked_layer(layer))
 
     def logits_of_log_mel(self, mel_BTM: Tensor) -> Tensor:
         """Compute logits [B, C] of log-mels as for `encode_log_mel`."""
-        self._check_classifier()
+        classifier = self._checked_classifier()
         self._check_log_mel(mel_BTM)
-        return self._classify(mel_BTM).clone()
+        return self._run(classifier, mel_BTM)
 
     def __repr__(self) -> str:
         sizes = f"{self.depth} blocks of width {self.width}, {len(self.labels)} classes"
         return f"asda Model ({self.description.preset}, {sizes}, on {self._device})"
 
-    @torch.inference_mode()
-    def _encode(self, mel_BTM: Tensor, depth: int, present_BN: Tensor | None = None) -> Tensor:
-        """Compute the output of block number `depth`, counted from 1, on the CPU."""
-        present_BN = None if present_BN is None else present_BN.to(self._device)
-        return self.encoder(self._patches(mel_BTM), present_BN=present_BN, depth=depth).float().cpu()
+    def _run(self, network: nn.Module, mel_BTM: Tensor, **settings: Any) -> Tensor:
+        """Return the network's output in fp32, on the CPU."""
+        with torch.inference_mode():
+            patches_BNP = to_patches(mel_BTM.to(self._device, torch.float32), self._patch)
+            output = network(patches_BNP, **settings).float().cpu()
+        return output.clone()  # because no other network can be trained on tensors of inference_mode
 
-    @torch.inference_mode()
-    def _classify(self, mel_BTM: Tensor) -> Tensor:
-        assert self._classifier is not None
-        return self._classifier(self._patches(mel_BTM)).cpu()
-
-    def _patches(self, mel_BTM: Tensor) -> Tensor:
-        """Return patches [B, N, P] on the device."""
-        return to_patches(mel_BTM.to(self._device, torch.float32), self._patch)
-
-    def _encode_chunks(self, chunks: list[Tensor], frames: int, depth: int) -> list[tuple[Tensor, Tensor]]:
-        """Compute the embedding [D] of each chunk, and those of its patches [T, F, D]; T may differ between chunks."""
-        num_steps = [math.ceil(num_frames(len(chunk_S)) / self._stride) for chunk_S in chunks]
-        num_mel, present_BN = self.encoder.num_mel_patches, None
-        if not self._is_ast and min(num_steps) < max(num_steps):
-            present_BN = torch.arange(max(num_steps) * num_mel) < torch.tensor(num_steps)[:, None] * num_mel
-        tokens_BSD = self._encode(self._stack(chunks, frames), depth, present_BN)
-        special_BKD, patches_BND = tokens_BSD.tensor_split([self.encoder.num_special], dim=1)
-        if self._is_ast:  # mel band by mel band
-            patches_BTFD = patches_BND.unflatten(1, (num_mel, -1)).transpose(1, 2)
-        else:
-            patches_BTFD = patches_BND.unflatten(1, (-1, num_mel))
-        per_chunk = zip(special_BKD.mean(1), patches_BTFD, num_steps, strict=True)
-        return [(clip_D, patches_TFD[:steps]) for clip_D, patches_TFD, steps in per_chunk]
+    def _encode_chunks(self, clips: list[list[Tensor]], depth: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Compute the embedding [D] of each chunk of each clip, and those of its patches, [T, F, D]."""
+        num_mel = self.encoder.num_mel_patches
+        sized = ((self._padded_frames(chunk_S), chunk_S) for chunks in clips for chunk_S in chunks)
+        for frames, chunks in self._in_batches(sized, mixed=True):
+            steps = [math.ceil(num_frames(len(chunk_S)) / self._stride) for chunk_S in chunks]
+            present_BN = None
+            if not self._is_ast and min(steps) < max(steps):
+                present_BN = torch.arange(max(steps) * num_mel) < torch.tensor(steps)[:, None] * num_mel
+                present_BN = present_BN.to(self._device)
+            tokens_BSD = self._run(self.encoder, self._stack(chunks, frames), present_BN=present_BN, depth=depth)
+            special_BKD, patches_BND = tokens_BSD.tensor_split([self.encoder.num_special], dim=1)
+            if self._is_ast:  # mel band by mel band
+                patches_BTFD = patches_BND.unflatten(1, (num_mel, -1)).transpose(1, 2)
+            else:
+                patches_BTFD = patches_BND.unflatten(1, (-1, num_mel))
+            for clip_D, patches_TFD, count in zip(special_BKD.mean(1), patches_BTFD, steps, strict=True):
+                yield clip_D, patches_TFD[:count]
 
     def _stretch_logits(self, clips: list[list[Tensor]]) -> Iterator[Tensor]:
         """Compute logits [C] of each stretch of each clip.
@@ -283,16 +269,29 @@ class Model:
         """
         fills = self.description.data.padding == "constant"
         sized = ((self._padded_frames(one, fills and len(clip) == 1), one) for clip in clips for one in clip)
-        for frames, stretches in in_batches(sized, self._frames_at_once, mixed=False):
-            yield from self._classify(self._stack(stretches, frames)).clone()
+        for frames, stretches in self._in_batches(sized, mixed=False):
+            yield from self._run(self._checked_classifier(), self._stack(stretches, frames))
 
     def _padded_frames(self, chunk_S: Tensor, fill: bool = False) -> int:
         """Return the frames of whole patches; if `fill`, those of a training clip, which AST always needs."""
         return self._chunk if fill or self._is_ast else math.ceil(num_frames(len(chunk_S)) / self._patch) * self._patch
 
-    @property
-    def _frames_at_once(self) -> int:
-        return PATCHES_AT_ONCE * self._patch**2 // self.description.model.mel_bins
+    def _in_batches(self, sized: Iterable[tuple[int, Tensor]], *, mixed: bool) -> Iterator[tuple[int, list[Tensor]]]:
+        """Group chunks, given with their frames, in order; yield each group with the frames of its longest.
+
+        A group padded to its longest chunk has at most PATCHES_AT_ONCE patches of the data. Unless `mixed`, all chunks
+        of a group are equally long.
+        """
+        batch, longest, patches_a_frame = [], 0, self.description.model.mel_bins / self._patch**2
+        for frames, chunk_S in sized:
+            num_patches = max(longest, frames) * (len(batch) + 1) * patches_a_frame
+            if batch and (num_patches > PATCHES_AT_ONCE or (frames != longest and not mixed)):
+                yield longest, batch
+                batch, longest = [], 0
+            batch.append(chunk_S)
+            longest = max(longest, frames)
+        if batch:
+            yield longest, batch
 
     def _stack(self, chunks: list[Tensor], frames: int) -> Tensor:
         """Compute normalised log-mels of waves [S], filled up to `frames` frames: [B, T, M]."""
@@ -328,14 +327,10 @@ class Model:
         found = self._probabilities(logits_C).topk(min(number, len(self.labels)))
         return [Tag(self.labels[c], p) for p, c in zip(found.values.tolist(), found.indices.tolist(), strict=True)]
 
-    @property
-    def _loss(self) -> str:
-        assert isinstance(self.description.objective, ClassifyConfig)
-        return self.description.objective.loss
-
-    def _check_classifier(self) -> None:
+    def _checked_classifier(self) -> Classifier:
         if self._classifier is None:
             raise UserError("this model has no classifier, only features; fine-tune it, and load the fine-tuned run")
+        return self._classifier
 
     def _checked_layer(self, layer: int | None) -> int:
         if layer is None:
@@ -391,31 +386,6 @@ def cut(wave_S: Tensor, window: int, hop: int) -> list[Tensor]:
     num_windows = 1 + max(0, math.ceil((num_frames(len(wave_S)) - window) / hop))
     starts = range(0, num_windows * hop * FRAME_SHIFT, hop * FRAME_SHIFT)
     return [wave_S[start : start + num_samples(window)] for start in starts]
-
-
-def in_batches(
-    sized: Iterable[tuple[int, Tensor]], frames_at_once: int, *, mixed: bool
-) -> Iterator[tuple[int, list[Tensor]]]:
-    """Group chunks, given with their frames, in order; yield each group with the frames of its longest.
-
-    A group padded to its longest chunk has at most `frames_at_once`; unless `mixed`, all of a group are equally long.
-    """
-    batch: list[Tensor] = []
-    longest = 0
-    for frames, chunk_S in sized:
-        fits = max(longest, frames) * (len(batch) + 1) <= frames_at_once and (mixed or frames == longest)
-        if batch and not fits:
-            yield longest, batch
-            batch, longest = [], 0
-        batch.append(chunk_S)
-        longest = max(longest, frames)
-    if batch:
-        yield longest, batch
-
-
-def _like(audio: Audio | Sequence[Audio], results: list[Any]) -> Any:
-    """Return the results for a list of clips, or the only result for a clip."""
-    return results if is_list(audio) else results[0]
 
 
 def _checked_device(device: Device) -> torch.device:

@@ -188,7 +188,10 @@ def tokens_of(chunk_S: np.ndarray, model: Model, layer: int = 3) -> Tensor:
     filled_TM[: len(mel_TM)] = mel_TM
     corners = [(t, m) for t in range(0, len(filled_TM), 16) for m in range(0, 128, 16)]
     patches_NP = np.array([filled_TM[t : t + 16, m : m + 16].flatten() for t, m in corners])
-    return model.encoder.layers(torch.from_numpy((patches_NP - MEAN) / (2 * STD)).float()[None])[layer][0]
+    tokens_1ND = model.encoder.embed(torch.from_numpy((patches_NP - MEAN) / (2 * STD)).float()[None])
+    for block in model.encoder.blocks[:layer]:
+        tokens_1ND = block(tokens_1ND)[0]
+    return tokens_1ND[0]
 
 
 # One frame; a part of a patch; one chunk; a rest of a chunk that has no frame; and a frame; several chunks.

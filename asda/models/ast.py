@@ -63,16 +63,12 @@ class AstEncoder(nn.Module):
         self.apply(init_linear)
         for table in (self.patch_embed.weight, self.cls_token, self.dist_token, self.positions):
             nn.init.trunc_normal_(table, std=INIT_STD)  # as in DeiT, from whose weights AST's own started
-        assert self.patch_embed.bias is not None
-        nn.init.zeros_(self.patch_embed.bias)
+        nn.init.zeros_(self.patch_embed.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, patches_BNP: Tensor, present_BN: Tensor | None = None, depth: int | None = None) -> Tensor:
         """Encode each clip by itself, as Encoder does: [B, S, D], after the last block normalised.
 
-        Args:
-            patches_BNP: as for Encoder, of exactly config.frames frames.
-            present_BN: always None; AST has no padding mask (the configuration refuses data.padding masked).
-            depth: number of blocks to pass through; None for all.
+        A clip has exactly config.frames frames, and no padding mask: the configuration refuses data.padding masked.
         """
         assert present_BN is None, "the configuration refuses it"
         tokens_BSD = self.embed(patches_BNP)

@@ -35,11 +35,9 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, patches_BNP: Tensor, present_BN: Tensor | None = None) -> Tensor:
-        """Compute logits, [B, C] in fp32.
+        """Compute logits, [B, C] in fp32, of whole clips of normalised log-mel.
 
-        Args:
-            patches_BNP: normalised log-mel of whole clips.
-            present_BN: False at patches that are padding, which are neither attended to nor pooled; None if none are.
+        present_BN is False at patches that are padding, which are neither attended to nor pooled; None if none are.
         """
         return self.logits(self.ham(self.encoder(patches_BNP, present_BN=present_BN)), present_BN)
 
@@ -119,8 +117,5 @@ def lr_scales(model: Classifier, layer_decay: float) -> dict[str, float]:
     The patch embedding and the CLS token, below the blocks, have 1 too, as released.
     """
     depth = len(model.encoder.blocks)
-    scales = {}
-    for name, _ in model.named_parameters():
-        block = re.match(r"encoder\.blocks\.(\d+)\.", name)
-        scales[name] = layer_decay ** (depth - int(block[1])) if block else 1.0
-    return scales
+    blocks = {name: re.match(r"encoder\.blocks\.(\d+)\.", name) for name, _ in model.named_parameters()}
+    return {name: layer_decay ** (depth - int(block[1])) if block else 1.0 for name, block in blocks.items()}

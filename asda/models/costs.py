@@ -24,14 +24,13 @@ SMALLEST_GEMM = 256
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}  # rows and columns: hundreds of operations for every byte of memory
 GEMM_TIME_S = 0.25  # least time for timed products
 MIN_PRODUCTS = 3  # one takes 0.1 to 0.2 s in fp32 on a slow core
-Costs = dict[str, int]  # by part of the network
 
 
 class Network(NamedTuple):
     """Trainable parameters by part, and floating-point operations of one clip (a product and its sum are two)."""
 
-    parameters: Costs
-    flops: Costs
+    parameters: dict[str, int]
+    flops: dict[str, int]
 
 
 def network_costs(
@@ -75,24 +74,16 @@ def in_flop(count: float) -> str:
     return f"{count / 1000**power:.4g} {PREFIXES[power]}FLOP"
 
 
-def rank_memory(trained: int, followed: int, engine: EngineConfig, world_size: int) -> Costs:
+def rank_memory(trained: int, followed: int, engine: EngineConfig, world_size: int) -> dict[str, int]:
     """Count bytes on the device of each rank, by content; without activations and DeepSpeed's buffers.
 
-    With P `trained` parameters, E of them `followed` by a teacher (0 without one), W ranks, and b = 4 bytes in fp32 or
-    2 in bf16 and fp16:
-
-                  weights   gradients   master weights and moments   averages        teacher
-        stage 0   b P       b P         12 P (8 P in fp32)           4 E / W         b E
-        stage 1   b P       4 P         12 P / W                     4 E / W         b E
-        stage 2   b P       4 P / W     12 P / W                     4 E / W         b E
-        stage 3   b P / W   4 P / W     12 P / W                     4 E / W         b E
-
-    The ZeRO paper counts the same (Rajbhandari et al., 2020, figure 1), without the teacher and with gradients that add
-    up in bf16. One rank in fp32 needs no averages beside the teacher. An offloaded optimizer is not on the device.
+    The `followed` parameters are the teacher's (0 without one). The ZeRO paper counts the same (Rajbhandari et al.,
+    2020, figure 1), without the teacher and with gradients that add up in bf16; here they add up in fp32 from stage 1.
+    One rank in fp32 needs no averages beside the teacher. An offloaded optimizer is not on the device.
     """
     stage, size = engine.zero_stage, 4 if engine.precision == "fp32" else 2
     no_master, no_averages = stage == 0 and size == 4, world_size == 1 and size == 4
-    parts = {
+    parts = {  # bytes, and whether the ranks share them
         "weights": (size * trained, stage == 3),
         "gradients": ((4 if stage else size) * trained, stage >= 2),
         "master and moments": (0 if engine.offload_optimizer else (8 if no_master else 12) * trained, stage >= 1),

@@ -4,6 +4,7 @@ Shapes: B sequences, T time patches, F mel patches, N patches of a sequence (T *
 patch, D width. Tokens are 1 + N: CLS, then one a patch.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -93,10 +94,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Patches of log-mel in, tokens out: CLS first, then one token a patch.
-
-    `drop_path` is the rate of the last block; it is linear from 0 in the first.
-    """
+    """Patches of log-mel in; CLS and one token a patch out. The rate drop_path is the last block's, 0 the first's."""
 
     num_special = 1  # tokens before those of the patches: CLS
     positions: Tensor  # [N, D] of the longest clip; fixed by the config, hence in no checkpoint
@@ -123,16 +121,13 @@ class Encoder(nn.Module):
         present_BN: Tensor | None = None,
         depth: int | None = None,
     ) -> Tensor:
-        """Encode each sequence of patches by itself.
+        """Encode each sequence of patches by itself: [B, 1 + N, D], CLS first, in the dtype of weights or autocast.
 
         Args:
             patches_BNP: normalised log-mel in any float dtype; the pixels of a patch frame by frame.
             where_BN: int64 places of the patches in their clip, time * F + mel; None for a whole clip in order.
             present_BN: False at patches that are padding, which no token attends to; None if there is no padding.
             depth: number of blocks to pass through; None for all.
-
-        Returns:
-            [B, 1 + N, D] tokens, CLS first, in the dtype of the weights (or of autocast).
         """
         tokens_BND = self.embed(patches_BNP, where_BN)
         if present_BN is not None:
@@ -148,20 +143,13 @@ class Encoder(nn.Module):
         patches_BND = self.patch_embed(patches_BNP.to(dtype)) + positions.to(dtype)
         return self.norm(torch.cat([self.cls_token.expand(len(patches_BND), -1, -1), patches_BND], dim=1))
 
-    def layers(self, patches_BNP: Tensor) -> list[Tensor]:
-        """Return the input of the first block, then each block's output, of whole clips: depth + 1 of [B, 1 + N, D]."""
-        outputs = [self.embed(patches_BNP)]
+    def steps(self, patches_BNP: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each block's input and what its MLP adds to its residual, for whole clips: two of [B, 1 + N, D]."""
+        tokens_BND = self.embed(patches_BNP)
         for block in self.blocks:
-            outputs.append(block(outputs[-1])[0])
-        return outputs
-
-    def ffn_outputs(self, patches_BNP: Tensor) -> list[Tensor]:
-        """Return what each block's MLP adds to its residual, for whole clips: depth of [B, 1 + N, D]."""
-        tokens_BND, outputs = self.embed(patches_BNP), []
-        for block in self.blocks:
-            tokens_BND, ffn_BND = block(tokens_BND)
-            outputs.append(ffn_BND)
-        return outputs
+            output_BND, ffn_BND = block(tokens_BND)
+            yield tokens_BND, ffn_BND
+            tokens_BND = output_BND
 
 
 def run_block(block: nn.Module, recompute: bool, *inputs: Any) -> Any:

@@ -19,18 +19,15 @@ from asda.models.encoder import INIT_STD, init_linear, run_block, sinusoids
 NORM_EPS = 1e-5  # of the Conformer's norms: torch's own
 
 
-class Ham(nn.Module):
-    """Conformer blocks and channel attention, each if the configuration asks for it."""
+class Ham(nn.Sequential):
+    """Conformer blocks and channel attention, each if the configuration asks for it: [B, S, D] -> [B, S, D]."""
 
     def __init__(self, config: AstConfig):
         super().__init__()
-        width, channels = config.width, config.channel_attention
-        self.conformer = Conformer(config) if config.conformer.blocks else nn.Identity()
-        self.channels = ChannelAttention(width, channels) if channels.enabled else nn.Identity()
-
-    def forward(self, tokens_BSD: Tensor) -> Tensor:
-        """Pass the tokens through both, [B, S, D] -> [B, S, D]."""
-        return self.channels(self.conformer(tokens_BSD))
+        if config.conformer.blocks:
+            self.conformer = Conformer(config)
+        if config.channel_attention.enabled:
+            self.channels = ChannelAttention(config.width, config.channel_attention)
 
 
 class Conformer(nn.Module):
@@ -87,19 +84,16 @@ class ConformerBlock(nn.Module):
         return self.norm(tokens_BSD)
 
 
-class FeedForward(nn.Module):
-    """Norm, then two linear layers around a swish, with dropout after each."""
+class FeedForward(nn.Sequential):
+    """Norm, then two linear layers around a swish, with dropout after each: [B, S, D] -> [B, S, D]."""
 
     def __init__(self, width: int, hidden: int, dropout: float):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.fc1 = nn.Linear(width, hidden)
+        self.swish, self.inner_dropout = nn.SiLU(), nn.Dropout(dropout)
         self.fc2 = nn.Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
-
-    def forward(self, tokens_BSD: Tensor) -> Tensor:
-        """Transform each token, [B, S, D] -> [B, S, D]."""
-        return self.dropout(self.fc2(self.dropout(silu(self.fc1(self.norm(tokens_BSD))))))
 
 
 class RelativeAttention(nn.Module):
@@ -146,34 +140,30 @@ class Convolution(nn.Module):
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.gate = nn.Linear(width, 2 * width)
         self.depthwise = nn.Conv1d(width, width, config.kernel, padding=config.kernel // 2, groups=width)
-        self.middle = nn.LayerNorm(width, eps=NORM_EPS) if config.norm == "layer" else ClipNorm(width)
+        per_token = config.norm == "layer"
+        self.middle = nn.LayerNorm(width, eps=NORM_EPS) if per_token else ClipNorm(1, width, eps=NORM_EPS)
         self.proj = nn.Linear(width, width)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, tokens_BSD: Tensor) -> Tensor:
         """Mix neighbouring tokens, [B, S, D] -> [B, S, D]."""
         gated_BSD = glu(self.gate(self.norm(tokens_BSD)), dim=-1)
-        mixed_BSD = self._along_time(gated_BSD) if self.axis == "time" else self._along(gated_BSD)
+        if self.axis == "sequence":
+            mixed_BSD = self._along(gated_BSD, gated_BSD.shape[1])
+        else:  # each mel band by itself, and CLS and DIST as sequences of one token
+            special_BKD, patches_BND = gated_BSD.tensor_split([NUM_SPECIAL], dim=1)
+            mixed = [self._along(special_BKD, 1), self._along(patches_BND, self.num_time_patches)]
+            mixed_BSD = torch.cat(mixed, dim=1)
         return self.dropout(self.proj(silu(self.middle(mixed_BSD))))
 
-    def _along(self, tokens_BND: Tensor) -> Tensor:
-        """Convolve sequences padded with zeros, [B, N, D] -> [B, N, D]."""
-        return self.depthwise(tokens_BND.transpose(1, 2)).transpose(1, 2)
-
-    def _along_time(self, tokens_BSD: Tensor) -> Tensor:
-        """Convolve each mel band by itself, and CLS and DIST as sequences of one token."""
-        special_BSD, patches_BND = tokens_BSD.tensor_split([NUM_SPECIAL], dim=1)
-        bands_BFTD = patches_BND.unflatten(1, (-1, self.num_time_patches))
-        special_BSD = self._along(special_BSD.flatten(0, 1)[:, None]).reshape(special_BSD.shape)
-        patches_BND = self._along(bands_BFTD.flatten(0, 1)).reshape(patches_BND.shape)
-        return torch.cat([special_BSD, patches_BND], dim=1)
+    def _along(self, tokens_BSD: Tensor, length: int) -> Tensor:
+        """Convolve sequences of `length` tokens, each padded with zeros, [B, S, D] -> [B, S, D]."""
+        sequences_RLD = tokens_BSD.unflatten(1, (-1, length)).flatten(0, 1)
+        return self.depthwise(sequences_RLD.transpose(1, 2)).transpose(1, 2).reshape(tokens_BSD.shape)
 
 
 class ClipNorm(nn.GroupNorm):
     """A norm over all tokens and features of a clip, with a weight and a bias for each feature."""
-
-    def __init__(self, width: int):
-        super().__init__(1, width, eps=NORM_EPS)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise each clip, [B, S, D] -> [B, S, D]."""

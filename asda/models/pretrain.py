@@ -160,7 +160,7 @@ class Teacher(nn.Module):
         clip feature is only the small residue that the last norm leaves. Nothing may write into the targets, which are
         inference tensors; a loss may subtract them.
         """
-        outputs = self.encoder.ffn_outputs(patches_BNP)[-self.target_layers :]
+        outputs = [ffn_BND for _, ffn_BND in self.encoder.steps(patches_BNP)][-self.target_layers :]
         layers_LBDN = [instance_norm(ffn_BND[:, 1:].float().transpose(1, 2)) for ffn_BND in outputs]
         mean_BND = torch.stack(layers_LBDN).mean(0).transpose(1, 2)
         tokens_BND = layer_norm(mean_BND, mean_BND.shape[-1:])

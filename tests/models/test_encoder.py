@@ -37,14 +37,16 @@ def test_the_place_of_the_cls_token_makes_no_difference():
     torch.testing.assert_close(middle_BND, head_BND[:, middle_N])
 
 
-def test_ffn_outputs_are_what_the_mlps_give():
+def test_steps_are_what_blocks_take_and_mlps_give():
     torch.manual_seed(0)
-    encoder, seen = Encoder(golden.TINY).eval(), []
+    encoder, taken, given = Encoder(golden.TINY).eval(), [], []
     for block in encoder.blocks:
-        block.mlp.register_forward_hook(lambda module, args, output: seen.append(output))  # type: ignore[union-attr]
-    outputs = encoder.ffn_outputs(torch.randn(2, 64, 256))
-    assert len(outputs) == golden.TINY.depth
-    assert all(ours is theirs for ours, theirs in zip(outputs, seen, strict=True))
+        block.register_forward_pre_hook(lambda module, args: taken.append(args[0]))
+        block.mlp.register_forward_hook(lambda module, args, output: given.append(output))  # type: ignore[union-attr]
+    steps = list(encoder.steps(torch.randn(2, 64, 256)))
+    assert len(steps) == golden.TINY.depth
+    seen = zip(steps, taken, given, strict=True)
+    assert all(tokens is before and ffn is output for (tokens, ffn), before, output in seen)
 
 
 def test_the_base_encoder_has_92_364_288_parameters_and_no_buffer_in_its_checkpoint():

@@ -95,7 +95,7 @@ def test_only_the_last_target_layers_make_the_targets():
     torch.manual_seed(0)
     teacher = Teacher(MaskedStudents(golden.TINY, golden.TINY_PRETRAIN).encoder, target_layers=1)
     patches_BNP = torch.randn(2, 64, 256)
-    ffn_BND = teacher.encoder.ffn_outputs(patches_BNP)[-1][:, 1:].double()
+    ffn_BND = [*teacher.encoder.steps(patches_BNP)][-1][1][:, 1:].double()
     deviation_B1D = (ffn_BND.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
     normed_BND = (ffn_BND - ffn_BND.mean(1, keepdim=True)) / deviation_B1D
     centred = normed_BND - normed_BND.mean(-1, keepdim=True)
@@ -124,7 +124,7 @@ def test_the_teacher_gives_fp32_targets_under_bf16_autocast(teacher: Teacher, ca
     assert all(tensor.dtype == torch.float32 for tensor in rounded)
     # Layer i carries 14 roundings a block, of rms 2^-9 / sqrt(3) relative to the whole output; the instance norm takes
     # the token mean away and so amplifies them by rms / deviation. The last norm divides by the rms of the mean.
-    layers_LBND = torch.stack(teacher.encoder.ffn_outputs(patches_BNP))[:, :, 1:]
+    layers_LBND = torch.stack([ffn_BND for _, ffn_BND in teacher.encoder.steps(patches_BNP)])[:, :, 1:]
     normed_LBND = (layers_LBND - layers_LBND.mean(2, keepdim=True)) / layers_LBND.std(2, keepdim=True)
     amplified_L = (layers_LBND / layers_LBND.std(2, keepdim=True)).square().mean((1, 2, 3)).sqrt()
     per_layer_L = (14 * torch.arange(1, 4)).sqrt() * 2**-9 / 3**0.5 * amplified_L

@@ -204,18 +204,10 @@ class TritonAttention(torch.autograd.Function):
 
 def _sizes(qk_2BGNE: Tensor, v_BHNE: Tensor, present_BN: Tensor | None) -> dict[str, Any]:
     _, heads, tokens, features = v_BHNE.shape
-    return {
-        "num_heads": heads,
-        "num_tokens": tokens,
-        "num_features": features,
-        "scale": features**-0.5,
-        "maps": qk_2BGNE.shape[2] // heads,
-        "padded": present_BN is not None,
-        "L": min(QUERIES_A_STEP, _padded(tokens)),
-        "N": _padded(tokens),
-        "E": _padded(features),
-        "num_warps": NUM_WARPS,
-    }
+    sizes = {"num_heads": heads, "num_tokens": tokens, "num_features": features, "scale": features**-0.5}
+    tiles = {"L": min(QUERIES_A_STEP, _padded(tokens)), "N": _padded(tokens), "E": _padded(features)}
+    kind = {"maps": qk_2BGNE.shape[2] // heads, "padded": present_BN is not None}
+    return sizes | tiles | kind | {"num_warps": NUM_WARPS}
 
 
 def _padded(size: int) -> int:
