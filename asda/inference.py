@@ -122,7 +122,6 @@ class Model:
     def __init__(
         self, folder: Path, description: Description, network: Encoder | AstEncoder | Classifier, device: torch.device
     ):
-        """Take a loaded network."""
         network = network.to(device).eval().requires_grad_(False)
         self._classifier = network if isinstance(network, Classifier) else None
         self.encoder = network.encoder if isinstance(network, Classifier) else network
@@ -295,10 +294,8 @@ class Model:
 
     def _stack(self, chunks: list[Tensor], frames: int) -> Tensor:
         """Compute normalised log-mels of waves [S], filled up to `frames` frames: [B, T, M]."""
-        pad_log_mel = self.description.data.pad_log_mel
-        return torch.stack(
-            [self._normalised(padded(log_mel_of_wave(chunk_S), frames, pad_log_mel)) for chunk_S in chunks]
-        )
+        value = self.description.data.pad_log_mel
+        return self._normalised(torch.stack([padded(log_mel_of_wave(chunk_S), frames, value) for chunk_S in chunks]))
 
     def _normalised(self, mel_TM: Tensor) -> Tensor:
         stats = self.description.data.log_mel
@@ -333,8 +330,7 @@ class Model:
         return self._classifier
 
     def _checked_layer(self, layer: int | None) -> int:
-        if layer is None:
-            return self.depth
+        layer = self.depth if layer is None else layer
         if isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= layer <= self.depth:
             raise UserError(
                 f"layer {layer!r} must be a whole number from 0, the input of the first block, to {self.depth}, the "

@@ -51,8 +51,7 @@ class AstEncoder(nn.Module):
     def __init__(self, config: AstConfig, drop_path: float = 0.0):
         super().__init__()
         self.recompute = False  # as in Encoder
-        self.patch = config.patch
-        self.num_mel_patches = config.grid[1]
+        self.patch, self.num_mel_patches = config.patch, config.grid[1]
         self.patch_embed = nn.Conv2d(1, config.width, config.patch, (config.mel_stride, config.time_stride))
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
         self.dist_token = nn.Parameter(torch.empty(1, 1, config.width))
@@ -71,17 +70,13 @@ class AstEncoder(nn.Module):
         A clip has exactly config.frames frames, and no padding mask: the configuration refuses data.padding masked.
         """
         assert present_BN is None, "the configuration refuses it"
-        tokens_BSD = self.embed(patches_BNP)
-        for block in self.blocks[:depth]:
-            tokens_BSD = run_block(block, self.recompute, tokens_BSD)
-        return self.norm(tokens_BSD) if depth in (None, len(self.blocks)) else tokens_BSD
-
-    def embed(self, patches_BNP: Tensor) -> Tensor:
-        """Make the input of the first block, [B, S, D]."""
         image_B1MT = from_patches(patches_BNP, self.patch).transpose(1, 2).contiguous()[:, None]  # M mel bins, T frames
         patches_BND = self.patch_embed(image_B1MT.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
         special = [token.expand(len(patches_BNP), -1, -1) for token in (self.cls_token, self.dist_token)]
-        return torch.cat([*special, patches_BND], dim=1) + self.positions
+        tokens_BSD = torch.cat([*special, patches_BND], dim=1) + self.positions
+        for block in self.blocks[:depth]:
+            tokens_BSD = run_block(block, self.recompute, tokens_BSD)
+        return self.norm(tokens_BSD) if depth in (None, len(self.blocks)) else tokens_BSD
 
 
 def fitted_positions(positions_SD: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:

@@ -45,10 +45,9 @@ def differential_attention(
 
 def by_definition(qk_2BGNE: Tensor, v_BHNE: Tensor, lam: Lambda, present_BN: Tensor | None = None) -> Tensor:
     """Compute what attend does, by the two functions above."""
-    q_BGNE, k_BGNE = qk_2BGNE
-    if q_BGNE.shape[1] == v_BHNE.shape[1]:
-        return attention_map(q_BGNE, k_BGNE, present_BN) @ v_BHNE
-    (q1, q2), (k1, k2) = q_BGNE.chunk(2, dim=1), k_BGNE.chunk(2, dim=1)
+    if qk_2BGNE.shape[2] == v_BHNE.shape[1]:
+        return attention_map(*qk_2BGNE, present_BN=present_BN) @ v_BHNE
+    (q1, k1), (q2, k2) = qk_2BGNE.chunk(2, dim=2)
     return differential_attention(q1, k1, q2, k2, v_BHNE, lam, present_BN)
 
 
@@ -93,9 +92,9 @@ def choose_path(
     """Choose how to compute attention for sequences of so many tokens and heads of so many features.
 
     `auto` takes torch's fused attention (sdpa). On a CPU, training of short sequences takes the definition (explicit)
-    instead, because the backward of sdpa is slow in bf16 with AMX. There the definition takes 0.38 of the time of sdpa
-    for 103 tokens and 1.08 for 513, but 1.4 to 1.7 in fp32, and up to 2.9 without a backward (12 heads of 64 features,
-    medians on shared, noisy machines; `python tools/bench/bench.py attention` measures yours).
+    instead, because the backward of sdpa is slow in bf16 with AMX. There the definition takes 0.38 of sdpa's time for
+    103 tokens and 1.08 for 513, 1.4 to 1.7 in fp32, up to 2.9 without a backward (12 heads of 64 features; measure your
+    machine by `python tools/bench/bench.py attention`).
 
     `triton` must be asked for: its kernels have run in Triton's interpreter only, and their speed is unknown. Sequences
     longer than its tile take sdpa instead.
@@ -192,10 +191,9 @@ class LearnedLambda(nn.Module):
 
     def __init__(self, features: int, block: int):
         super().__init__()
-        self.q1, self.k1, self.q2, self.k2 = (nn.Parameter(torch.empty(features)) for _ in range(4))
+        vectors = (torch.empty(features).normal_(std=LAMBDA_STD) for _ in range(4))
+        self.q1, self.k1, self.q2, self.k2 = map(nn.Parameter, vectors)
         self.initial = initial_lambda(block)
-        for vector in self.parameters():
-            nn.init.normal_(vector, std=LAMBDA_STD)
 
     def forward(self) -> Tensor:
         """Return the weight of the second map, an fp32 scalar."""

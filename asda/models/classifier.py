@@ -19,10 +19,7 @@ CERTAINTY_GAP = 1e-6  # of the logarithm of a pooled probability: 1 would have n
 
 
 class Classifier(nn.Module):
-    """Encoder, HAM-AST's blocks if there are any, pooling over the tokens, LayerNorm, linear layer.
-
-    A pre-trained encoder is loaded into `encoder`; everything else starts from scratch.
-    """
+    """Encoder, which may be pre-trained, HAM-AST's blocks if there are any, pooling, LayerNorm, linear layer."""
 
     def __init__(self, model: ModelConfig | AstConfig, config: ClassifyConfig, num_classes: int):
         super().__init__()
@@ -39,10 +36,7 @@ class Classifier(nn.Module):
 
         present_BN is False at patches that are padding, which are neither attended to nor pooled; None if none are.
         """
-        return self.logits(self.ham(self.encoder(patches_BNP, present_BN=present_BN)), present_BN)
-
-    def logits(self, tokens_BND: Tensor, present_BN: Tensor | None = None) -> Tensor:
-        """Compute logits, [B, C] in fp32, from tokens [B, 1 + N, D], CLS first, or AST's [B, 2 + N, D], DIST second."""
+        tokens_BND = self.ham(self.encoder(patches_BNP, present_BN=present_BN))
         if self.encoder.num_special > 1:  # AST: the mean of CLS and DIST takes the place of CLS
             special_BKD, patches_BND = tokens_BND.tensor_split([self.encoder.num_special], dim=1)
             tokens_BND = torch.cat([special_BKD.mean(1, keepdim=True), patches_BND], dim=1)
@@ -107,8 +101,7 @@ def classification_loss(logits_BC: Tensor, targets_BC: Tensor, config: ClassifyC
     targets_BC = targets_BC.float()
     if config.loss == "ce":
         return cross_entropy(logits_BC.float(), targets_BC, label_smoothing=config.label_smoothing)
-    elements_BC = binary_cross_entropy_with_logits(logits_BC.float(), targets_BC, reduction="none")
-    return elements_BC.sum(dim=1).mean()
+    return binary_cross_entropy_with_logits(logits_BC.float(), targets_BC, reduction="none").sum(dim=1).mean()
 
 
 def lr_scales(model: Classifier, layer_decay: float) -> dict[str, float]:

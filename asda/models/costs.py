@@ -63,9 +63,9 @@ def _pretraining(model: ModelConfig, objective: PretrainConfig, patches_BNP: tor
     inputs = patches_BNP, visible_BMK, targets_BND, targets_BND[:, 0]
     whole = _flops(lambda: students(*inputs).total.backward(), students)
     decoder = _flops(lambda: students.decoder(tokens_STFD).sum().backward(), students)
-    following = _flops(lambda: teacher.targets(patches_BNP), teacher)
-    flops = {"students": whole - decoder, "decoder": decoder, "teacher": following}
-    return Network({"encoder": _size(students.encoder), "decoder": _size(students.decoder)}, flops)
+    watching = _flops(lambda: teacher.targets(patches_BNP), teacher)
+    sizes = {"encoder": _size(students.encoder), "decoder": _size(students.decoder)}
+    return Network(sizes, {"students": whole - decoder, "decoder": decoder, "teacher": watching})
 
 
 def in_flop(count: float) -> str:

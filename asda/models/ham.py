@@ -176,9 +176,8 @@ class ChannelAttention(nn.Module):
     def __init__(self, width: int, config: ChannelAttentionConfig):
         super().__init__()
         self.config = config
-        hidden = width // config.reduction
-        self.fc1 = nn.Linear(2 * width if config.combine == "concat" else width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = nn.Linear(2 * width if config.combine == "concat" else width, width // config.reduction)
+        self.fc2 = nn.Linear(width // config.reduction, width)
         self.apply(init_linear)
 
     def forward(self, tokens_BSD: Tensor) -> Tensor:

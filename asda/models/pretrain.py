@@ -70,8 +70,7 @@ class MaskedStudents(nn.Module):
         super().__init__()
         self.encoder = Encoder(model)
         self.decoder = Decoder(config.decoder, model.width)
-        self.noise_std = config.decoder.noise_std
-        self.utterance_weight = config.utterance_weight
+        self.noise_std, self.utterance_weight = config.decoder.noise_std, config.utterance_weight
 
     def forward(
         self,
@@ -113,8 +112,7 @@ class MaskedStudents(nn.Module):
 def masked_error(pred_SND: Tensor, targets_BND: Tensor, visible_SK: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean of |prediction - target|^2 over masked patches, and the spread of the predictions there; fp32.
 
-    Predictions are those of M = S / B students of each clip, one clip after the other; targets are fp32; the places of
-    the patches that are not masked stand once each in visible_SK.
+    Predictions are of M = S / B students of each clip, one clip after the other; visible_SK has each place once.
     """
     pred_SND = pred_SND.float()
     masked_SN = torch.ones(pred_SND.shape[:2], device=pred_SND.device).scatter(1, visible_SK, 0.0)

@@ -3,9 +3,8 @@
 All keys of a sequence must fit one tile. A program of the forward takes some queries of one head and all keys, so each
 softmax is complete at once. A program of the backward takes one head and loops over its queries; it computes the maps
 again from queries and keys. Only the inputs are kept between the two. Softmax, differences and sums are in fp32;
-operands of products have the dtype of the inputs.
-
-Tested in Triton's interpreter on a CPU (TRITON_INTERPRET=1 before the import); not yet run on a GPU.
+operands of products have the dtype of the inputs. Tested in Triton's interpreter on a CPU (TRITON_INTERPRET=1 before
+the import); not yet run on a GPU.
 
 Shapes: as in attention.py. In the kernels: L queries of a step, N keys (padded to a power of two), E features (padded).
 """
