@@ -102,7 +102,7 @@ def block_inputs(network: Network, mel_TF: np.ndarray) -> list[Tensor]:
     """Return the tokens that enter each block, depth x [1, K, D], for raw log-mel; T is a multiple of the patch."""
     stats, patch = network.description.data.log_mel, network.description.model.patch
     normal_TF = normalised(torch.from_numpy(mel_TF), stats.mean, stats.std)
-    return network.encoder.layers(to_patches(normal_TF[None], patch))[:-1]
+    return [tokens_1KD for tokens_1KD, _ in network.encoder.steps(to_patches(normal_TF[None], patch))]
 
 
 @torch.inference_mode()
