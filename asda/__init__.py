@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from asda.inference import Model
+    from asda.inference import Model, Stream
 
+__all__ = ["Stream", "load"]
 __version__ = "0.1.0"
 
 
@@ -31,3 +32,12 @@ def load(
     from asda.inference import load  # imports torch, which takes a second
 
     return load(path, weights, device)
+
+
+def __getattr__(name: str) -> object:
+    """Import asda.Stream when it is asked for: torch takes a second."""
+    if name == "Stream":
+        from asda.inference import Stream
+
+        return Stream
+    raise AttributeError(f"module 'asda' has no attribute {name!r}")

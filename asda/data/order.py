@@ -96,8 +96,8 @@ class ClipOrder:
     def shards_ahead(self, position: int, num_draws: int) -> list[int]:
         """Return the shards that the next draws read, for a reader that fetches them early.
 
-        They are those of all groups that the positions touch, in the order in which the groups come. Of each dataset
-        at most one epoch is looked at.
+        They are those of all groups that the positions touch, in the order in which the groups come. At most one
+        epoch of each dataset is looked at.
         """
         starts = self._mixture.counts_at(position)
         stops = self._mixture.counts_at(position + num_draws)

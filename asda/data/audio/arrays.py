@@ -1,32 +1,80 @@
-"""Turn arrays and tensors of audio into 16 kHz mono float32. Shapes: S samples, C channels."""
+"""Turn files, arrays and tensors of audio into 16 kHz mono float32. Shapes: S samples, C channels."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor, from_numpy
 
+from asda.data.audio.read import count_frames, wave_blocks
 from asda.data.audio.resampling import resample
-from asda.data.audio.waves import INT16_SCALE, MAX_CHANNELS, MIN_SAMPLES, RATE_BOUNDS_HZ, amplitude_complaint
+from asda.data.audio.waves import (
+    INT16_SCALE,
+    MAX_CHANNELS,
+    MIN_SAMPLES,
+    RATE_BOUNDS_HZ,
+    AudioError,
+    amplitude_complaint,
+    resampled_length,
+)
 from asda.errors import UserError
 
 Audio = Tensor | np.ndarray
 
 
-def to_wave(audio: Audio, sample_rate_hz: float, name: str = "audio") -> Tensor:
-    """Return the mean over the channels at 16 kHz: float32 [S], full scale 1, S >= 400.
+def blocks_of(audio: Audio | str | Path, sample_rate_hz: float | None, name: str = "audio") -> Iterator[Tensor]:
+    """Yield a clip at 16 kHz, the mean over its channels: float32 [S] a block, full scale 1.
 
-    It averages like asda.data.audio.read.read_wave and resamples like the official feature extraction.
+    A file comes block by block, so that its length takes no memory; an array is one block.
 
     Args:
-        audio: [S] or [C, S], floats with full scale 1, or int16.
-        sample_rate_hz: a whole number.
+        audio: the path of a file, or [S] or [C, S], floats with full scale 1 or int16.
+        sample_rate_hz: of an array; a whole number. A file knows its own.
         name: of the audio, for messages.
 
     Raises:
-        UserError: the shape, the type, a sample, the length or the rate is out of bounds.
+        UserError: the file cannot be read; or the shape, the type, a sample, the length or the rate is out of bounds.
     """
+    if isinstance(audio, str | Path):
+        with _reading(audio, sample_rate_hz):
+            yield from map(from_numpy, wave_blocks(Path(audio)))
+    else:
+        yield to_wave(audio, sample_rate_hz, name)
+
+
+def length_of(audio: Audio | str | Path, sample_rate_hz: float | None) -> int:
+    """Return how many samples a clip has at 16 kHz. Raises UserError."""
+    if isinstance(audio, str | Path):
+        with _reading(audio, sample_rate_hz):
+            return resampled_length(*count_frames(Path(audio)))
+    return len(to_wave(audio, sample_rate_hz))
+
+
+@contextmanager
+def _reading(path: str | Path, sample_rate_hz: float | None) -> Iterator[None]:
+    if sample_rate_hz is not None:
+        raise UserError(f"{path}: a file knows its own rate; leave sample_rate_hz out")
+    try:
+        yield
+    except AudioError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def to_wave(audio: Audio, sample_rate_hz: float | None, name: str = "audio") -> Tensor:
+    """Return a clip at 16 kHz, float32 [S], S >= 400, resampled like the official feature extraction; see blocks_of."""
+    wave_S = resample(*to_mono(audio, sample_rate_hz, name))
+    if len(wave_S) < MIN_SAMPLES:
+        raise UserError(f"{name} has {len(wave_S)} samples at 16 kHz; the shortest clip has {MIN_SAMPLES} (0.025 s)")
+    return from_numpy(wave_S)
+
+
+def to_mono(audio: Audio, sample_rate_hz: float | None, name: str = "audio") -> tuple[np.ndarray, int]:
+    """Return the mean over the channels, float32 [S] of full scale 1, and the rate; averaged as read_wave does."""
     low_hz, high_hz = RATE_BOUNDS_HZ
+    if sample_rate_hz is None:
+        raise UserError(f"{name} is an array; give its sample_rate_hz")
     number = isinstance(sample_rate_hz, int | float | np.number) and not isinstance(sample_rate_hz, bool)
     if not number or not low_hz <= sample_rate_hz <= high_hz or sample_rate_hz != int(sample_rate_hz):
         raise UserError(f"sample_rate_hz {sample_rate_hz!r} must be a whole number from {low_hz} to {high_hz}")
@@ -38,17 +86,7 @@ def to_wave(audio: Audio, sample_rate_hz: float, name: str = "audio") -> Tensor:
     mono_S /= len(audio_CS) * (INT16_SCALE if audio_CS.dtype == np.int16 else 1)
     if complaint := amplitude_complaint(mono_S):
         raise UserError(f"{name} {complaint}")
-    wave_S = resample(mono_S, int(sample_rate_hz))
-    if len(wave_S) < MIN_SAMPLES:
-        raise UserError(f"{name} has {len(wave_S)} samples at 16 kHz; the shortest clip has {MIN_SAMPLES} (0.025 s)")
-    return from_numpy(wave_S)
-
-
-def to_waves(audio: Any, sample_rate_hz: float) -> list[Tensor]:
-    """Apply to_wave to a clip, or to each clip of a list; all have the same rate."""
-    if not is_list(audio):
-        return [to_wave(audio, sample_rate_hz)]
-    return [to_wave(clip, sample_rate_hz, f"audio[{number}]") for number, clip in enumerate(audio)]
+    return mono_S, int(sample_rate_hz)
 
 
 def is_list(audio: Any) -> bool:
@@ -61,7 +99,9 @@ def _checked_channels(audio: Any, name: str) -> np.ndarray:
         audio = audio.detach().cpu()
         audio = (audio.float() if audio.is_floating_point() else audio).numpy()
     if not isinstance(audio, np.ndarray):
-        raise UserError(f"{name} is a {type(audio).__name__}; give an array or a tensor, [S] or [channels, S]")
+        raise UserError(
+            f"{name} is a {type(audio).__name__}; give a path, or an array or a tensor, [S] or [channels, S]"
+        )
     if audio.dtype.kind != "f" and audio.dtype != np.int16:
         raise UserError(f"{name} is of {audio.dtype}; give floats with full scale 1, or int16")
     if audio.ndim not in (1, 2):

@@ -356,7 +356,7 @@ VBRI_PLACE = 36  # in a frame
 
 
 class MpegFrame(NamedTuple):
-    """What a frame's header says."""
+    """Sizes that a frame's header tells."""
 
     num_bytes: int
     info_place: int  # where a Xing header would stand in the frame

@@ -19,6 +19,7 @@ from asda.data.audio.sndfile import SndfileSound, open_by_sndfile
 from asda.data.audio.waves import (
     CUT_SLACK_S,
     MAX_SECONDS,
+    SAMPLE_RATE_HZ,
     AudioError,
     Segment,
     amplitude_complaint,
@@ -62,8 +63,12 @@ def read_wave(
 
 def wave_blocks(path: Path, segment: Segment | None = None, channel: int | None = None) -> Iterator[np.ndarray]:
     """Yield a file of any length as amplitudes at 16 kHz, float32 [S] a block. Raises AudioError as read_audio does."""
+    num_samples = 0
     with open_audio(path, segment, channel) as recording:
-        yield from resample_blocks(recording.blocks(), recording.rate_hz)
+        for block_S in resample_blocks(recording.blocks(), recording.rate_hz):
+            num_samples += len(block_S)
+            yield block_S
+        check_length(num_samples, SAMPLE_RATE_HZ, math.inf)
         recording.check_channels()
 
 

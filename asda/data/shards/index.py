@@ -51,7 +51,7 @@ Weights = Annotated[np.ndarray, PlainValidator(_weights)]
 
 
 class Record:
-    """What a JSON file or a part of one holds: nothing is converted, and no key may be unknown."""
+    """Base of a JSON file or of a part of one: nothing is converted, and no key may be unknown."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 

@@ -13,82 +13,38 @@ import pytest
 import soundfile
 import torch
 from safetensors.torch import save_file
+from small_models import (
+    CHUNK,
+    FRAMES,
+    LABELS,
+    MEAN,
+    PAD,
+    RATE_HZ,
+    STD,
+    classifying,
+    close,
+    pretraining,
+    sound,
+    write_model,
+)
 from torch import Tensor
 
 import asda
-from asda import inference
 from asda.checkpoint.read import read_state, resolve_checkpoint
-from asda.checkpoint.weights import read_weights, write_weights
-from asda.config.model import ClassifyConfig
-from asda.config.presets import filled
-from asda.config.run import Description
+from asda.checkpoint.weights import read_weights
 from asda.data.audio.read import read_wave
 from asda.data.clips import ClipDataset
 from asda.data.features import fbank
 from asda.data.stream import evaluation_batches, make_patches
 from asda.errors import UserError
 from asda.inference import Model
+from asda.inference import model as inference_model
 from asda.models.classifier import Classifier
 from asda.models.encoder import Encoder
-from asda.models.pretrain import MaskedStudents
 
-ROOT = Path(__file__).resolve().parent.parent
-RATE_HZ = 16_000
-FRAMES = 64  # of a chunk: 0.64 s, 4 x 8 patches
-CHUNK = FRAMES * 160  # samples from one chunk to the next
-MEAN, STD, PAD = -4.268, 4.569, 0.0
-LABELS = [f"class {number}" for number in range(5)]
+ROOT = Path(__file__).resolve().parents[2]
 POOLINGS = {"cls": "CLS_TOKEN", "mean": "MEAN_POOLING", "linear_softmax": "LIN_SOFTMAX"}
 MOST_LOGIT_ERROR = 5e-6  # of fp32 logits of the official tiny models (golden/README.md)
-
-
-def close(ours: Tensor, expected: Tensor) -> bool:
-    """Equal but for fp32 rounding: in a batch of another shape the matrix products add up in another order.
-
-    golden.REL_RMS is what that may do to networks of three blocks such as the ones here.
-    """
-    return golden.rel_rms(ours, expected) < golden.REL_RMS
-
-
-def sound(num_samples: int, seed: int = 0) -> np.ndarray:
-    """int16 [S] at 16 kHz whose pitch rises, so that no two stretches are alike; with an offset."""
-    time_s = np.arange(num_samples) / RATE_HZ
-    tone = np.sin(2 * np.pi * (300 + 250 * time_s) * time_s)
-    amplitude = 0.2 * tone + 0.05 * np.random.default_rng(seed).standard_normal(num_samples) + 0.01
-    return np.rint(32768 * amplitude).astype(np.int16)
-
-
-def write_model(folder: Path, *, teacher: bool = False, **changes: object) -> Path:
-    """A folder of random weights: of a classifier, or of students and, if wanted, a teacher."""
-    torch.manual_seed(3)
-    tree = {
-        "objective": {"kind": "classify", "init_from": "", "loss": "bce"},
-        "data": {"frames": FRAMES, "log_mel": {"mean": MEAN, "std": STD}, "pad_log_mel": PAD},
-        "model": {"width": 32, "depth": 3, "heads": 2, "max_time_patches": 64},
-        "labels": LABELS,
-    }
-    description = Description.model_validate_json(json.dumps(filled(tree | changes)))
-    weights = {}
-    if isinstance(description.objective, ClassifyConfig):
-        classifier = Classifier(description.model, description.objective, len(description.labels))
-        torch.nn.init.normal_(classifier.head.weight)  # of a trained size: with the initial 0.02 all classes are alike
-        weights["model"] = classifier.state_dict()
-    else:
-        weights["model"] = MaskedStudents(description.model, description.objective).state_dict()
-        if teacher:
-            weights["teacher"] = Encoder(description.model).state_dict()
-    write_weights(folder, description, weights)
-    return folder
-
-
-def pretraining() -> dict[str, object]:
-    """What write_model changes for a pre-training checkpoint."""
-    decoder = {"layers": 1, "width": 32, "groups": 4}
-    return {"objective": {"kind": "pretrain", "target_layers": 3, "decoder": decoder}, "labels": []}
-
-
-def classifying(**changes: object) -> dict[str, object]:
-    return {"objective": {"kind": "classify", "init_from": "", "loss": "bce"} | changes}
 
 
 def logits_of_part(model: Model, samples_S: np.ndarray) -> Tensor:
@@ -231,7 +187,7 @@ def test_every_frame_of_a_clip_lies_in_one_step(num_samples: int, model: Model):
 def test_a_clip_has_the_same_features_whatever_is_beside_it(
     layer: int, patches_at_once: int, model: Model, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(inference, "PATCHES_AT_ONCE", patches_at_once)
+    monkeypatch.setattr(inference_model, "PATCHES_AT_ONCE", patches_at_once)
     clips = [sound(num_samples, seed) for seed, num_samples in enumerate([*LENGTHS, 400, 2 * CHUNK, 9_999])]
     together = model.features(clips, RATE_HZ, layer)
     for clip, features in zip(clips, together, strict=True):
@@ -359,7 +315,7 @@ def test_a_window_that_holds_the_whole_clip_has_its_tags(model: Model):
 def test_certain_chunks_keep_their_log_odds(model: Model):
     """Sigmoids of 40 and -40 are 1 and 4e-18 in fp32; their clip's log-odds are still 40 and -40, exactly enough."""
     certain = [torch.full((5,), 40.0) * torch.tensor([1, 1, 1, -1, -1])] * 2
-    merged_C = model._merge(certain, [torch.zeros(400), torch.zeros(400)])
+    merged_C = model._merge([(logits_C, 1) for logits_C in certain])
     torch.testing.assert_close(merged_C, certain[0], rtol=1e-6, atol=0)
 
 
@@ -442,15 +398,15 @@ def broken(samples: list[float], at: int, value: float) -> np.ndarray:
         (np.zeros((2, 0), np.float32), "audio has shape (2, 0) and holds no samples"),
         (np.zeros(399), "audio has 399 samples at 16 kHz; the shortest clip has 400 (0.025 s)"),
         (np.zeros((1, 2, 500)), "audio has shape (1, 2, 500); give [S] or [channels, S]"),
-        (np.float32(0.5), "audio is a float32; give an array or a tensor, [S] or [channels, S]"),
+        (np.float32(0.5), "audio is a float32; give a path, or an array or a tensor, [S] or [channels, S]"),
         (np.zeros((500, 2)), "audio has shape (500, 2), which looks like [S, channels]; give [channels, S]"),
         (np.zeros((65, 500)), "audio has shape (65, 500), which looks like [S, channels]; give [channels, S]"),
         (np.zeros(500, np.int32), "audio is of int32; give floats with full scale 1, or int16"),
         (torch.zeros(500, dtype=torch.complex64), "audio is of complex64; give floats with full scale 1, or int16"),
         (np.full(500, 3000.0), "audio reaches 3000 where full scale is 1; divide it, or give integers as int16"),
-        ("clip.wav", "audio is a str; give an array or a tensor, [S] or [channels, S]"),
+        ("clip.wav", "clip.wav: a file knows its own rate; leave sample_rate_hz out"),
         ([np.zeros(500), np.zeros(3)], "audio[1] has 3 samples at 16 kHz; the shortest clip has 400 (0.025 s)"),
-        ([0.1, 0.2], "audio[0] is a float; give an array or a tensor, [S] or [channels, S]"),
+        ([0.1, 0.2], "audio[0] is a float; give a path, or an array or a tensor, [S] or [channels, S]"),
     ],
 )
 @pytest.mark.filterwarnings("error")
@@ -461,7 +417,7 @@ def test_audio_that_is_none_is_refused_in_one_sentence(audio, sentence: str, mod
         assert str(error.value) == sentence
 
 
-@pytest.mark.parametrize("rate", [0, 999, 768_001, 44_100.5, float("nan"), float("inf"), "16000", None, True, 1j])
+@pytest.mark.parametrize("rate", [0, 999, 768_001, 44_100.5, float("nan"), float("inf"), "16000", True, 1j])
 def test_a_rate_that_is_none_is_refused(rate, model: Model):
     with pytest.raises(UserError) as error:
         model.features(np.zeros(500), rate)

@@ -19,13 +19,14 @@ Shapes: B chunks, S samples, T frames of a log-mel (or time patches of a clip), 
 pixels of a patch, D width, C classes, W windows.
 """
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby
 from numbers import Integral
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +36,12 @@ from asda.checkpoint.read import read_description, resolve_checkpoint
 from asda.checkpoint.weights import Which, load_encoder, load_into, read_weights
 from asda.config.model import AstConfig, ClassifyConfig
 from asda.config.run import Description
-from asda.data.audio.arrays import Audio, is_list, to_wave, to_waves
+from asda.data.audio.arrays import Audio, blocks_of, is_list, length_of, to_wave
 from asda.data.audio.waves import SAMPLE_RATE_HZ
-from asda.data.features.fbank import FRAME_SHIFT, FRAME_WINDOW, log_mel_of_wave, num_frames, num_samples
+from asda.data.features.fbank import FRAME_SHIFT, FRAME_WINDOW, log_mel_of_wave, num_frames
 from asda.errors import UserError
+from asda.inference.results import Features, Tag, Timeline
+from asda.inference.windows import cut
 from asda.models.ast import AstEncoder
 from asda.models.classifier import Classifier, make_encoder
 from asda.models.encoder import Encoder
@@ -47,34 +50,12 @@ from asda.models.patches import normalised, padded, to_patches
 FRAMES_PER_S = SAMPLE_RATE_HZ // FRAME_SHIFT  # 100
 PATCHES_AT_ONCE = 2048  # in a batch: 4 chunks of 10.24 s
 
+LARGE_BYTES = 1 << 30  # features that large are announced before they are computed
+
+Clip = Audio | str | Path  # an array, a tensor, or the path of a file
 Device = Literal["auto", "cpu", "cuda"]
 
-
-@dataclass(frozen=True)
-class Features:
-    """Embeddings of one clip; fp32, on the CPU."""
-
-    patches: Tensor  # [T, F, D], one per patch of 16 frames x 16 mel bins (AST's overlap); low frequencies first
-    frames: Tensor  # [T, D], means over the mel patches
-    utterance: Tensor  # [D], the CLS token; for AST the mean of CLS and DIST
-    times_s: Tensor  # [T], the centre of each time patch
-
-
-@dataclass(frozen=True)
-class Tag:
-    """A class and its probability."""
-
-    label: str
-    probability: float
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """Probabilities in the windows of one clip; fp32, on the CPU."""
-
-    starts_s: Tensor  # [W]
-    ends_s: Tensor  # [W]; the last window ends with the clip's last frame
-    probabilities: Tensor  # [W, C], classes in the order of Model.labels
+_log = logging.getLogger(__name__)
 
 
 def load(path: str | Path, weights: Which = "student", device: Device = "auto") -> "Model":
@@ -100,11 +81,12 @@ def load(path: str | Path, weights: Which = "student", device: Device = "auto") 
 class Model:
     """A network, and all that turns audio into its input. asda.load makes it; it keeps no state between calls.
 
-    In all methods `audio` is a numpy array or a tensor, [S] or [channels, S] (averaged), of floats with full scale 1 or
-    of int16, and at least 0.025 s long. `features`, `logits` and `tags` also take a list of clips of any lengths, and
-    then return a list of results. `sample_rate_hz`, of all clips, is a whole number from 1000 to 768000. Results are
-    fp32, on the CPU, and other networks may be trained on them. UserError says what is wrong with an argument: a shape,
-    a sample that is not finite, a short clip.
+    In all methods `audio` is the path of a file; or a numpy array or a tensor, [S] or [channels, S] (averaged), of
+    floats with full scale 1 or of int16, with its `sample_rate_hz`, a whole number from 1000 to 768000. It lasts at
+    least 0.025 s. `features`, `logits` and `tags` also take a list of clips of any lengths, and then return a list of
+    results. Results are fp32, on the CPU, and other networks may be trained on them. A file is read block by block: a
+    day of sound takes no more memory than a minute, except for what is returned. UserError says what is wrong with an
+    argument: a file, a shape, a sample that is not finite, a short clip.
 
     Attributes:
         folder: the checkpoint or the folder of weights.
@@ -136,11 +118,19 @@ class Model:
         self.hop_s, self.chunk_s = self._stride / FRAMES_PER_S, self._chunk / FRAMES_PER_S
 
     @overload
-    def features(self, audio: Audio, sample_rate_hz: float, layer: int | None = None) -> Features: ...
-    @overload
-    def features(self, audio: Sequence[Audio], sample_rate_hz: float, layer: int | None = None) -> list[Features]: ...
     def features(
-        self, audio: Audio | Sequence[Audio], sample_rate_hz: float, layer: int | None = None
+        self, audio: Clip, sample_rate_hz: float | None = None, layer: int | None = None, out: Tensor | None = None
+    ) -> Features: ...
+    @overload
+    def features(
+        self, audio: Sequence[Clip], sample_rate_hz: float | None = None, layer: int | None = None
+    ) -> list[Features]: ...
+    def features(
+        self,
+        audio: Clip | Sequence[Clip],
+        sample_rate_hz: float | None = None,
+        layer: int | None = None,
+        out: Tensor | None = None,
     ) -> Features | list[Features]:
         """Compute embeddings of clips of any length.
 
@@ -150,19 +140,33 @@ class Model:
         data.pad_log_mel (for AST to a whole chunk, without the patches that begin after the clip). The features of a
         clip are those of its chunks in sequence. The utterance embedding is their mean, weighted by their patches.
 
-        Layer 0 is the input of the first block, layer `depth` (the default) the output of the last.
+        Layer 0 is the input of the first block, layer `depth` (the default) the output of the last. `out` is a
+        tensor of `features_shape`, for example torch.from_numpy of a numpy memory map; the patches are written into it.
         """
-        depth = self._checked_layer(layer)
-        clips = [cut(wave_S, self._chunk, self._chunk) for wave_S in to_waves(audio, sample_rate_hz)]
-        encoded = self._encode_chunks(clips, depth)
-        results = [self._join(list(islice(encoded, len(chunks)))) for chunks in clips]
+        clips = _clips(audio)
+        if out is None:
+            self._announce(clips, sample_rate_hz)
+        parts = self._feature_parts(clips, sample_rate_hz, self._checked_layer(layer))
+        results = [_joined((part for _, part in group), out) for _, group in groupby(parts, itemgetter(0))]
         return results if is_list(audio) else results[0]
 
+    def feature_blocks(
+        self, audio: Clip, sample_rate_hz: float | None = None, layer: int | None = None
+    ) -> Iterator[Features]:
+        """Yield the embeddings of one clip, a chunk at a time; joined, they are those of `features`."""
+        return (part for _, part in self._feature_parts([audio], sample_rate_hz, self._checked_layer(layer)))
+
+    def features_shape(self, audio: Clip, sample_rate_hz: float | None = None) -> tuple[int, int, int]:
+        """Return the shape of a clip's patches, [T, F, D], without computing them."""
+        whole, rest = divmod(num_frames(length_of(audio, sample_rate_hz)), self._chunk)
+        steps = whole * math.ceil(self._chunk / self._stride) + math.ceil(rest / self._stride)
+        return steps, self.encoder.num_mel_patches, self.width
+
     @overload
-    def logits(self, audio: Audio, sample_rate_hz: float) -> Tensor: ...
+    def logits(self, audio: Clip, sample_rate_hz: float | None = None) -> Tensor: ...
     @overload
-    def logits(self, audio: Sequence[Audio], sample_rate_hz: float) -> list[Tensor]: ...
-    def logits(self, audio: Audio | Sequence[Audio], sample_rate_hz: float) -> Tensor | list[Tensor]:
+    def logits(self, audio: Sequence[Clip], sample_rate_hz: float | None = None) -> list[Tensor]: ...
+    def logits(self, audio: Clip | Sequence[Clip], sample_rate_hz: float | None = None) -> Tensor | list[Tensor]:
         """Compute logits [C] of clips of any length; their sigmoid (bce) or softmax (ce) gives probabilities.
 
         A clip is cut as for `features`. A single chunk is padded with data.pad_log_mel to the length of the training
@@ -171,16 +175,18 @@ class Model:
         is padded to a whole patch only (for AST, which has one length, like a short clip).
         """
         self._checked_classifier()
-        clips = [cut(wave_S, self._chunk, self._chunk) for wave_S in to_waves(audio, sample_rate_hz)]
-        logits = self._stretch_logits(clips)
-        results = [self._merge(list(islice(logits, len(chunks))), chunks) for chunks in clips]
+        clips = _clips(audio)
+        scored = self._stretch_logits(self._cut(clips, sample_rate_hz, self._chunk, self._chunk))
+        results = [self._merge([row[1:] for row in group]) for _, group in groupby(scored, itemgetter(0))]
         return results if is_list(audio) else results[0]
 
     @overload
-    def tags(self, audio: Audio, sample_rate_hz: float, top: int = 10) -> list[Tag]: ...
+    def tags(self, audio: Clip, sample_rate_hz: float | None = None, top: int = 10) -> list[Tag]: ...
     @overload
-    def tags(self, audio: Sequence[Audio], sample_rate_hz: float, top: int = 10) -> list[list[Tag]]: ...
-    def tags(self, audio: Audio | Sequence[Audio], sample_rate_hz: float, top: int = 10) -> list[Tag] | list[list[Tag]]:
+    def tags(self, audio: Sequence[Clip], sample_rate_hz: float | None = None, top: int = 10) -> list[list[Tag]]: ...
+    def tags(
+        self, audio: Clip | Sequence[Clip], sample_rate_hz: float | None = None, top: int = 10
+    ) -> list[Tag] | list[list[Tag]]:
         """Return at most `top` classes of each clip, the most probable first; `logits` says how clips are scored."""
         if isinstance(top, bool) or not isinstance(top, Integral) or top < 1:
             raise UserError(f"top {top!r} must be a whole number, 1 or more")
@@ -188,7 +194,11 @@ class Model:
         return [self._top(logits_C, top) for logits_C in logits] if isinstance(logits, list) else self._top(logits, top)
 
     def timeline(
-        self, audio: Audio, sample_rate_hz: float, window_s: float | None = None, hop_s: float | None = None
+        self,
+        audio: Clip,
+        sample_rate_hz: float | None = None,
+        window_s: float | None = None,
+        hop_s: float | None = None,
     ) -> Timeline:
         """Compute probabilities of the classes in consecutive windows of a clip.
 
@@ -197,22 +207,44 @@ class Model:
         begins with the clip; the last is the first that reaches its end, and is cut there. Short windows separate times
         better and classes worse.
         """
+        return Timeline.joined(self.timeline_blocks(audio, sample_rate_hz, window_s, hop_s))
+
+    def timeline_blocks(
+        self,
+        audio: Clip,
+        sample_rate_hz: float | None = None,
+        window_s: float | None = None,
+        hop_s: float | None = None,
+    ) -> Iterator[Timeline]:
+        """Yield the timeline of one clip in parts of one window, in memory that does not grow with the clip."""
+        window, hop = self.window_and_hop(window_s, hop_s)
+        scored = self._stretch_logits(self._cut([audio], sample_rate_hz, window, hop))
+        for number, (_, logits_C, frames) in enumerate(scored):
+            yield self._timeline(number, [(logits_C, frames)], hop)
+
+    def timeline_of_windows(
+        self, windows: list[Tensor], first: int, window_and_hop: tuple[int, int], alone: bool
+    ) -> Timeline:
+        """Score consecutive windows of a sound, waves [S] at 16 kHz, the first of which is number `first`.
+
+        `alone` says that the sound has only this window; its end is then padded as that of a short clip.
+        """
+        scored = self._stretch_logits((0, window_S, alone) for window_S in windows)
+        return self._timeline(first, [row[1:] for row in scored], window_and_hop[1])
+
+    def window_and_hop(self, window_s: float | None, hop_s: float | None) -> tuple[int, int]:
+        """Return the window and the hop of a timeline in frames. Raises UserError."""
         self._checked_classifier()
         window = self._in_frames("window_s", window_s, self._chunk)
-        hop = self._in_frames("hop_s", hop_s, window)
-        wave_S = to_wave(audio, sample_rate_hz)
-        windows = cut(wave_S, window, hop)
-        starts_W = torch.arange(len(windows), dtype=torch.float64) * hop
-        ends_W = (starts_W + window).clamp(max=num_frames(len(wave_S)))
-        probabilities_WC = torch.stack([self._probabilities(logits_C) for logits_C in self._stretch_logits([windows])])
-        return Timeline((starts_W / FRAMES_PER_S).float(), (ends_W / FRAMES_PER_S).float(), probabilities_WC)
+        return window, self._in_frames("hop_s", hop_s, window)
 
-    def log_mel(self, audio: Audio, sample_rate_hz: float) -> Tensor:
+    def log_mel(self, audio: Clip, sample_rate_hz: float | None = None) -> Tensor:
         """Compute the log-mel of one clip as the network needs it, (log-mel - mean) / (2 std): [T, 128], not padded.
 
         T counts the frames of 25 ms, every 10 ms, that lie within the clip.
         """
-        return self._normalised(log_mel_of_wave(to_wave(audio, sample_rate_hz)))
+        wave_S = torch.cat(list(blocks_of(audio, sample_rate_hz)))
+        return self._normalised(log_mel_of_wave(to_wave(wave_S, SAMPLE_RATE_HZ)))
 
     def encode_log_mel(self, mel_BTM: Tensor, layer: int | None = None) -> Tensor:
         """Compute the encoder's tokens [B, 1 + N, D]: CLS, then patches frame by frame (number = time * F + mel).
@@ -241,11 +273,28 @@ class Model:
             output = network(patches_BNP, **settings).float().cpu()
         return output.clone()  # because no other network can be trained on tensors of inference_mode
 
-    def _encode_chunks(self, clips: list[list[Tensor]], depth: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Compute the embedding [D] of each chunk of each clip, and those of its patches, [T, F, D]."""
+    def _cut(
+        self, clips: Sequence[Clip], sample_rate_hz: float | None, window: int, hop: int
+    ) -> Iterator[tuple[int, Tensor, bool]]:
+        """Yield (number of its clip, samples [S], whether the clip has no other) for every stretch of each clip."""
+        for number, clip in enumerate(clips):
+            name = f"audio[{number}]" if len(clips) > 1 else "audio"
+            stretches = cut(blocks_of(clip, sample_rate_hz, name), window, hop)
+            held, alone = next(stretches), True
+            for stretch_S in stretches:
+                yield number, held, False
+                held, alone = stretch_S, False
+            yield number, held, alone
+
+    def _feature_parts(
+        self, clips: Sequence[Clip], sample_rate_hz: float | None, depth: int
+    ) -> Iterator[tuple[int, Features]]:
+        """Yield (number of its clip, features) for each chunk of each clip."""
         num_mel = self.encoder.num_mel_patches
-        sized = ((self._padded_frames(chunk_S), chunk_S) for chunks in clips for chunk_S in chunks)
-        for frames, chunks in self._in_batches(sized, mixed=True):
+        stretches = self._cut(clips, sample_rate_hz, self._chunk, self._chunk)
+        sized = ((self._padded_frames(chunk_S), number, chunk_S) for number, chunk_S, _ in stretches)
+        place = -1, 0  # number of the clip, chunks of it that are done
+        for frames, numbers, chunks in self._in_batches(sized, mixed=True):
             steps = [math.ceil(num_frames(len(chunk_S)) / self._stride) for chunk_S in chunks]
             present_BN = None
             if not self._is_ast and min(steps) < max(steps):
@@ -257,40 +306,55 @@ class Model:
                 patches_BTFD = patches_BND.unflatten(1, (num_mel, -1)).transpose(1, 2)
             else:
                 patches_BTFD = patches_BND.unflatten(1, (-1, num_mel))
-            for clip_D, patches_TFD, count in zip(special_BKD.mean(1), patches_BTFD, steps, strict=True):
-                yield clip_D, patches_TFD[:count]
+            for number, clip_D, patches_TFD, count in zip(
+                numbers, special_BKD.mean(1), patches_BTFD, steps, strict=True
+            ):
+                place = number, place[1] + 1 if number == place[0] else 0
+                patches_TFD = patches_TFD[:count]
+                yield number, Features(patches_TFD, patches_TFD.mean(1), clip_D, self._centres_s(place[1], count))
 
-    def _stretch_logits(self, clips: list[list[Tensor]]) -> Iterator[Tensor]:
-        """Compute logits [C] of each stretch of each clip.
+    def _centres_s(self, chunk: int, steps: int) -> Tensor:
+        """Return the centres of the time patches of a chunk, [T]."""
+        first_centre = ((self._patch - 1) * FRAME_SHIFT + FRAME_WINDOW) / 2  # samples
+        start_T = chunk * self._chunk + torch.arange(steps) * self._stride  # frames
+        return ((first_centre + start_T.double() * FRAME_SHIFT) / SAMPLE_RATE_HZ).float()
+
+    def _stretch_logits(self, stretches: Iterable[tuple[int, Tensor, bool]]) -> Iterator[tuple[int, Tensor, int]]:
+        """Yield (number of its clip, logits [C], frames) for each stretch.
 
         A whole clip is padded to the length of the training clips, a part of one only to a whole patch: a network that
         has seen little padding takes it for a sound. For masked padding every clip is padded to a whole patch.
         """
         fills = self.description.data.padding == "constant"
-        sized = ((self._padded_frames(one, fills and len(clip) == 1), one) for clip in clips for one in clip)
-        for frames, stretches in self._in_batches(sized, mixed=False):
-            yield from self._run(self._checked_classifier(), self._stack(stretches, frames))
+        sized = ((self._padded_frames(one_S, fills and alone), number, one_S) for number, one_S, alone in stretches)
+        for frames, numbers, batch in self._in_batches(sized, mixed=False):
+            logits_BC = self._run(self._checked_classifier(), self._stack(batch, frames))
+            yield from zip(numbers, logits_BC, [num_frames(len(one_S)) for one_S in batch], strict=True)
 
     def _padded_frames(self, chunk_S: Tensor, fill: bool = False) -> int:
         """Return the frames of whole patches; if `fill`, those of a training clip, which AST always needs."""
         return self._chunk if fill or self._is_ast else math.ceil(num_frames(len(chunk_S)) / self._patch) * self._patch
 
-    def _in_batches(self, sized: Iterable[tuple[int, Tensor]], *, mixed: bool) -> Iterator[tuple[int, list[Tensor]]]:
-        """Group chunks, given with their frames, in order; yield each group with the frames of its longest.
+    def _in_batches(
+        self, sized: Iterable[tuple[int, int, Tensor]], *, mixed: bool
+    ) -> Iterator[tuple[int, list[int], list[Tensor]]]:
+        """Group chunks, given with their frames and a number, in order; yield groups with the frames of the longest.
 
         A group padded to its longest chunk has at most PATCHES_AT_ONCE patches of the data. Unless `mixed`, all chunks
         of a group are equally long.
         """
-        batch, longest, patches_a_frame = [], 0, self.description.model.mel_bins / self._patch**2
-        for frames, chunk_S in sized:
+        numbers, batch, longest = [], [], 0
+        patches_a_frame = self.description.model.mel_bins / self._patch**2
+        for frames, number, chunk_S in sized:
             num_patches = max(longest, frames) * (len(batch) + 1) * patches_a_frame
             if batch and (num_patches > PATCHES_AT_ONCE or (frames != longest and not mixed)):
-                yield longest, batch
-                batch, longest = [], 0
+                yield longest, numbers, batch
+                numbers, batch, longest = [], [], 0
+            numbers.append(number)
             batch.append(chunk_S)
             longest = max(longest, frames)
         if batch:
-            yield longest, batch
+            yield longest, numbers, batch
 
     def _stack(self, chunks: list[Tensor], frames: int) -> Tensor:
         """Compute normalised log-mels of waves [S], filled up to `frames` frames: [B, T, M]."""
@@ -301,21 +365,26 @@ class Model:
         stats = self.description.data.log_mel
         return normalised(mel_TM, stats.mean, stats.std)
 
-    def _join(self, chunks: list[tuple[Tensor, Tensor]]) -> Features:
-        """Join the embeddings of a clip's chunks."""
-        patches_TFD = torch.cat([chunk_TFD for _, chunk_TFD in chunks])
-        weight_K = torch.tensor([float(len(chunk_TFD)) for _, chunk_TFD in chunks])
-        utterance_D = (weight_K / weight_K.sum()) @ torch.stack([clip_D for clip_D, _ in chunks])
-        starts = [number * self._chunk + torch.arange(len(x)) * self._stride for number, (_, x) in enumerate(chunks)]
-        first_centre = ((self._patch - 1) * FRAME_SHIFT + FRAME_WINDOW) / 2  # samples
-        centre_T = first_centre + torch.cat(starts).double() * FRAME_SHIFT
-        return Features(patches_TFD, patches_TFD.mean(1), utterance_D, (centre_T / SAMPLE_RATE_HZ).float())
+    def _timeline(self, first: int, scored: list[tuple[Tensor, int]], hop: int) -> Timeline:
+        """Make a timeline of the logits [C] and the frames of consecutive windows from number `first` on."""
+        starts_W = (first + torch.arange(len(scored), dtype=torch.float64)) * hop
+        ends_W = starts_W + torch.tensor([frames for _, frames in scored])
+        rows = [self._probabilities(logits_C) for logits_C, _ in scored]
+        probabilities_WC = torch.stack(rows) if rows else torch.empty(0, len(self.labels))
+        return Timeline((starts_W / FRAMES_PER_S).float(), (ends_W / FRAMES_PER_S).float(), probabilities_WC)
 
-    def _merge(self, logits: list[Tensor], chunks: list[Tensor]) -> Tensor:
-        if len(logits) == 1:
-            return logits[0]
-        frames_K = torch.tensor([num_frames(len(chunk_S)) for chunk_S in chunks])
-        return mean_logits(torch.stack(logits), frames_K, self._loss)
+    def _merge(self, scored: list[tuple[Tensor, int]]) -> Tensor:
+        if len(scored) == 1:
+            return scored[0][0]
+        frames_K = torch.tensor([frames for _, frames in scored])
+        return mean_logits(torch.stack([logits_C for logits_C, _ in scored]), frames_K, self._loss)
+
+    def _announce(self, clips: Sequence[Clip], sample_rate_hz: float | None) -> None:
+        """Say how large the features of a long file will be, before they are computed."""
+        for path in (clip for clip in clips if isinstance(clip, str | Path)):
+            num_bytes = 4 * math.prod(self.features_shape(path, sample_rate_hz))
+            if num_bytes >= LARGE_BYTES:
+                _log.warning("the features of %s take %.1f GB; feature_blocks yields them", path, num_bytes / 1e9)
 
     def _probabilities(self, logits_C: Tensor) -> Tensor:
         return logits_C.softmax(0) if self._loss == "ce" else logits_C.sigmoid()
@@ -374,14 +443,27 @@ def mean_logits(logits: Tensor, weight_K: Tensor, loss: str) -> Tensor:
     return log_yes - log_no
 
 
-def cut(wave_S: Tensor, window: int, hop: int) -> list[Tensor]:
-    """Cut a wave at 16 kHz, S >= 400, into stretches of `window` log-mel frames, every `hop` frames.
+def _clips(audio: Clip | Sequence[Clip]) -> list[Clip]:
+    return list(cast(Sequence[Clip], audio)) if is_list(audio) else [cast(Clip, audio)]
 
-    The last one is the first that reaches the last frame; it may be shorter, but has at least one frame.
-    """
-    num_windows = 1 + max(0, math.ceil((num_frames(len(wave_S)) - window) / hop))
-    starts = range(0, num_windows * hop * FRAME_SHIFT, hop * FRAME_SHIFT)
-    return [wave_S[start : start + num_samples(window)] for start in starts]
+
+def _joined(parts: Iterable[Features], out: Tensor | None) -> Features:
+    """Join the features of a clip's chunks, the patches into `out` if that is given."""
+    patches, frames, clips, times, step = [], [], [], [], 0
+    for part in parts:
+        if out is None:
+            patches.append(part.patches)
+        elif step + len(part.patches) > len(out) or out.shape[1:] != part.patches.shape[1:]:
+            raise UserError(f"out has the shape {list(out.shape)}, which is not that of the clip; see features_shape")
+        else:
+            out[step : step + len(part.patches)] = part.patches
+        step += len(part.patches)
+        frames.append(part.frames)
+        clips.append(part.utterance)
+        times.append(part.times_s)
+    weight_K = torch.tensor([float(len(chunk_TD)) for chunk_TD in frames])
+    utterance_D = (weight_K / weight_K.sum()) @ torch.stack(clips)
+    return Features(torch.cat(patches) if out is None else out[:step], torch.cat(frames), utterance_D, torch.cat(times))
 
 
 def _checked_device(device: Device) -> torch.device:

@@ -1,0 +1,7 @@
+"""Uses a trained network on audio of any length: features, tags, tags over time, events. Training never opens this."""
+
+from asda.inference.model import Device, Model, load, mean_logits
+from asda.inference.results import Features, Tag, Timeline
+from asda.inference.stream import Stream
+
+__all__ = ["Device", "Features", "Model", "Stream", "Tag", "Timeline", "load", "mean_logits"]

@@ -1,0 +1,40 @@
+"""Results of a model: embeddings, tags, and tags over time; fp32, on the CPU."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Features:
+    """Embeddings of one clip, or of a part of it."""
+
+    patches: Tensor  # [T, F, D], one per patch of 16 frames x 16 mel bins (AST's overlap); low frequencies first
+    frames: Tensor  # [T, D], means over the mel patches
+    utterance: Tensor  # [D], the CLS token; for AST the mean of CLS and DIST
+    times_s: Tensor  # [T], the centre of each time patch
+
+
+@dataclass(frozen=True)
+class Tag:
+    """A class and its probability."""
+
+    label: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Probabilities in consecutive windows of one clip, or of a part of it."""
+
+    starts_s: Tensor  # [W]
+    ends_s: Tensor  # [W]; the last window ends with the clip's last frame
+    probabilities: Tensor  # [W, C], classes in the order of Model.labels
+
+    @staticmethod
+    def joined(parts: "Iterable[Timeline]") -> "Timeline":
+        """Join at least one part, in their order."""
+        columns = zip(*([getattr(part, field.name) for field in fields(Timeline)] for part in parts), strict=True)
+        return Timeline(*(torch.cat(column) for column in columns))
