@@ -10,62 +10,52 @@ from typing import Any
 
 Tree = dict[str, Any]
 
-_ASDA: Tree = {
-    "architecture": "asda",
-    "mlp_ratio": 3.5,
-    "attention_lambda": 0.1,
-    "attention_norm": "joint",
-    "attention_scale": 0.95,
-}
-# The Differential Transformer (Ye et al., 2024) learns lambda and normalises each head
-_LEARNED: Tree = {"attention_lambda": "learned", "attention_norm": "per_head", "attention_scale": "by_depth"}
-_ORDINARY: Tree = {"attention_lambda": "absent", "attention_norm": "none", "attention_scale": 1.0, "mlp_ratio": 4.0}
-_WEIGHT: Tree = {"utterance_weight": 96.0}  # 0.5, summed over 12 clips x 16 students
+
+def _asda(attention_lambda: Any, norm: str, scale: Any, mlp_ratio: float = 3.5, utterance_weight: float = 96.0) -> Tree:
+    """Return a preset of ASDA's network; its weight is 0.5, summed over 12 clips x 16 students."""
+    attention = {"attention_lambda": attention_lambda, "attention_norm": norm, "attention_scale": scale}
+    return {
+        "model": {"architecture": "asda", "mlp_ratio": mlp_ratio, **attention},
+        "objective": {"utterance_weight": utterance_weight},
+    }
+
 
 PRESETS: dict[str, Tree] = {
     # ASDA as its published code computes it: 49.0 mAP on AS-2M
-    "released": {"model": _ASDA, "objective": _WEIGHT},
+    "released": _asda(0.1, "joint", 0.95),
     # ASDA as its paper describes it
-    "paper": {"model": _ASDA | {"attention_lambda": 0.3}, "objective": _WEIGHT},
-    # ASDA with the attention of the Differential Transformer
-    "learned": {"model": _ASDA | _LEARNED, "objective": _WEIGHT},
+    "paper": _asda(0.3, "joint", 0.95),
+    # ASDA with the attention of the Differential Transformer (Ye et al., 2024): lambda is learned, each head normalised
+    "learned": _asda("learned", "per_head", "by_depth"),
     # EAT (Chen et al., IJCAI 2024), which has ordinary attention; SSLAM has the same network. The weight is 1, summed
     # over 12 clips x 16 students
-    "eat": {"model": _ASDA | _ORDINARY, "objective": {"utterance_weight": 192.0}},
+    "eat": _asda("absent", "none", 1.0, mlp_ratio=4.0, utterance_weight=192.0),
     # The Audio Spectrogram Transformer (Gong et al., Interspeech 2021), and HAM-AST with its model.conformer and
     # model.channel_attention
     "ast": {"model": {"architecture": "ast", "mlp_ratio": 4.0}},
 }
 
-_BASE_OBJECTIVE: Tree = {
-    "target_layers": 12,
-    "mask": {"ratio": 0.8, "adjust": 0.07, "block": 5},
-    "ema": {"decay": 0.9998, "end_decay": 0.99999, "anneal_steps": 100_000},
-}
 
-
-def _of_base_depth(width: int, heads: int) -> Tree:
-    """Return the published base recipe at a width: 12 blocks of 64-wide heads, a decoder of 6 layers."""
-    decoder = {"layers": 6, "width": width, "kernel": 3, "groups": 16}
+def _size(
+    width: int, depth: int, heads: int, layers: int = 6, kernel: int = 3, mask: Any = (0.8, 0.07), anneal: int = 100_000
+) -> Tree:
+    """Return the dimensions of a network and the objective published with them; the defaults are those of base."""
     return {
-        "model": {"width": width, "depth": 12, "heads": heads},
-        "objective": {**_BASE_OBJECTIVE, "decoder": decoder},
+        "model": {"width": width, "depth": depth, "heads": heads},
+        "objective": {
+            "target_layers": depth,
+            "mask": {"ratio": mask[0], "adjust": mask[1], "block": 5},
+            "ema": {"decay": 0.9998, "end_decay": 0.99999, "anneal_steps": anneal},
+            "decoder": {"layers": layers, "width": width, "kernel": kernel, "groups": 16},
+        },
     }
 
 
 SIZES: dict[str, Tree] = {
-    "tiny": _of_base_depth(192, 3),  # ours; the widths of DeiT-tiny and -small
-    "small": _of_base_depth(384, 6),  # ours
-    "base": _of_base_depth(768, 12),
-    "large": {  # EAT-large
-        "model": {"width": 1024, "depth": 24, "heads": 16},
-        "objective": {
-            "target_layers": 24,
-            "mask": {"ratio": 0.75, "adjust": 0.1, "block": 5},
-            "decoder": {"layers": 3, "width": 1024, "kernel": 5, "groups": 16},
-            "ema": {"decay": 0.9998, "end_decay": 0.99999, "anneal_steps": 150_000},
-        },
-    },
+    "tiny": _size(192, 12, 3),  # ours; the widths of DeiT-tiny and -small
+    "small": _size(384, 12, 6),  # ours
+    "base": _size(768, 12, 12),
+    "large": _size(1024, 24, 16, layers=3, kernel=5, mask=(0.75, 0.1), anneal=150_000),  # EAT-large
 }
 
 DEFAULT_PRESET = "released"
@@ -74,21 +64,24 @@ DEFAULT_FRAMES = 1024  # as data.frames
 
 
 def filled(tree: Tree) -> Tree:
-    """Fill in the values of the preset and the size that a configuration does not give."""
-    given = {"preset": _preset_of(tree)} | tree
-    defaults = _defaults(given["preset"], tree.get("size", DEFAULT_SIZE), _at(tree, "model.architecture"))
-    objective = tree.get("objective")
-    if not isinstance(objective, dict) or objective.get("kind") != "pretrain":
-        defaults.pop("objective", None)
+    """Fill in the values of the preset and the size that a configuration does not give.
+
+    An unknown name fills in nothing; the check of the configuration reports it. If the architecture is not that of the
+    preset, the preset fills in nothing either.
+    """
+    architecture = at(tree, "model.architecture")
+    given = {"preset": "ast" if architecture == "ast" else DEFAULT_PRESET} | tree
+    preset, size = (
+        table.get(name, {}) if isinstance(name, str) else {}
+        for table, name in ((PRESETS, given["preset"]), (SIZES, tree.get("size", DEFAULT_SIZE)))
+    )
+    defaults = size if architecture not in (None, at(preset, "model.architecture")) else _merged(size, preset)
+    if at(tree, "objective.kind") != "pretrain":
+        defaults = {key: section for key, section in defaults.items() if key != "objective"}
     whole = _merged(defaults, given)
-    if _at(whole, "model.architecture") == "ast" and "frames" not in whole["model"]:  # for which positions are learned
-        whole["model"] = whole["model"] | {"frames": _at(whole, "data.frames") or DEFAULT_FRAMES}
+    if at(whole, "model.architecture") == "ast" and "frames" not in whole["model"]:  # for which positions are learned
+        whole["model"] = whole["model"] | {"frames": at(whole, "data.frames") or DEFAULT_FRAMES}
     return whole
-
-
-def _preset_of(tree: Tree) -> Any:
-    """Return the name of the preset; if it is not given, the default one of the architecture."""
-    return tree.get("preset", "ast" if _at(tree, "model.architecture") == "ast" else DEFAULT_PRESET)
 
 
 def departures(tree: Tree) -> list[str]:
@@ -96,30 +89,23 @@ def departures(tree: Tree) -> list[str]:
     found = []
     for name, source in ((tree["preset"], PRESETS), (tree["size"], SIZES)):
         for dotted, published in _leaves(source[name]).items():
-            value = _at(tree, dotted)
+            value = at(tree, dotted)
             if value is not None and value != published:
                 found.append(f"{dotted} {value} ({name}: {published})")
     return found
 
 
-def _defaults(preset: Any, size: Any, architecture: Any) -> Tree:
-    """Merge both tables. An unknown name gives an empty one, which the check of the configuration reports.
-
-    The model of the preset is left out if the configuration has another architecture.
-    """
-    of_preset = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
-    if architecture not in (None, _at(of_preset, "model.architecture")):
-        of_preset = {"model": {}}
-    of_size = SIZES.get(size, {}) if isinstance(size, str) else {}
-    return _merged(of_size, of_preset)
+def at(tree: Any, dotted: str) -> Any:
+    """Return the value at a dotted key; None if it is missing, as masks are in a classifier's objective."""
+    for key in dotted.split("."):
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
 
 
 def _merged(defaults: Any, given: Any) -> Any:
     if not isinstance(defaults, dict) or not isinstance(given, dict):
         return given
-    return {key: _merged(defaults[key], given[key]) if key in given else defaults[key] for key in defaults} | {
-        key: value for key, value in given.items() if key not in defaults
-    }
+    return defaults | {key: _merged(defaults[key], value) if key in defaults else value for key, value in given.items()}
 
 
 def _leaves(tree: Tree, prefix: str = "") -> Tree:
@@ -127,10 +113,3 @@ def _leaves(tree: Tree, prefix: str = "") -> Tree:
     for key, value in tree.items():
         leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return leaves
-
-
-def _at(tree: Any, dotted: str) -> Any:
-    """Return the value at a dotted key; None if it is missing, as masks are in a classifier's objective."""
-    for key in dotted.split("."):
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    return tree
