@@ -1,7 +1,6 @@
-"""The base class of every section of the configuration, the types of its values, and what a type may hold."""
+"""The base class of every section of the configuration, and the types of its values."""
 
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -28,15 +27,6 @@ class Section(BaseModel):
     """A part of the tree: immutable, without silent conversions, without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, populate_by_name=True)
-
-
-def alternatives(annotation: Any) -> list[Any]:
-    """Return the types that a value may have: the members of a union, without None and without annotations."""
-    if get_origin(annotation) is Annotated:
-        return alternatives(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return [kind for member in get_args(annotation) for kind in alternatives(member)]
-    return [] if annotation is NoneType else [annotation]
 
 
 def sections_of(annotation: Any) -> list[type[Section]]:

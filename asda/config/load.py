@@ -2,13 +2,16 @@
 
 import difflib
 import json
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
-from asda.config.base import Section, alternatives, sections_of
-from asda.errors import UserError, say
+from asda.config.base import Section, sections_of
+from asda.config.presets import at
+from asda.errors import UserError
 
 # Keys of earlier versions, each with what to write instead.
 RETIRED = {"data.workers": "data.threads threads read ahead; set data.threads, and leave data.workers out"}
@@ -57,36 +60,23 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     tree[key] = value
 
 
-def refuse_retired_keys(tree: dict[str, Any], path: str | Path) -> None:
-    """Raise UserError if a user's configuration has a key of an earlier version."""
-    for key, value in _pop_retired_keys(tree).items():
-        raise UserError(f"{path}: {key}={json.dumps(value)} is no longer a key: {RETIRED[key]}")
-
-
-def drop_retired_keys(tree: dict[str, Any], path: str | Path) -> None:
-    """Take keys of earlier versions out of a configuration that a run has stored, and say so."""
-    for key, value in _pop_retired_keys(tree).items():
-        say(f"{path}: ignoring {key}={json.dumps(value)}, which an earlier version wrote: {RETIRED[key]}")
-
-
-def _pop_retired_keys(tree: dict[str, Any]) -> dict[str, Any]:
-    found = {}
-    for dotted in RETIRED:
-        *sections, key = dotted.split(".")
-        part: Any = tree
-        for section in sections:
-            part = part.get(section) if isinstance(part, dict) else None
+def pop_retired_keys(tree: dict[str, Any]) -> list[tuple[str, str]]:
+    """Take keys of earlier versions out of a tree; return "key=value" and what to write instead, for each."""
+    found = []
+    for dotted, instead in RETIRED.items():
+        section, _, key = dotted.rpartition(".")
+        part = at(tree, section)
         if isinstance(part, dict) and key in part:
-            found[dotted] = part.pop(key)
+            found.append((f"{dotted}={json.dumps(part.pop(key))}", instead))
     return found
 
 
 def explain(error: ValidationError, kind: type[Section]) -> str:
     """Return the first complaint as one sentence, and the number of the others."""
-    errors = error.errors(include_url=False)
-    first, keys = errors[0], keys_of(errors[0]["loc"], kind)
+    errors = [(keys_of(details, kind), details) for details in error.errors(include_url=False)]
+    keys, first = errors[0]
     where = ".".join(map(str, keys)) or "the config"
-    others = [other for other in errors[1:] if keys_of(other["loc"], kind) != keys]
+    num_others = sum(other != keys for other, _ in errors)
     if first["type"] == "extra_forbidden":
         sentence = f"unknown key {where}{_nearest(keys, kind)}"
     elif first["type"] == "missing":
@@ -99,46 +89,28 @@ def explain(error: ValidationError, kind: type[Section]) -> str:
         sentence = f"{where}.{key} is {tags.get('tag')!r}; it must be one of {tags.get('expected_tags')}"
     else:
         # A value of a union has a complaint for each of its types.
-        rules = [e["msg"][0].lower() + e["msg"][1:] for e in errors if keys_of(e["loc"], kind) == keys]
+        rules = [e["msg"][0].lower() + e["msg"][1:] for other, e in errors if other == keys]
         sentence = f"{where} is {json.dumps(first['input'])[:80]}: {', or '.join(rules)}"
-    more = f" (and {len(others)} more like it)" if others else ""
-    return sentence + more
+    return sentence + (f" (and {num_others} more like it)" if num_others else "")
 
 
-def keys_of(location: tuple[Any, ...], kind: type[Section]) -> list[Any]:
-    """Return the keys of a pydantic location, without the members of unions that it names too: pretrain, float."""
-    keys, types = [], [kind]
-    for part in location:
-        if len(types) > 1:  # a union: pydantic names the member that it tried
-            types = [member for member in types if _label(member) == part][:1]
-            continue
-        keys.append(part)
-        types = _inside(types[0], part) if types else []
-    return keys
+def keys_of(error: ErrorDetails, kind: type[Section]) -> list[Any]:
+    """Return the keys to a wrong value, without the members of unions that pydantic names too: pretrain, float."""
+    location, keys = error["loc"], []
+    unknown = location[-1:] if error["type"] == "extra_forbidden" else ()
+    for part in location[: len(location) - len(unknown)]:
+        if isinstance(part, int) or keys == ["_about"] or _dotted([*keys, part]) in known_keys(kind):
+            keys.append(part)
+    return [*keys, *unknown]
 
 
-def _label(member: Any) -> Any:
-    """Return pydantic's name for a member of a union; None for a value, which holds no keys."""
-    if get_origin(member) is list:
-        return f"list[{get_args(member)[0].__name__}]"
-    if not sections_of(member):
-        return None
-    tags = [field.annotation for field in member.model_fields.values() if get_origin(field.annotation) is Literal]
-    return next((get_args(tag)[0] for tag in tags if len(get_args(tag)) == 1), member.__name__)
-
-
-def _inside(kind: Any, key: Any) -> list[Any]:
-    """Return the types that the value of a key in a section, or of an entry in a list, may have."""
-    if isinstance(kind, type) and issubclass(kind, Section):
-        found = [field.annotation for name, field in kind.model_fields.items() if key in (name, field.alias)]
-        return alternatives(found[0]) if found else []
-    return [member for entry in get_args(kind)[:1] for member in alternatives(entry)]
+def _dotted(keys: list[Any]) -> str:
+    return ".".join(str(key) for key in keys if not isinstance(key, int))  # positions in a list are no keys
 
 
 def _nearest(keys: list[Any], kind: type[Section]) -> str:
     """Return '; did you mean data.train?' if a key looks like a known one, else the known ones."""
-    known = known_keys(kind)
-    dotted = ".".join(str(key) for key in keys if not isinstance(key, int))  # positions in a list are no keys
+    known, dotted = known_keys(kind), _dotted(keys)
     if dotted in known:
         section = str(keys[0])
         return f"; it belongs to another {section}.{kind.model_fields[section].discriminator}"
@@ -151,11 +123,12 @@ def _nearest(keys: list[Any], kind: type[Section]) -> str:
     return f"; known here: {', '.join(k.rpartition('.')[2] for k in siblings)}"
 
 
-def known_keys(section: type[Section], prefix: str = "") -> list[str]:
-    """Return every dotted key of the tree."""
-    keys = []
+@cache
+def known_keys(section: type[Section], prefix: str = "") -> dict[str, None]:
+    """Return every dotted key of the tree, in its order."""
+    keys = {}
     for name, field in section.model_fields.items():
-        keys.append(prefix + (field.alias or name))
+        keys[prefix + (field.alias or name)] = None
         for part in sections_of(field.annotation):
-            keys += known_keys(part, f"{prefix}{name}.")
-    return list(dict.fromkeys(keys))
+            keys |= known_keys(part, f"{prefix}{name}.")
+    return keys

@@ -13,10 +13,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from asda.config.base import Count, Fraction, MayChange, NonNegative, PositiveFloat, PositiveInt, Preset, Section, Size
 from asda.config.data import DataConfig, DataSpecs, InputConfig
-from asda.config.load import apply_override, drop_retired_keys, explain, read_json_object, refuse_retired_keys
+from asda.config.load import apply_override, explain, pop_retired_keys, read_json_object
 from asda.config.model import AnyModelConfig, AstConfig, ClassifyConfig, ModelConfig, PretrainConfig, of_asda
 from asda.config.presets import DEFAULT_PRESET, DEFAULT_SIZE, filled
-from asda.errors import UserError
+from asda.errors import UserError, say
 
 Kind = TypeVar("Kind", "Config", "Description")
 
@@ -48,15 +48,10 @@ class OptimizerConfig(Section):
     batch: PositiveInt  # clips per step, over all ranks
 
     @model_validator(mode="after")
-    def falls(self) -> Self:
-        """Refuse a floor above the peak: the rate would rise."""
+    def fits(self) -> Self:
+        """Refuse a rate that would rise, the schedule steps without step_decay, and step_decay without steps."""
         if self.min_lr > self.lr:
             raise ValueError(f"optimizer.min_lr {self.min_lr:g} must not be above optimizer.lr {self.lr:g}; lower it")
-        return self
-
-    @model_validator(mode="after")
-    def has_its_decay(self) -> Self:
-        """Refuse the schedule steps without step_decay, and step_decay with another schedule."""
         if (self.schedule == "steps") != (self.step_decay is not None):
             raise ValueError(
                 f"optimizer.schedule is {self.schedule}: schedule steps needs optimizer.step_decay (factor, every, "
@@ -65,15 +60,14 @@ class OptimizerConfig(Section):
         return self
 
 
-ZeroStage = Annotated[int, Field(ge=0, le=3)]
-
-
 class EngineConfig(Section):
     """How DeepSpeed runs it; most of it may differ between machines without changing the recipe."""
 
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and activations; the master weights are fp32
     attention: MayChange[Literal["auto", "explicit", "sdpa", "triton"]] = "auto"  # auto takes the fastest
-    zero_stage: MayChange[ZeroStage] = 1  # partitioned over ranks: 1 optimizer, 2 gradients too, 3 weights too
+    zero_stage: MayChange[Annotated[int, Field(ge=0, le=3)]] = (
+        1  # partitioned over ranks: 1 optimizer, 2 gradients too, 3 weights too
+    )
     micro_batch: MayChange[PositiveInt] = 12  # most clips per rank at once; the rest of a batch is accumulated
     activation_checkpointing: MayChange[bool] = False  # keep only the input of each block, recompute it in backward
     offload_optimizer: MayChange[bool] = False  # the optimizer's state in the host's memory; stages 1 to 3
@@ -125,8 +119,7 @@ class Config(Section):
     @model_validator(mode="after")
     def fits(self) -> Self:
         """Check what concerns several sections."""
-        _check_frames(self.data.frames, self.model)
-        _check_architecture(self.model, self.objective, self.data)
+        _check_network(self.model, self.objective, self.data)
         if self.optimizer.warmup_steps > self.optimizer.steps:
             raise ValueError(
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} must not exceed "
@@ -177,17 +170,28 @@ class Description(Section):
     @model_validator(mode="after")
     def fits(self) -> Self:
         """Check what concerns several sections."""
-        _check_frames(self.data.frames, self.model)
-        _check_architecture(self.model, self.objective, self.data)
+        _check_network(self.model, self.objective, self.data)
         return self
 
 
-def _check_architecture(
-    model: ModelConfig | AstConfig, objective: PretrainConfig | ClassifyConfig, data: "DataConfig | InputConfig"
+def _check_network(
+    model: ModelConfig | AstConfig, objective: PretrainConfig | ClassifyConfig, data: DataConfig | InputConfig
 ) -> None:
-    """Refuse what AST cannot do."""
-    if not isinstance(model, AstConfig):
+    """Refuse clips of a length that the network does not take, and what AST cannot do."""
+    if data.frames % model.patch:
+        raise ValueError(f"data.frames {data.frames} must be a multiple of model.patch {model.patch}")
+    if isinstance(model, ModelConfig):
+        if data.frames > model.max_time_patches * model.patch:
+            raise ValueError(
+                f"data.frames {data.frames} must fit model.max_time_patches {model.max_time_patches} x model.patch "
+                f"{model.patch}"
+            )
         return
+    if data.frames != model.frames:
+        raise ValueError(
+            f"data.frames {data.frames} must equal model.frames {model.frames}, for which AST learns its positions; "
+            "leave out model.frames"
+        )
     if isinstance(objective, PretrainConfig):
         raise ValueError(
             "model.architecture ast is for objective.kind classify; pre-training needs model.architecture asda"
@@ -228,23 +232,6 @@ def _check_pretraining(objective: PretrainConfig, data: DataConfig, model: Model
         )
 
 
-def _check_frames(frames: int, model: ModelConfig | AstConfig) -> None:
-    """Refuse a clip length that is not a multiple of a patch, or that the table of positions does not fit."""
-    if frames % model.patch:
-        raise ValueError(f"data.frames {frames} must be a multiple of model.patch {model.patch}")
-    if isinstance(model, AstConfig):
-        if frames != model.frames:
-            raise ValueError(
-                f"data.frames {frames} must equal model.frames {model.frames}, for which AST learns its positions; "
-                "leave out model.frames"
-            )
-        return
-    if frames > model.max_time_patches * model.patch:
-        raise ValueError(
-            f"data.frames {frames} must fit model.max_time_patches {model.max_time_patches} x model.patch {model.patch}"
-        )
-
-
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a run from a JSON file and dotted overrides; what neither gives comes from the preset and the size.
 
@@ -258,23 +245,21 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     tree = read_json_object(Path(path))
     for override in overrides or []:
         apply_override(tree, override)
-    refuse_retired_keys(tree, path)
+    for assignment, instead in pop_retired_keys(tree):
+        raise UserError(f"{path}: {assignment} is no longer a key: {instead}")
     return _checked(tree, Config, path)
 
 
 def load_stored_config(path: Path) -> Config:
-    """Read the config.json that a run or a checkpoint has stored, without keys that are retired since.
-
-    Raises:
-        UserError: as load_config does.
-    """
+    """Read the config.json that a run or a checkpoint has stored, without keys that are retired since."""
     tree = read_json_object(path)
-    drop_retired_keys(tree, path)
+    for assignment, instead in pop_retired_keys(tree):
+        say(f"{path}: ignoring {assignment}, which an earlier version wrote: {instead}")
     return _checked(tree, Config, path)
 
 
 def load_description(path: Path) -> Description:
-    """Read the config.json of a folder of weights; raises UserError as load_config does."""
+    """Read the config.json of a folder of weights."""
     return _checked(read_json_object(path), Description, path)
 
 

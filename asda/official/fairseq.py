@@ -269,7 +269,7 @@ def validated(tree: Tree, source: str) -> Description:
         return Description.model_validate_json(json.dumps(tree))
     except ValidationError as error:
         first = error.errors()[0]
-        where, why = ".".join(map(str, keys_of(first["loc"], Description))), first["msg"].removeprefix("Value error, ")
+        where, why = ".".join(map(str, keys_of(first, Description))), first["msg"].removeprefix("Value error, ")
         raise UserError(f"{source} describes a model that asda does not have ({where}: {why})") from None
 
 
