@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from asda.config.base import Count, Fraction, NonNegative, Number, PositiveFloat, PositiveInt, Section
+from asda.config.base import Count, Fraction, NonNegative, Number, PositiveFloat, PositiveInt, Section, Share
 
 
 class ModelConfig(Section):
@@ -87,10 +87,8 @@ class AstConfig(Section):
     @property
     def grid(self) -> tuple[int, int]:
         """Overlapping patches along time and along mel."""
-        return tuple(
-            (size - self.patch) // stride + 1
-            for size, stride in ((self.frames, self.time_stride), (self.mel_bins, self.mel_stride))
-        )  # pyright: ignore[reportReturnType]
+        num_mel_patches = (self.mel_bins - self.patch) // self.mel_stride + 1
+        return (self.frames - self.patch) // self.time_stride + 1, num_mel_patches
 
     @model_validator(mode="after")
     def divides(self) -> Self:
@@ -106,11 +104,9 @@ class AstConfig(Section):
             raise ValueError(f"model.patch {self.patch} must divide model.mel_bins {self.mel_bins}")
         if self.frames % self.patch:
             raise ValueError(f"model.frames {self.frames} must be a multiple of model.patch {self.patch}")
-        if self.channel_attention.enabled and self.channel_attention.reduction > self.width:
-            raise ValueError(
-                f"model.channel_attention.reduction {self.channel_attention.reduction} must not exceed model.width "
-                f"{self.width}"
-            )
+        reduction = self.channel_attention.reduction
+        if self.channel_attention.enabled and reduction > self.width:
+            raise ValueError(f"model.channel_attention.reduction {reduction} must not exceed model.width {self.width}")
         return self
 
 
@@ -140,7 +136,7 @@ class MaskConfig(Section):
     """Inverse block masks: a few blocks stay visible, the rest is hidden."""
 
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.8  # hidden share of the patches
-    adjust: Annotated[float, Field(ge=0, lt=1)] = 0.07  # extra share when the number of blocks is chosen
+    adjust: Fraction = 0.07  # extra share when the number of blocks is chosen
     block: PositiveInt = 5  # patches along each side
 
     def visible(self, num_patches: int) -> int:
@@ -155,8 +151,8 @@ class MaskConfig(Section):
 class EmaConfig(Section):
     """The teacher's decay, linear from `decay` to `end_decay` over `anneal_steps` steps."""
 
-    decay: Annotated[float, Field(ge=0, le=1)] = 0.9998
-    end_decay: Annotated[float, Field(ge=0, le=1)] = 0.99999
+    decay: Share = 0.9998
+    end_decay: Share = 0.99999
     anneal_steps: PositiveInt = 100_000
 
 

@@ -65,9 +65,8 @@ class EngineConfig(Section):
 
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and activations; the master weights are fp32
     attention: MayChange[Literal["auto", "explicit", "sdpa", "triton"]] = "auto"  # auto takes the fastest
-    zero_stage: MayChange[Annotated[int, Field(ge=0, le=3)]] = (
-        1  # partitioned over ranks: 1 optimizer, 2 gradients too, 3 weights too
-    )
+    # What is partitioned over ranks: 1 optimizer, 2 gradients too, 3 weights too
+    zero_stage: MayChange[Annotated[int, Field(ge=0, le=3)]] = 1
     micro_batch: MayChange[PositiveInt] = 12  # most clips per rank at once; the rest of a batch is accumulated
     activation_checkpointing: MayChange[bool] = False  # keep only the input of each block, recompute it in backward
     offload_optimizer: MayChange[bool] = False  # the optimizer's state in the host's memory; stages 1 to 3
@@ -119,35 +118,30 @@ class Config(Section):
     @model_validator(mode="after")
     def fits(self) -> Self:
         """Check what concerns several sections."""
-        _check_network(self.model, self.objective, self.data)
-        if self.optimizer.warmup_steps > self.optimizer.steps:
+        data, augment, optimizer, engine = self.data, self.data.augment, self.optimizer, self.engine
+        _check_network(self.model, self.objective, data)
+        if optimizer.warmup_steps > optimizer.steps:
             raise ValueError(
-                f"optimizer.warmup_steps {self.optimizer.warmup_steps} must not exceed "
-                f"optimizer.steps {self.optimizer.steps}"
+                f"optimizer.warmup_steps {optimizer.warmup_steps} must not exceed optimizer.steps {optimizer.steps}"
             )
-        if self.data.augment.frame_roll >= self.data.frames:
+        if (roll := augment.frame_roll) >= data.frames:
+            raise ValueError(f"data.augment.frame_roll {roll} must be less than data.frames {data.frames}")
+        if augment.mixup.alpha and (optimizer.batch % 2 or engine.micro_batch < 2):
             raise ValueError(
-                f"data.augment.frame_roll {self.data.augment.frame_roll} must be less than "
-                f"data.frames {self.data.frames}"
-            )
-        if self.data.augment.mixup.alpha and (self.optimizer.batch % 2 or self.engine.micro_batch < 2):
-            raise ValueError(
-                f"optimizer.batch {self.optimizer.batch} must be even and engine.micro_batch "
-                f"{self.engine.micro_batch} at least 2, because data.augment.mixup mixes neighbours"
+                f"optimizer.batch {optimizer.batch} must be even and engine.micro_batch {engine.micro_batch} at least "
+                "2, because data.augment.mixup mixes neighbours"
             )
         if isinstance(self.objective, PretrainConfig):
-            _check_pretraining(self.objective, self.data, of_asda(self.model), self.run.keep_best)
+            _check_pretraining(self.objective, data, of_asda(self.model), self.run.keep_best)
         elif self.probe:
             raise ValueError("probe is for objective.kind pretrain; a classifier is evaluated on data.valid")
-        elif self.run.keep_best and not self.data.valid:
-            raise ValueError(
-                f"run.keep_best {self.run.keep_best} needs a validation metric; give data.valid=FOLDER:SPLIT"
-            )
-        if self.engine.offload_optimizer and not self.engine.zero_stage:
+        elif (metric := self.run.keep_best) and not data.valid:
+            raise ValueError(f"run.keep_best {metric} needs a validation metric; give data.valid=FOLDER:SPLIT")
+        if engine.offload_optimizer and not engine.zero_stage:
             raise ValueError(
                 "engine.offload_optimizer needs engine.zero_stage 1, 2 or 3; DeepSpeed cannot do it in stage 0"
             )
-        if self.engine.precision == "fp16" and not self.engine.zero_stage:
+        if engine.precision == "fp16" and not engine.zero_stage:
             # Measured with DeepSpeed 0.19.8: the first moments after a step are smaller by the loss scale.
             raise ValueError(
                 "engine.precision fp16 needs engine.zero_stage 1, 2 or 3; in stage 0 DeepSpeed divides gradients by a "

@@ -15,13 +15,13 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
 from asda.checkpoint.weights import misfit, named
 from asda.config.load import keys_of
@@ -109,12 +109,7 @@ class Layout:
 
     def key(self, ours: str) -> str:
         """Return their name for one of our parameters (in MaskedStudents or Classifier), or for POSITIONS."""
-        name = ours
-        for prefix, theirs in OURS_TO_THEIRS:
-            if ours.startswith(prefix):
-                name = theirs + ours.removeprefix(prefix)
-                break
-        name = re.sub(r"(decoder\.blocks\.\d+)\.", r"\1.0.", name)
+        name = re.sub(r"(decoder\.blocks\.\d+)\.", r"\1.0.", renamed(ours, OURS_TO_THEIRS))
         if self.joined_qkv:
             name = re.sub(r"attn\.(qk|v)\.", "attn.qkv.", name)
         if self.hugging_face:
@@ -139,8 +134,7 @@ def from_official(file: Mapping[str, Any], cfg: Tree, wishes: Wishes, source: st
     teacher = state.pop("_ema", None)
     layout = _recognise(state, source)
     notes = _drop_strangers(state)
-    tree = _recorded(file, wishes, source) or _inferred(state, layout, cfg, wishes, source, notes)
-    description = validated(tree, source)
+    description = _recorded(file, wishes, source) or _inferred(state, layout, cfg, wishes, source, notes)
     precisions = {str(t.dtype).removeprefix("torch.") for t in state.values() if isinstance(t, Tensor)} - {"float32"}
     notes += [f"tensors of {precision} became float32" for precision in sorted(precisions)]
     has_decoder = not layout.fine_tuned and not layout.hugging_face
@@ -167,27 +161,23 @@ def to_official(description: Description, weights: dict[str, Weights]) -> Tree:
     Raises:
         UserError: the official code cannot compute this model, or a part of it is missing.
     """
-    _check_expressible(description)
-    layout = _fairseq_layout(description)
-    complaint = misfit(parameters_on_meta(description), weights["model"])
-    if complaint:
+    model = _expressible(description)
+    layout = Layout(
+        fine_tuned=isinstance(description.objective, ClassifyConfig),
+        hugging_face=False,
+        joined_qkv=model.attention_lambda == "absent",
+    )
+    if complaint := misfit(parameters_on_meta(description), weights["model"]):
         raise UserError(f"the weights are not whole: {complaint}")
-    state: Tree = _join(weights["model"], of_asda(description.model), layout)
+    state: Tree = _join(weights["model"], model, layout)
     if "teacher" in weights:
-        teacher = {f"encoder.{name}": tensor for name, tensor in weights["teacher"].items()}
-        state["_ema"] = _join(teacher, of_asda(description.model), layout)
+        state["_ema"] = _join({f"encoder.{key}": tensor for key, tensor in weights["teacher"].items()}, model, layout)
     return {
         **FAIRSEQ_FRAME,
         "cfg": official_cfg(description),
         "model": state,
         "asda": dump_config(description),  # fairseq ignores it; from_official reads it back
     }
-
-
-def parameters_on_meta(description: Description) -> Weights:
-    """Return the state of the module that a description builds, as tensors without memory."""
-    with torch.device("meta"):
-        return _module(description).state_dict()
 
 
 def official_positions(rows: int, columns: int, width: int) -> Tensor:
@@ -208,20 +198,18 @@ def official_positions(rows: int, columns: int, width: int) -> Tensor:
 
 def _recognise(state: Tree, source: str) -> Layout:
     for fine_tuned, hugging_face in ((False, False), (True, False), (False, True)):
-        layout = Layout(fine_tuned, hugging_face, joined_qkv=False)
+        layout = Layout(fine_tuned, hugging_face, joined_qkv=any(".attn.qkv." in key for key in state))
         if layout.key("encoder.cls_token") in state:
-            fine_tuned = fine_tuned or "model.head.weight" in state
-            return Layout(fine_tuned, hugging_face, any(".attn.qkv." in key for key in state))
+            return replace(layout, fine_tuned=fine_tuned or "model.head.weight" in state)
     if "encoder.cls_token" in state:
         raise UserError(f"{source} holds weights in asda's own layout; --to official writes the official one")
     found = ", ".join(named(key, value) for key, value in list(state.items())[:3]) or "nothing"
     raise UserError(
-        f"{source} is not a checkpoint of EAT, ASDA or SSLAM: "
-        f"{Layout(False, False, False).key('encoder.cls_token')} is missing; it begins with {found}"
+        f"{source} is not a checkpoint of EAT, ASDA or SSLAM: {IMAGE}extra_tokens is missing; it begins with {found}"
     )
 
 
-def _recorded(file: Mapping[str, Any], wishes: Wishes, source: str) -> Tree | None:
+def _recorded(file: Mapping[str, Any], wishes: Wishes, source: str) -> Description | None:
     """Return the description that to_official left in the file, with the user's changes."""
     if not isinstance(file.get("asda"), str):
         return None
@@ -233,10 +221,10 @@ def _recorded(file: Mapping[str, Any], wishes: Wishes, source: str) -> Tree | No
         tree["labels"] = labels_of(len(tree["labels"]), wishes.labels or tuple(tree["labels"]), [])
     except (ValueError, TypeError, KeyError):
         raise UserError(f"{source} has a damaged description of its model; convert its weights again") from None
-    return tree
+    return _validated(tree, source)
 
 
-def _inferred(state: Tree, layout: Layout, cfg: Tree, wishes: Wishes, source: str, notes: list[str]) -> Tree:
+def _inferred(state: Tree, layout: Layout, cfg: Tree, wishes: Wishes, source: str, notes: list[str]) -> Description:
     """Make a description from the shapes, the cfg, and the preset and size that they suggest."""
     notes += check_cfg(cfg, source)
     preset = "eat" if layout.joined_qkv else wishes.preset or "released"
@@ -251,20 +239,24 @@ def _inferred(state: Tree, layout: Layout, cfg: Tree, wishes: Wishes, source: st
             f"log-mel mean {recipe.mean} and std {recipe.std} are those of {recipe.name}: "
             "no checkpoint records them (--mean, --std)"
         )
-    tree = {
-        "_about": {"what": f"converted from {source}"},
-        "preset": preset,
-        "size": size_of(model),
-        "objective": classify_tree(cfg) if layout.fine_tuned else _pretrain_tree(state, layout, cfg, model),
-        "data": data,
-        "model": model,
-        "labels": labels_of(num_classes, wishes.labels, notes),
-    }
-    return filled(tree)
+    objective = classify_tree(cfg) if layout.fine_tuned else _pretrain_tree(state, layout, cfg, model)
+    labels = labels_of(num_classes, wishes.labels, notes)
+    return described(source, preset, objective=objective, data=data, model=model, labels=labels)
 
 
-def validated(tree: Tree, source: str) -> Description:
-    """Check a tree and return its description. Raises UserError naming the first invalid value."""
+def described(source: str, preset: str, **sections: Any) -> Description:
+    """Make the description of a converted model of its sections; its preset and size fill in the rest.
+
+    Raises:
+        UserError: names the first invalid value.
+    """
+    model = sections["model"].items()
+    size = next((size for size, values in SIZES.items() if values["model"].items() <= model), DEFAULT_SIZE)
+    about = {"what": f"converted from {source}"}
+    return _validated(filled({"_about": about, "preset": preset, "size": size, **sections}), source)
+
+
+def _validated(tree: Tree, source: str) -> Description:
     try:
         return Description.model_validate_json(json.dumps(tree))
     except ValidationError as error:
@@ -323,6 +315,15 @@ def labels_of(num_classes: int, given: tuple[str, ...] | None, notes: list[str])
 # ---- tensors
 
 
+def parameters_on_meta(description: Description) -> Weights:
+    """Return the state of the module that a description builds (of one class without labels), without memory."""
+    objective = description.objective
+    with torch.device("meta"):
+        if isinstance(objective, PretrainConfig):
+            return MaskedStudents(of_asda(description.model), objective).state_dict()
+        return Classifier(description.model, objective, len(description.labels) or 1).state_dict()
+
+
 def _drop_strangers(state: Tree) -> list[str]:
     """Remove the parts of other objectives from `state`; return a note on each."""
     strangers = [key for key in state if key.removeprefix("model.").startswith(NOT_OURS)]
@@ -335,21 +336,20 @@ def _translate(
     state: Mapping[str, Any], description: Description, layout: Layout, source: str, has_decoder: bool
 ) -> Weights:
     """Make our parameters from theirs, in fp32, as copies."""
-    expected = parameters_on_meta(description)
+    model, expected = of_asda(description.model), parameters_on_meta(description)
     if not has_decoder:
         expected = {name: tensor for name, tensor in expected.items() if not name.startswith("decoder.")}
-    complaint = misfit(_join(expected, of_asda(description.model), layout, "meta"), state)
-    if complaint:
-        raise UserError(f"{source} does not fit: {complaint}")
-    refuse_unsound(state, source)
-    _check_positions(state[layout.key(POSITIONS)][0], of_asda(description.model), source)
+    check_tensors(_join(expected, model, layout), state, source)
+    _check_positions(state[layout.key(POSITIONS)][0], model, source)
     ours = {name: _rows(name, state[layout.key(name)], layout).reshape(t.shape) for name, t in expected.items()}
     return {name: tensor.to(torch.float32, copy=True) for name, tensor in ours.items()}
 
 
-def refuse_unsound(state: Mapping[str, Tensor], source: str) -> None:
-    """Refuse tensors that are not finite floating-point numbers in this machine's memory. Raises UserError."""
-    for key, tensor in state.items():
+def check_tensors(expected: Weights, found: Mapping[str, Any], source: str) -> None:
+    """Refuse other names and shapes, and all but finite floating-point numbers in memory. Raises UserError."""
+    if complaint := misfit(expected, found):
+        raise UserError(f"{source} does not fit: {complaint}")
+    for key, tensor in found.items():
         there = tensor.is_floating_point() and tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not (there and bool(tensor.isfinite().all())):
             raise UserError(f"{source} holds values in {key} that are not finite numbers; the checkpoint is damaged")
@@ -363,7 +363,7 @@ def _rows(ours: str, theirs: Tensor, layout: Layout) -> Tensor:
     return theirs[:num_qk] if ".qk." in ours else theirs[num_qk:]
 
 
-def _join(ours: Weights, model: ModelConfig, layout: Layout, device: str = "cpu") -> Weights:
+def _join(ours: Weights, model: ModelConfig, layout: Layout) -> Weights:
     """Make their tensors from ours, with the table of positions."""
     parts: dict[str, Weights] = {}
     for name, tensor in ours.items():
@@ -372,11 +372,7 @@ def _join(ours: Weights, model: ModelConfig, layout: Layout, device: str = "cpu"
         parts.setdefault(layout.key(name), {})[name] = theirs
     # Parts of one tensor follow each other by name, whatever the order of a file: qk, then v.
     joined = {key: torch.cat([part[name] for name in sorted(part)]) for key, part in parts.items()}
-    columns = model.mel_bins // model.patch
-    if device == "meta":
-        table_1ND = torch.empty(1, model.max_time_patches * columns, model.width, device="meta")
-    else:
-        table_1ND = official_positions(model.max_time_patches, columns, model.width)
+    table_1ND = official_positions(model.max_time_patches, model.mel_bins // model.patch, model.width)
     return joined | {layout.key(POSITIONS): table_1ND}
 
 
@@ -398,41 +394,29 @@ def _check_positions(theirs_ND: Tensor, model: ModelConfig, source: str) -> None
         )
 
 
-def _module(description: Description) -> nn.Module:
-    if isinstance(description.objective, PretrainConfig):
-        return MaskedStudents(of_asda(description.model), description.objective)
-    return Classifier(description.model, description.objective, len(description.labels))
-
-
-# ---- towards the official code
-
-
-def _fairseq_layout(description: Description) -> Layout:
-    return Layout(
-        fine_tuned=isinstance(description.objective, ClassifyConfig),
-        hugging_face=False,
-        joined_qkv=of_asda(description.model).attention_lambda == "absent",
-    )
-
-
-def _check_expressible(description: Description) -> None:
-    """Refuse a model that the official code cannot compute: it has two kinds of attention with fixed constants."""
+def _expressible(description: Description) -> ModelConfig:
+    """Return the model section of a network that the official code has: two kinds of attention, constants fixed."""
     model = description.model
     if isinstance(model, AstConfig):
         raise UserError(
             "the official layout is that of EAT and ASDA, and this model is an AST; use its folder as it is"
         )
-    official = PRESETS["eat" if model.attention_lambda == "absent" else "released"]["model"]
-    fixed = {key: value for key, value in official.items() if key != "mlp_ratio" or model.attention_lambda != "absent"}
-    for key, value in fixed.items():
-        if getattr(model, key) != value:
+    is_eat = model.attention_lambda == "absent"
+    for key, value in PRESETS["eat" if is_eat else "released"]["model"].items():
+        if getattr(model, key) != value and not (is_eat and key == "mlp_ratio"):
             raise UserError(
                 f"the official code cannot compute this model: it has model.{key} {value} fixed, "
                 f"this model has {getattr(model, key)}"
             )
+    return model
 
 
 # ---- small readers
+
+
+def renamed(name: str, prefixes: list[tuple[str, str]]) -> str:
+    """Return a name with the first of our prefixes that it has replaced by theirs."""
+    return next((theirs + name.removeprefix(ours) for ours, theirs in prefixes if name.startswith(ours)), name)
 
 
 def shape_of(state: Tree, key: str, ndim: int, source: str) -> tuple[int, ...]:
@@ -454,8 +438,3 @@ def ratio_of(hidden: int, width: int) -> float:
     """Return the ratio from which the width makes the hidden width again, although ratios are rounded."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
-
-
-def size_of(model: Tree) -> str:
-    """Return the name of the size with these widths and depths."""
-    return next((size for size, of in SIZES.items() if of["model"].items() <= model.items()), DEFAULT_SIZE)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from asda.config.model import ClassifyConfig, PretrainConfig, of_asda
-from asda.config.presets import filled
+from asda.config.presets import at, filled
 from asda.config.run import Description
 from asda.data.labels import NUM_AUDIOSET_CLASSES
 from asda.errors import UserError
@@ -47,6 +47,22 @@ PRETRAINING_CFG = {
     DECODER + "decoder_residual": True,
     DECODER + "add_positions_masked": False,
     DECODER + "add_positions_all": False,
+}
+# Their key in the model section, and ours in the objective section of pre-training
+OBJECTIVE_KEYS = {
+    "average_top_k_layers": "target_layers",
+    "clone_batch": "students",
+    "ema_decay": "ema.decay",
+    "ema_end_decay": "ema.end_decay",
+    "ema_anneal_end_step": "ema.anneal_steps",
+    IMAGE + "mask_prob": "mask.ratio",
+    IMAGE + "mask_prob_adjust": "mask.adjust",
+    IMAGE + "mask_length": "mask.block",
+    IMAGE + "mask_noise_std": "decoder.noise_std",
+    DECODER + "decoder_dim": "decoder.width",
+    DECODER + "decoder_groups": "decoder.groups",
+    DECODER + "decoder_kernel": "decoder.kernel",
+    DECODER + "decoder_layers": "decoder.layers",
 }
 # What else fairseq must find to build the model: its own defaults are those of another model.
 LOADING_CFG = {
@@ -99,15 +115,15 @@ OTHER_INPUTS = [
 
 def check_cfg(cfg: Tree, source: str) -> list[str]:
     """Return notes on how the pre-training differed from ours. Raises UserError if the encoder is not ours."""
-    model = model_section(cfg)
-    for key, ours in ENCODER_CFG.items():
-        if _differs(_at(model, key), ours):
-            raise UserError(f"{source} was made with model.{key} {_at(model, key)}; asda's encoder has {ours}")
-    return [
-        f"pre-trained with model.{key} {_at(model, key)}, where asda has {ours}; the encoder does not depend on it"
-        for key, ours in PRETRAINING_CFG.items()
-        if _differs(_at(model, key), ours)
-    ]
+    model, notes = model_section(cfg), []
+    for key, ours in (ENCODER_CFG | PRETRAINING_CFG).items():
+        theirs = at(model, key)
+        if not isinstance(theirs, int | float) or theirs == ours:
+            continue
+        if key in ENCODER_CFG:
+            raise UserError(f"{source} was made with model.{key} {theirs}; asda's encoder has {ours}")
+        notes.append(f"pre-trained with model.{key} {theirs}, where asda has {ours}; the encoder does not depend on it")
+    return notes
 
 
 def model_section(cfg: Tree) -> Tree:
@@ -115,28 +131,19 @@ def model_section(cfg: Tree) -> Tree:
     return _section(_pretraining(cfg), "model")
 
 
-def number(tree: Tree, dotted: str, default: Any) -> Any:
+def number(tree: Tree, key: str, default: Any) -> Any:
     """Return a number, or the default if it is missing or a reference that only fairseq can follow."""
-    value = _at(tree, dotted)
+    value = tree.get(key)
     return value if _is_number(value) else default
 
 
 def pretrain_tree(cfg: Tree) -> Tree:
-    """Make our objective section, without the decoder's sizes, which are in the weights."""
+    """Make our objective section, as far as the cfg tells."""
     model = model_section(cfg)
-    factors = [_at(model, "cls_loss"), _at(_pretraining(cfg), "dataset.batch_size"), _at(model, "clone_batch")]
-    found = {
-        "students": _at(model, "clone_batch"),
-        "utterance_weight": math.prod(map(float, factors)) if all(map(_is_number, factors)) else None,
-        "target_layers": _at(model, "average_top_k_layers"),
-        "mask.ratio": _at(model, IMAGE + "mask_prob"),
-        "mask.adjust": _at(model, IMAGE + "mask_prob_adjust"),
-        "mask.block": _at(model, IMAGE + "mask_length"),
-        "ema.decay": _at(model, "ema_decay"),
-        "ema.end_decay": _at(model, "ema_end_decay"),
-        "ema.anneal_steps": _at(model, "ema_anneal_end_step"),
-        "decoder.noise_std": _at(model, IMAGE + "mask_noise_std"),
-    }
+    found = {ours: at(model, theirs) for theirs, ours in OBJECTIVE_KEYS.items()}
+    factors = [model.get("cls_loss"), at(_pretraining(cfg), "dataset.batch_size"), model.get("clone_batch")]
+    if all(map(_is_number, factors)):
+        found["utterance_weight"] = math.prod(map(float, factors))
     return {"kind": "pretrain", **_nested({key: value for key, value in found.items() if _is_number(value)})}
 
 
@@ -160,14 +167,7 @@ def classify_tree(cfg: Tree) -> Tree:
 def input_tree(cfg: Tree, num_classes: int, mean: float | None, std: float | None) -> tuple[Tree, InputRecipe]:
     """Make our data section for the dataset that the cfg names or, without a cfg, the number of classes suggests.
 
-    Args:
-        cfg: {} if there is none.
-        num_classes: 0 for a pre-trained checkpoint.
-        mean: of the log-mel, if the user gave it.
-        std: of the log-mel, if the user gave it.
-
-    Returns:
-        The section, and the recipe that fills in what the user did not give.
+    The mean and std of the log-mel are those that the user gave. The second result is the recipe that fills in others.
     """
     sections = [_section(cfg, "model"), _section(cfg, "task"), _section(_pretraining(cfg), "task")]
     flagged = [recipe for recipe in OTHER_INPUTS if any(part.get(recipe.flag) is True for part in sections[:2])]
@@ -197,84 +197,13 @@ def _pooling(mode: Any) -> str:
 
 def official_cfg(description: Description) -> Tree:
     """Make the cfg from which fairseq rebuilds a model, with everything that changes what it computes."""
-    objective = description.objective
+    objective, frames = description.objective, description.data.frames
     if isinstance(objective, PretrainConfig):
         return _pretraining_cfg(description, objective)
     tree = {"preset": description.preset, "size": description.size, "objective": {"kind": "pretrain"}}
     assumed = filled(tree)["objective"] | {"target_layers": description.model.depth}
     pretraining = _pretraining_cfg(description, PretrainConfig.model_validate(assumed))
-    return _classification_cfg(description, objective, pretraining)
-
-
-def _pretraining_cfg(description: Description, objective: PretrainConfig) -> Tree:
-    model, decoder, frames = of_asda(description.model), objective.decoder, description.data.frames
-    steps = objective.ema.anneal_steps
-    network = {
-        "depth": model.depth,
-        "num_heads": model.heads,
-        "embed_dim": model.width,
-        "mlp_ratio": model.mlp_ratio if model.attention_lambda == "absent" else OFFICIAL_ASDA_MLP_RATIO,
-        "average_top_k_layers": objective.target_layers,
-        "clone_batch": objective.students,
-        "cls_loss": objective.utterance_weight / (PUBLISHED_BATCH * objective.students),
-        "ema_decay": objective.ema.decay,
-        "ema_end_decay": objective.ema.end_decay,
-        "ema_anneal_end_step": steps,
-        "max_update": steps,
-        IMAGE + "patch_size": model.patch,
-        IMAGE + "embed_dim": model.width,
-        IMAGE + "target_length": frames,
-        IMAGE + "max_length": model.max_time_patches,
-        IMAGE + "num_alibi_heads": model.heads,
-        IMAGE + "model_depth": model.depth,
-        IMAGE + "mask_prob": objective.mask.ratio,
-        IMAGE + "mask_prob_adjust": objective.mask.adjust,
-        IMAGE + "mask_length": objective.mask.block,
-        IMAGE + "mask_noise_std": decoder.noise_std,
-        DECODER + "decoder_dim": decoder.width,
-        DECODER + "decoder_groups": decoder.groups,
-        DECODER + "decoder_kernel": decoder.kernel,
-        DECODER + "decoder_layers": decoder.layers,
-    }
-    return {
-        "common": {"seed": 1},
-        "task": {"_name": "mae_image_pretraining", "target_length": frames, **TASK_CFG},
-        "dataset": {"batch_size": PUBLISHED_BATCH},
-        "criterion": {"_name": "model"},
-        "optimization": {"max_update": steps},
-        "lr_scheduler": "pass_through",
-        "model": _nested(LOADING_CFG | ENCODER_CFG | PRETRAINING_CFG | network),
-    }
-
-
-def input_notes(description: Description) -> list[str]:
-    """Return notes on what the official data code does differently: its constants are not in checkpoints."""
-    data, objective = description.data, description.objective
-    flags = _flags(description, objective) if isinstance(objective, ClassifyConfig) else {}
-    recipe = next((recipe for recipe in OTHER_INPUTS if flags.get(recipe.flag)), AUDIOSET)
-    theirs, ours = (recipe.mean, recipe.std), (data.log_mel.mean, data.log_mel.std)
-    notes = []
-    if theirs != ours:
-        notes.append(
-            f"the official code will normalise by {recipe.name}'s mean {recipe.mean} and std {recipe.std}, this model "
-            f"wants {ours[0]:g} and {ours[1]:g}: put them into its data/raw_audio_dataset.py"
-        )
-    if data.padding == "masked" or data.pad_log_mel:
-        how = "hides padding from the network" if data.padding == "masked" else f"pads with {data.pad_log_mel:g}"
-        notes.append(f"the official code pads with a log-mel of 0, which its network sees; this model {how}")
-    return notes
-
-
-def _flags(description: Description, objective: ClassifyConfig) -> dict[str, bool]:
-    """Return the flags that tell the official code the dataset."""
-    log_mel = description.data.log_mel
-    flags = {recipe.flag: (log_mel.mean, log_mel.std) == (recipe.mean, recipe.std) for recipe in OTHER_INPUTS[:2]}
-    flags["esc50_eval"] |= objective.loss == "ce" and not flags["spcv2_eval"]  # it also chooses the cross-entropy
-    return flags
-
-
-def _classification_cfg(description: Description, objective: ClassifyConfig, pretraining: Tree) -> Tree:
-    frames, flags = description.data.frames, _flags(description, objective)
+    flags = _flags(description, objective)
     model = {
         "_name": "mae_image_classification",
         "model_path": "",
@@ -296,24 +225,72 @@ def _classification_cfg(description: Description, objective: ClassifyConfig, pre
     return {**pretraining, "task": task, "model": model}
 
 
+def _pretraining_cfg(description: Description, objective: PretrainConfig) -> Tree:
+    model, frames, steps = of_asda(description.model), description.data.frames, objective.ema.anneal_steps
+    settings = objective.model_dump()
+    network = {
+        "depth": model.depth,
+        "num_heads": model.heads,
+        "embed_dim": model.width,
+        "mlp_ratio": model.mlp_ratio if model.attention_lambda == "absent" else OFFICIAL_ASDA_MLP_RATIO,
+        "cls_loss": objective.utterance_weight / (PUBLISHED_BATCH * objective.students),
+        "max_update": steps,
+        IMAGE + "patch_size": model.patch,
+        IMAGE + "embed_dim": model.width,
+        IMAGE + "target_length": frames,
+        IMAGE + "max_length": model.max_time_patches,
+        IMAGE + "num_alibi_heads": model.heads,
+        IMAGE + "model_depth": model.depth,
+        **{theirs: at(settings, ours) for theirs, ours in OBJECTIVE_KEYS.items()},
+    }
+    return {
+        "common": {"seed": 1},
+        "task": {"_name": "mae_image_pretraining", "target_length": frames, **TASK_CFG},
+        "dataset": {"batch_size": PUBLISHED_BATCH},
+        "criterion": {"_name": "model"},
+        "optimization": {"max_update": steps},
+        "lr_scheduler": "pass_through",
+        "model": _nested(LOADING_CFG | ENCODER_CFG | PRETRAINING_CFG | network),
+    }
+
+
+def input_notes(description: Description) -> list[str]:
+    """Return notes on what the official data code does differently: its constants are not in checkpoints."""
+    data, objective = description.data, description.objective
+    flags = _flags(description, objective) if isinstance(objective, ClassifyConfig) else {}
+    recipe = next((recipe for recipe in OTHER_INPUTS if flags.get(recipe.flag)), AUDIOSET)
+    mean, std, notes = data.log_mel.mean, data.log_mel.std, []
+    if (mean, std) != (recipe.mean, recipe.std):
+        notes.append(
+            f"the official code will normalise by {recipe.name}'s mean {recipe.mean} and std {recipe.std}, this model "
+            f"wants {mean:g} and {std:g}: put them into its data/raw_audio_dataset.py"
+        )
+    if data.padding == "masked" or data.pad_log_mel:
+        how = "hides padding from the network" if data.padding == "masked" else f"pads with {data.pad_log_mel:g}"
+        notes.append(f"the official code pads with a log-mel of 0, which its network sees; this model {how}")
+    return notes
+
+
+def _flags(description: Description, objective: ClassifyConfig) -> dict[str, bool]:
+    """Return the flags that tell the official code the dataset."""
+    log_mel = description.data.log_mel
+    flags = {recipe.flag: (log_mel.mean, log_mel.std) == (recipe.mean, recipe.std) for recipe in OTHER_INPUTS[:2]}
+    flags["esc50_eval"] |= objective.loss == "ce" and not flags["spcv2_eval"]  # it also chooses the cross-entropy
+    return flags
+
+
 # ---- trees
 
 
 def _pretraining(cfg: Tree) -> Tree:
     """Return the cfg of the pre-training."""
-    places = (_at(cfg, "model.pretrained_model_args"), _at(cfg, "pretrained_model_args"))
+    places = (at(cfg, "model.pretrained_model_args"), at(cfg, "pretrained_model_args"))
     return next((inner for inner in places if isinstance(inner, dict)), cfg)
 
 
 def _section(tree: Tree, key: str) -> Tree:
     section = tree.get(key)
     return section if isinstance(section, dict) else {}
-
-
-def _at(tree: Any, dotted: str) -> Any:
-    for key in dotted.split("."):
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    return tree
 
 
 def _nested(leaves: Tree) -> Tree:
@@ -330,7 +307,3 @@ def _nested(leaves: Tree) -> Tree:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _differs(theirs: Any, ours: Any) -> bool:
-    return isinstance(theirs, bool | int | float) and theirs != ours

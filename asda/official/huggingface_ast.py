@@ -15,25 +15,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from asda.checkpoint.weights import misfit
-from asda.config.model import ClassifyConfig
-from asda.config.presets import filled
 from asda.config.run import Description
 from asda.errors import UserError
-from asda.models.classifier import Classifier
 from asda.official.fairseq import (
     Converted,
     Weights,
     Wishes,
+    check_tensors,
     count_numbers,
+    described,
     labels_of,
+    parameters_on_meta,
     ratio_of,
-    refuse_unsound,
+    renamed,
     shape_of,
-    size_of,
-    validated,
 )
 
 Tree = dict[str, Any]
@@ -41,10 +37,11 @@ Tree = dict[str, Any]
 PREFIX = "audio_spectrogram_transformer."
 MODEL_TYPE = "audio-spectrogram-transformer"
 EMBEDDINGS = "embeddings."
+POSITIONS = EMBEDDINGS + "position_embeddings"
 OURS_TO_THEIRS = [
     ("encoder.cls_token", EMBEDDINGS + "cls_token"),
     ("encoder.dist_token", EMBEDDINGS + "distillation_token"),
-    ("encoder.positions", EMBEDDINGS + "position_embeddings"),
+    ("encoder.positions", POSITIONS),
     ("encoder.patch_embed.", EMBEDDINGS + "patch_embeddings.projection."),
     ("encoder.norm.", "layernorm."),
     ("norm.", "classifier.layernorm."),
@@ -53,6 +50,7 @@ OURS_TO_THEIRS = [
 OF_A_BLOCK = [
     ("norm1.", "layernorm_before."),
     ("norm2.", "layernorm_after."),
+    ("attn.qk.", "attention.attention.query."),  # and, with the same end, attention.attention.key.
     ("attn.v.", "attention.attention.value."),
     ("attn.proj.", "attention.output.dense."),
     ("mlp.fc1.", "intermediate.dense."),
@@ -92,10 +90,7 @@ def from_hugging_face(
     theirs = {key.removeprefix(PREFIX): value for key, value in state.items()}
     notes: list[str] = []
     description = _described(theirs, config, preprocessor, wishes, source, notes)
-    assert isinstance(description.objective, ClassifyConfig)
-    with torch.device("meta"):
-        # Without a classifier one of a single class is built, and left out
-        expected = Classifier(description.model, description.objective, len(description.labels) or 1).state_dict()
+    expected = parameters_on_meta(description)
     if not description.labels:
         expected = {name: tensor for name, tensor in expected.items() if name.startswith("encoder.")}
         notes.append("it has no classifier: good for features and fine-tuning")
@@ -114,16 +109,14 @@ def _described(
             f"log-mel mean {mean} and std {std} are assumed, there is no preprocessor_config.json (--mean, --std)"
         )
     mean, std = (given if given is not None else found for given, found in ((wishes.mean, mean), (wishes.std, std)))
-    tree = {
-        "_about": {"what": f"converted from {source}"},
-        "preset": "ast",
-        "size": size_of(model),
-        "objective": {"kind": "classify", "init_from": "", "loss": _loss(config, classes, notes)},
-        "data": {"frames": model["frames"], "log_mel": {"mean": mean, "std": std}},
-        "model": model,
-        "labels": labels_of(classes, wishes.labels or _named_labels(config, classes), notes),
-    }
-    return validated(filled(tree), source)
+    return described(
+        source,
+        "ast",
+        objective={"kind": "classify", "init_from": "", "loss": _loss(config, classes, notes)},
+        data={"frames": model["frames"], "log_mel": {"mean": mean, "std": std}},
+        model=model,
+        labels=labels_of(classes, wishes.labels or _named_labels(config, classes), notes),
+    )
 
 
 def _model_tree(theirs: Tree, config: Tree, wishes: Wishes, source: str, notes: list[str]) -> Tree:
@@ -144,7 +137,7 @@ def _model_tree(theirs: Tree, config: Tree, wishes: Wishes, source: str, notes: 
         "mel_stride": _whole(config, "frequency_stride", source) or 10,
         "norm_eps": config.get("layer_norm_eps", 1e-12),
     }
-    positions = shape_of(theirs, EMBEDDINGS + "position_embeddings", 3, source)[1]
+    positions = shape_of(theirs, POSITIONS, 3, source)[1]
     return model | {"frames": _whole(config, "max_length", source) or _frames(positions - 2, model)}
 
 
@@ -189,29 +182,20 @@ def _named_labels(config: Tree, classes: int) -> tuple[str, ...] | None:
 def _translated(theirs: Tree, expected: Weights, source: str) -> Weights:
     """Make our parameters from theirs, in fp32, as copies."""
     keys = {name: _keys(name) for name in expected}
-    wanted = {key: _theirs_of(tensor, keys[name], key) for name, tensor in expected.items() for key in keys[name]}
-    if complaint := misfit(wanted, theirs):
-        raise UserError(f"{source} does not fit: {complaint}")
-    refuse_unsound(theirs, source)
+    wanted = {
+        key: part
+        for name, tensor in expected.items()
+        for key, part in zip(keys[name], tensor.tensor_split(len(keys[name])), strict=True)
+    }
+    wanted[POSITIONS] = wanted[POSITIONS][None]
+    check_tensors(wanted, theirs, source)
     joined = {name: torch.cat([theirs[key].float() for key in keys[name]]) for name in expected}
     return {name: tensor.reshape(expected[name].shape).contiguous() for name, tensor in joined.items()}
 
 
-def _theirs_of(ours: Tensor, keys: list[str], key: str) -> Tensor:
-    """Return a tensor with the shape of theirs: a share of ours, or ours with another dimension for the positions."""
-    part = ours.tensor_split(len(keys))[keys.index(key)]
-    return part[None] if key.endswith("position_embeddings") else part
-
-
 def _keys(ours: str) -> list[str]:
     """Return their names for one of our parameters, in the order of its parts."""
-    if block := re.match(r"encoder\.blocks\.(\d+)\.(.*)", ours):
-        layer, name = f"encoder.layer.{block[1]}.", block[2]
-        if name.startswith("attn.qk."):
-            return [f"{layer}attention.attention.{part}.{name.removeprefix('attn.qk.')}" for part in ("query", "key")]
-        return [layer + _renamed(name, OF_A_BLOCK)]
-    return [_renamed(ours, OURS_TO_THEIRS)]
-
-
-def _renamed(name: str, pairs: list[tuple[str, str]]) -> str:
-    return next(theirs + name.removeprefix(ours) for ours, theirs in pairs if name.startswith(ours))
+    key = renamed(ours, OURS_TO_THEIRS)
+    if block := re.match(r"encoder\.blocks\.(\d+)\.", ours):
+        key = f"encoder.layer.{block[1]}." + renamed(ours.removeprefix(block[0]), OF_A_BLOCK)
+    return [key, key.replace(".query.", ".key.")] if ".query." in key else [key]
