@@ -15,7 +15,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -63,17 +63,11 @@ NOT_OURS = ("recon_proj.", "cls_proj.", "center", IMAGE + "encoder_mask")
 FEATURES_PER_HEAD = 64  # of every published model
 MEL_BINS = 128
 # What fairseq's loader expects beside weights and cfg, as before the first step.
+NO_UPDATES: Tree = {"lr_scheduler_state": {}, "num_updates": 0}
 FAIRSEQ_FRAME: Tree = {
     "args": None,
     "criterion": None,
-    "optimizer_history": [
-        {
-            "criterion_name": "ModelCriterion",
-            "optimizer_name": "FP16Optimizer",
-            "lr_scheduler_state": {},
-            "num_updates": 0,
-        }
-    ],
+    "optimizer_history": [{"criterion_name": "ModelCriterion", "optimizer_name": "FP16Optimizer", **NO_UPDATES}],
     "task_state": {},
     "extra_state": {"epoch": 1, "train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
 }
@@ -100,6 +94,73 @@ class Converted:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A checkpoint that is being read."""
+
+    name: str  # for messages
+    state: Tree  # its tensors by name
+    wishes: Wishes
+    notes: list[str] = field(default_factory=list)
+
+    def shape(self, key: str, ndim: int) -> tuple[int, ...]:
+        """Return the shape of a tensor from which sizes are read. Raises UserError."""
+        tensor = self.state.get(key)
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"{self.name} does not fit: {key} is missing")
+        if tensor.ndim != ndim or 0 in tensor.shape:
+            rule = f"should have {ndim} dimensions, none of them 0"
+            raise UserError(f"{self.name} does not fit: {named(key, tensor)} {rule}")
+        return tuple(tensor.shape)
+
+    def count(self, prefix: str) -> int:
+        """Count the different numbers after a prefix; misfit() names a missing one among them."""
+        numbers = (re.match(re.escape(prefix) + r"(\d+)\.", key) for key in self.state)
+        return len({number[1] for number in numbers if number})
+
+    def labels(self, num_classes: int, recorded: tuple[str, ...] | None = None) -> tuple[str, ...]:
+        """Return the names of the classes: the user's, those of the file, AudioSet's by their number, or numbers."""
+        given = recorded if self.wishes.labels is None else self.wishes.labels
+        if given is not None and len(given) != num_classes:
+            raise UserError(f"--labels names {len(given)} classes, the checkpoint has {num_classes}; one name per line")
+        if given is not None:
+            return given
+        if num_classes == NUM_AUDIOSET_CLASSES:
+            self.notes.append("the labels are AudioSet's, by their number")
+            return audioset_labels()
+        if num_classes:
+            why = 'have no names in the file: they are called "class 0", ... (--labels)'
+            self.notes.append(f"the {num_classes} classes {why}")
+        return tuple(f"class {number}" for number in range(num_classes))
+
+    def description(self, preset: str, **sections: Any) -> Description:
+        """Make the description of these sections; the preset and the size fill in the rest. Raises UserError."""
+        model = sections["model"].items()
+        size = next((size for size, values in SIZES.items() if values["model"].items() <= model), DEFAULT_SIZE)
+        about = {"what": f"converted from {self.name}"}
+        return self.validated(filled({"_about": about, "preset": preset, "size": size, **sections}))
+
+    def validated(self, tree: Tree) -> Description:
+        """Check the tree of a description. Raises UserError naming the first invalid value."""
+        try:
+            return Description.model_validate_json(json.dumps(tree))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where, why = ".".join(map(str, keys_of(first, Description))), first["msg"].removeprefix("Value error, ")
+            raise UserError(f"{self.name} describes a model that asda does not have ({where}: {why})") from None
+
+    def check(self, expected: Weights) -> None:
+        """Refuse other names and shapes, and all but finite floating-point numbers in memory. Raises UserError."""
+        if complaint := misfit(expected, self.state):
+            raise UserError(f"{self.name} does not fit: {complaint}")
+        for key, tensor in self.state.items():
+            there = tensor.is_floating_point() and tensor.layout == torch.strided and tensor.device.type == "cpu"
+            if not (there and bool(tensor.isfinite().all())):
+                raise UserError(
+                    f"{self.name} holds values in {key} that are not finite numbers; the checkpoint is damaged"
+                )
+
+
+@dataclass(frozen=True)
 class Layout:
     """The names of parameters in a file."""
 
@@ -117,32 +178,31 @@ class Layout:
         return "model." + name if self.fine_tuned and not name.startswith(("fc_norm.", "head.")) else name
 
 
+def renamed(name: str, prefixes: list[tuple[str, str]]) -> str:
+    """Return a name with the first of our prefixes that it has replaced by theirs."""
+    return next((theirs + name.removeprefix(ours) for ours, theirs in prefixes if name.startswith(ours)), name)
+
+
 def from_official(file: Mapping[str, Any], cfg: Tree, wishes: Wishes, source: str) -> Converted:
-    """Translate a checkpoint.
+    """Translate a checkpoint: {"model": {...}, ...} as torch.load gives it, or the tensors themselves.
 
-    Args:
-        file: what torch.load or safetensors gives: {"model": {...}, ...}, or the tensors themselves.
-        cfg: its cfg as plain data; {} if there is none.
-        wishes: what the user said.
-        source: the file's name, for messages.
-
-    Raises:
-        UserError: the tensors are not those of such a model, or its cfg asks for a network that ours is not.
+    Its cfg comes as plain data ({} if there is none), its file name for messages. Raises UserError if the tensors are
+    not those of such a model, or its cfg asks for a network that ours is not.
     """
     content = file["model"] if isinstance(file.get("model"), Mapping) else file
-    state = {str(key): value for key, value in content.items()}
-    teacher = state.pop("_ema", None)
-    layout = _recognise(state, source)
-    notes = _drop_strangers(state)
-    description = _recorded(file, wishes, source) or _inferred(state, layout, cfg, wishes, source, notes)
-    precisions = {str(t.dtype).removeprefix("torch.") for t in state.values() if isinstance(t, Tensor)} - {"float32"}
-    notes += [f"tensors of {precision} became float32" for precision in sorted(precisions)]
+    student = Source(source, {str(key): value for key, value in content.items()}, wishes)
+    teacher, notes = student.state.pop("_ema", None), student.notes
+    layout = _recognise(student)
+    notes += _drop_strangers(student.state)
+    description = _recorded(file, student) or _inferred(student, layout, cfg)
+    precisions = {str(t.dtype).removeprefix("torch.") for t in student.state.values() if isinstance(t, Tensor)}
+    notes += [f"tensors of {precision} became float32" for precision in sorted(precisions - {"float32"})]
     has_decoder = not layout.fine_tuned and not layout.hugging_face
-    weights = {"model": _translate(state, description, layout, source, has_decoder)}
+    weights = {"model": _translate(student, description, layout, has_decoder)}
     if isinstance(teacher, Mapping):
-        teacher = dict(teacher)
-        notes += [f"_ema: {note}" for note in _drop_strangers(teacher)]
-        followed = _translate(teacher, description, layout, f"_ema of {source}", has_decoder=False)
+        teacher = replace(student, name=f"_ema of {source}", state=dict(teacher))
+        notes += [f"_ema: {note}" for note in _drop_strangers(teacher.state)]
+        followed = _translate(teacher, description, layout, has_decoder=False)
         weights["teacher"] = {name.removeprefix("encoder."): tensor for name, tensor in followed.items()}
     elif not layout.fine_tuned:
         notes.append("it holds no EMA teacher")
@@ -154,19 +214,12 @@ def from_official(file: Mapping[str, Any], cfg: Tree, wishes: Wishes, source: st
 def to_official(description: Description, weights: dict[str, Weights]) -> Tree:
     """Return the checkpoint that torch.save should write for the official code; from_official reads it back.
 
-    Args:
-        description: of our weights.
-        weights: "model", and "teacher" if there is one.
-
-    Raises:
-        UserError: the official code cannot compute this model, or a part of it is missing.
+    The weights are "model", and "teacher" if there is one. Raises UserError if the official code cannot compute this
+    model, or a part of it is missing.
     """
     model = _expressible(description)
-    layout = Layout(
-        fine_tuned=isinstance(description.objective, ClassifyConfig),
-        hugging_face=False,
-        joined_qkv=model.attention_lambda == "absent",
-    )
+    fine_tuned = isinstance(description.objective, ClassifyConfig)
+    layout = Layout(fine_tuned, hugging_face=False, joined_qkv=model.attention_lambda == "absent")
     if complaint := misfit(parameters_on_meta(description), weights["model"]):
         raise UserError(f"the weights are not whole: {complaint}")
     state: Tree = _join(weights["model"], model, layout)
@@ -196,87 +249,71 @@ def official_positions(rows: int, columns: int, width: int) -> Tensor:
 # ---- sizes and settings
 
 
-def _recognise(state: Tree, source: str) -> Layout:
+def _recognise(source: Source) -> Layout:
+    state = source.state
     for fine_tuned, hugging_face in ((False, False), (True, False), (False, True)):
         layout = Layout(fine_tuned, hugging_face, joined_qkv=any(".attn.qkv." in key for key in state))
         if layout.key("encoder.cls_token") in state:
             return replace(layout, fine_tuned=fine_tuned or "model.head.weight" in state)
     if "encoder.cls_token" in state:
-        raise UserError(f"{source} holds weights in asda's own layout; --to official writes the official one")
+        raise UserError(f"{source.name} holds weights in asda's own layout; --to official writes the official one")
     found = ", ".join(named(key, value) for key, value in list(state.items())[:3]) or "nothing"
     raise UserError(
-        f"{source} is not a checkpoint of EAT, ASDA or SSLAM: {IMAGE}extra_tokens is missing; it begins with {found}"
+        f"{source.name} is not a checkpoint of EAT, ASDA or SSLAM: {IMAGE}extra_tokens is missing; it begins with "
+        f"{found}"
     )
 
 
-def _recorded(file: Mapping[str, Any], wishes: Wishes, source: str) -> Description | None:
+def _recorded(file: Mapping[str, Any], source: Source) -> Description | None:
     """Return the description that to_official left in the file, with the user's changes."""
     if not isinstance(file.get("asda"), str):
         return None
+    wishes = source.wishes
     try:
         tree = json.loads(file["asda"])
         log_mel = {"mean": wishes.mean, "std": wishes.std}
         tree["data"]["log_mel"] |= {key: value for key, value in log_mel.items() if value is not None}
         tree["model"] |= {"heads": wishes.heads} if wishes.heads else {}
-        tree["labels"] = labels_of(len(tree["labels"]), wishes.labels or tuple(tree["labels"]), [])
+        tree["labels"] = source.labels(len(tree["labels"]), tuple(tree["labels"]))
     except (ValueError, TypeError, KeyError):
-        raise UserError(f"{source} has a damaged description of its model; convert its weights again") from None
-    return _validated(tree, source)
+        raise UserError(f"{source.name} has a damaged description of its model; convert its weights again") from None
+    return source.validated(tree)
 
 
-def _inferred(state: Tree, layout: Layout, cfg: Tree, wishes: Wishes, source: str, notes: list[str]) -> Description:
+def _inferred(source: Source, layout: Layout, cfg: Tree) -> Description:
     """Make a description from the shapes, the cfg, and the preset and size that they suggest."""
-    notes += check_cfg(cfg, source)
+    wishes, notes = source.wishes, source.notes
+    notes += check_cfg(cfg, source.name)
     preset = "eat" if layout.joined_qkv else wishes.preset or "released"
     attention = {key: value for key, value in PRESETS[preset]["model"].items() if key != "mlp_ratio"}
-    model = _model_tree(state, layout, cfg, wishes, source, notes) | attention
+    model = _model_tree(source, layout, cfg) | attention
     if not layout.joined_qkv:
         notes.append(f"lambda {model['attention_lambda']} is that of preset {preset}: no checkpoint records it")
-    num_classes = shape_of(state, layout.key("head.weight"), 2, source)[0] if layout.fine_tuned else 0
+    num_classes = source.shape(layout.key("head.weight"), 2)[0] if layout.fine_tuned else 0
     data, recipe = input_tree(cfg, num_classes, wishes.mean, wishes.std)
     if wishes.mean is None or wishes.std is None:
         notes.append(
             f"log-mel mean {recipe.mean} and std {recipe.std} are those of {recipe.name}: "
             "no checkpoint records them (--mean, --std)"
         )
-    objective = classify_tree(cfg) if layout.fine_tuned else _pretrain_tree(state, layout, cfg, model)
-    labels = labels_of(num_classes, wishes.labels, notes)
-    return described(source, preset, objective=objective, data=data, model=model, labels=labels)
+    objective = classify_tree(cfg) if layout.fine_tuned else _pretrain_tree(source, layout, cfg, model)
+    return source.description(preset, objective=objective, data=data, model=model, labels=source.labels(num_classes))
 
 
-def described(source: str, preset: str, **sections: Any) -> Description:
-    """Make the description of a converted model of its sections; its preset and size fill in the rest.
-
-    Raises:
-        UserError: names the first invalid value.
-    """
-    model = sections["model"].items()
-    size = next((size for size, values in SIZES.items() if values["model"].items() <= model), DEFAULT_SIZE)
-    about = {"what": f"converted from {source}"}
-    return _validated(filled({"_about": about, "preset": preset, "size": size, **sections}), source)
-
-
-def _validated(tree: Tree, source: str) -> Description:
-    try:
-        return Description.model_validate_json(json.dumps(tree))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where, why = ".".join(map(str, keys_of(first, Description))), first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{source} describes a model that asda does not have ({where}: {why})") from None
-
-
-def _model_tree(state: Tree, layout: Layout, cfg: Tree, wishes: Wishes, source: str, notes: list[str]) -> Tree:
-    width = shape_of(state, layout.key("encoder.cls_token"), 3, source)[-1]
-    patch = shape_of(state, layout.key("encoder.patch_embed.weight"), 4, source)[-1]
-    num_positions = shape_of(state, layout.key(POSITIONS), 3, source)[1]
-    hidden = shape_of(state, layout.key("encoder.blocks.0.mlp.fc1.weight"), 2, source)[0]
-    heads = wishes.heads or number(model_section(cfg), "num_heads", 0)
+def _model_tree(source: Source, layout: Layout, cfg: Tree) -> Tree:
+    width = source.shape(layout.key("encoder.cls_token"), 3)[-1]
+    patch = source.shape(layout.key("encoder.patch_embed.weight"), 4)[-1]
+    num_positions = source.shape(layout.key(POSITIONS), 3)[1]
+    hidden = source.shape(layout.key("encoder.blocks.0.mlp.fc1.weight"), 2)[0]
+    heads = source.wishes.heads or number(model_section(cfg), "num_heads", 0)
     if not heads:
         heads = max(1, width // FEATURES_PER_HEAD)
-        notes.append(f"heads of {FEATURES_PER_HEAD} features are assumed: neither the shapes nor a cfg tell (--heads)")
+        source.notes.append(
+            f"heads of {FEATURES_PER_HEAD} features are assumed: neither the shapes nor a cfg tell (--heads)"
+        )
     return {
         "width": width,
-        "depth": count_numbers(state, layout.key("encoder.blocks.")),
+        "depth": source.count(layout.key("encoder.blocks.")),
         "heads": heads,
         "mlp_ratio": ratio_of(hidden, width),
         "patch": patch,
@@ -284,13 +321,13 @@ def _model_tree(state: Tree, layout: Layout, cfg: Tree, wishes: Wishes, source: 
     }
 
 
-def _pretrain_tree(state: Tree, layout: Layout, cfg: Tree, model: Tree) -> Tree:
+def _pretrain_tree(source: Source, layout: Layout, cfg: Tree, model: Tree) -> Tree:
     """Read the objective from the cfg, its decoder from the shapes; presets fill in the rest."""
     tree = {"target_layers": model["depth"]} | pretrain_tree(cfg)
-    first = state.get(layout.key("decoder.convs.0.weight"))
+    first = source.state.get(layout.key("decoder.convs.0.weight"))
     if isinstance(first, Tensor) and first.ndim == 4 and 0 not in first.shape:
         tree["decoder"] = tree.get("decoder", {}) | {
-            "layers": count_numbers(state, layout.key("decoder.convs.")),
+            "layers": source.count(layout.key("decoder.convs.")),
             "width": first.shape[0],
             "kernel": first.shape[-1],
             "groups": max(1, model["width"] // first.shape[1]),
@@ -298,18 +335,10 @@ def _pretrain_tree(state: Tree, layout: Layout, cfg: Tree, model: Tree) -> Tree:
     return tree
 
 
-def labels_of(num_classes: int, given: tuple[str, ...] | None, notes: list[str]) -> tuple[str, ...]:
-    """Return the names of the classes: those given, AudioSet's by their number, or numbers. Adds a note."""
-    if given is not None:
-        if len(given) != num_classes:
-            raise UserError(f"--labels names {len(given)} classes, the checkpoint has {num_classes}; one name per line")
-        return given
-    if num_classes == NUM_AUDIOSET_CLASSES:
-        notes.append("the labels are AudioSet's, by their number")
-        return audioset_labels()
-    if num_classes:
-        notes.append(f'the {num_classes} classes have no names in the file: they are called "class 0", ... (--labels)')
-    return tuple(f"class {number}" for number in range(num_classes))
+def ratio_of(hidden: int, width: int) -> float:
+    """Return the ratio from which the width makes the hidden width again, although ratios are rounded."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 # ---- tensors
@@ -332,27 +361,15 @@ def _drop_strangers(state: Tree) -> list[str]:
     return [f"{key} belongs to an objective that asda does not have, and was left out" for key in strangers]
 
 
-def _translate(
-    state: Mapping[str, Any], description: Description, layout: Layout, source: str, has_decoder: bool
-) -> Weights:
+def _translate(source: Source, description: Description, layout: Layout, has_decoder: bool) -> Weights:
     """Make our parameters from theirs, in fp32, as copies."""
     model, expected = of_asda(description.model), parameters_on_meta(description)
     if not has_decoder:
         expected = {name: tensor for name, tensor in expected.items() if not name.startswith("decoder.")}
-    check_tensors(_join(expected, model, layout), state, source)
-    _check_positions(state[layout.key(POSITIONS)][0], model, source)
-    ours = {name: _rows(name, state[layout.key(name)], layout).reshape(t.shape) for name, t in expected.items()}
-    return {name: tensor.to(torch.float32, copy=True) for name, tensor in ours.items()}
-
-
-def check_tensors(expected: Weights, found: Mapping[str, Any], source: str) -> None:
-    """Refuse other names and shapes, and all but finite floating-point numbers in memory. Raises UserError."""
-    if complaint := misfit(expected, found):
-        raise UserError(f"{source} does not fit: {complaint}")
-    for key, tensor in found.items():
-        there = tensor.is_floating_point() and tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not (there and bool(tensor.isfinite().all())):
-            raise UserError(f"{source} holds values in {key} that are not finite numbers; the checkpoint is damaged")
+    source.check(_join(expected, model, layout))
+    _check_positions(source.state[layout.key(POSITIONS)][0], model, source.name)
+    theirs = {name: _rows(name, source.state[layout.key(name)], layout) for name in expected}
+    return {name: t.reshape(expected[name].shape).to(torch.float32, copy=True) for name, t in theirs.items()}
 
 
 def _rows(ours: str, theirs: Tensor, layout: Layout) -> Tensor:
@@ -409,32 +426,3 @@ def _expressible(description: Description) -> ModelConfig:
                 f"this model has {getattr(model, key)}"
             )
     return model
-
-
-# ---- small readers
-
-
-def renamed(name: str, prefixes: list[tuple[str, str]]) -> str:
-    """Return a name with the first of our prefixes that it has replaced by theirs."""
-    return next((theirs + name.removeprefix(ours) for ours, theirs in prefixes if name.startswith(ours)), name)
-
-
-def shape_of(state: Tree, key: str, ndim: int, source: str) -> tuple[int, ...]:
-    """Return the shape of a tensor from which sizes are read. Raises UserError."""
-    tensor = state.get(key)
-    if not isinstance(tensor, Tensor):
-        raise UserError(f"{source} does not fit: {key} is missing")
-    if tensor.ndim != ndim or 0 in tensor.shape:
-        raise UserError(f"{source} does not fit: {named(key, tensor)} should have {ndim} dimensions, none of them 0")
-    return tuple(tensor.shape)
-
-
-def count_numbers(state: Tree, prefix: str) -> int:
-    """Count the different numbers after a prefix; misfit() names a missing one among them."""
-    return len({number[1] for key in state if (number := re.match(re.escape(prefix) + r"(\d+)\.", key))})
-
-
-def ratio_of(hidden: int, width: int) -> float:
-    """Return the ratio from which the width makes the hidden width again, although ratios are rounded."""
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

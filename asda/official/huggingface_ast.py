@@ -18,24 +18,11 @@ import torch
 
 from asda.config.run import Description
 from asda.errors import UserError
-from asda.official.fairseq import (
-    Converted,
-    Weights,
-    Wishes,
-    check_tensors,
-    count_numbers,
-    described,
-    labels_of,
-    parameters_on_meta,
-    ratio_of,
-    renamed,
-    shape_of,
-)
+from asda.official.fairseq import Converted, Source, Weights, Wishes, parameters_on_meta, ratio_of, renamed
 
 Tree = dict[str, Any]
 
 PREFIX = "audio_spectrogram_transformer."
-MODEL_TYPE = "audio-spectrogram-transformer"
 EMBEDDINGS = "embeddings."
 POSITIONS = EMBEDDINGS + "position_embeddings"
 OURS_TO_THEIRS = [
@@ -59,7 +46,7 @@ OF_A_BLOCK = [
 # What config.json must say about the network, because ours has it fixed
 FIXED: Tree = {"num_mel_bins": 128, "hidden_act": "gelu", "qkv_bias": True}
 # By number of classes, of the published recipes: the loss; the statistics of the log-mel
-BCE_CLASSES = {527: "AudioSet", 35: "Speech Commands V2"}
+BCE_CLASSES = (527, 35)  # AudioSet, Speech Commands V2
 LOG_MEL = {35: (-6.845978, 5.5654526), 50: (-6.6268077, 5.358466)}  # of Speech Commands V2 and ESC-50
 AUDIOSET_LOG_MEL = (-4.2677393, 4.5689974)
 
@@ -72,73 +59,62 @@ def is_ast(state: Mapping[str, Any]) -> bool:
 def from_hugging_face(
     state: Mapping[str, Any], config: Tree, preprocessor: Tree, wishes: Wishes, source: str
 ) -> Converted:
-    """Translate an AST.
+    """Translate the tensors of an AST; their file has this name, for messages.
 
-    Args:
-        state: the tensors by name.
-        config: config.json beside them; {} if there is none.
-        preprocessor: preprocessor_config.json beside them; {} if there is none.
-        wishes: what the user said.
-        source: the file's name, for messages.
-
-    Raises:
-        UserError: the tensors are not those of an AST, or its config.json asks for a network that ours is not.
+    config.json and preprocessor_config.json beside them are {} if they are missing. Raises UserError if the tensors
+    are not those of an AST, or config.json asks for a network that ours is not.
     """
     for key, ours in FIXED.items():
         if config.get(key, ours) != ours:
             raise UserError(f"{source} was made with {key} {config[key]}; asda's AST has {ours}")
-    theirs = {key.removeprefix(PREFIX): value for key, value in state.items()}
-    notes: list[str] = []
-    description = _described(theirs, config, preprocessor, wishes, source, notes)
+    theirs = Source(source, {key.removeprefix(PREFIX): value for key, value in state.items()}, wishes)
+    description = _described(theirs, config, preprocessor)
     expected = parameters_on_meta(description)
     if not description.labels:
         expected = {name: tensor for name, tensor in expected.items() if name.startswith("encoder.")}
-        notes.append("it has no classifier: good for features and fine-tuning")
-    return Converted(description, {"model": _translated(theirs, expected, source)}, notes)
+        theirs.notes.append("it has no classifier: good for features and fine-tuning")
+    return Converted(description, {"model": _translated(theirs, expected)}, theirs.notes)
 
 
-def _described(
-    theirs: Tree, config: Tree, preprocessor: Tree, wishes: Wishes, source: str, notes: list[str]
-) -> Description:
-    model = _model_tree(theirs, config, wishes, source, notes)
-    classes = shape_of(theirs, "classifier.dense.weight", 2, source)[0] if "classifier.dense.weight" in theirs else 0
+def _described(source: Source, config: Tree, preprocessor: Tree) -> Description:
+    model, wishes, head = _model_tree(source, config), source.wishes, "classifier.dense.weight"
+    classes = source.shape(head, 2)[0] if head in source.state else 0
     published = LOG_MEL.get(classes, AUDIOSET_LOG_MEL)
     mean, std = preprocessor.get("mean", published[0]), preprocessor.get("std", published[1])
     if "mean" not in preprocessor and wishes.mean is None:
-        notes.append(
+        source.notes.append(
             f"log-mel mean {mean} and std {std} are assumed, there is no preprocessor_config.json (--mean, --std)"
         )
     mean, std = (given if given is not None else found for given, found in ((wishes.mean, mean), (wishes.std, std)))
-    return described(
-        source,
+    return source.description(
         "ast",
-        objective={"kind": "classify", "init_from": "", "loss": _loss(config, classes, notes)},
+        objective={"kind": "classify", "init_from": "", "loss": _loss(config, classes, source.notes)},
         data={"frames": model["frames"], "log_mel": {"mean": mean, "std": std}},
         model=model,
-        labels=labels_of(classes, wishes.labels or _named_labels(config, classes), notes),
+        labels=source.labels(classes, _named_labels(config, classes)),
     )
 
 
-def _model_tree(theirs: Tree, config: Tree, wishes: Wishes, source: str, notes: list[str]) -> Tree:
-    width, _, _, patch = shape_of(theirs, EMBEDDINGS + "patch_embeddings.projection.weight", 4, source)
-    hidden = shape_of(theirs, "encoder.layer.0.intermediate.dense.weight", 2, source)[0]
-    heads = wishes.heads or _whole(config, "num_attention_heads", source)
+def _model_tree(source: Source, config: Tree) -> Tree:
+    width, _, _, patch = source.shape(EMBEDDINGS + "patch_embeddings.projection.weight", 4)
+    hidden = source.shape("encoder.layer.0.intermediate.dense.weight", 2)[0]
+    heads = source.wishes.heads or _whole(config, "num_attention_heads", source.name)
     if not heads:
         heads = max(1, width // 64)
-        notes.append("heads of 64 features are assumed, no config.json says num_attention_heads (--heads)")
+        source.notes.append("heads of 64 features are assumed, no config.json says num_attention_heads (--heads)")
     model = {
         "architecture": "ast",
         "width": width,
-        "depth": count_numbers(theirs, "encoder.layer."),
+        "depth": source.count("encoder.layer."),
         "heads": heads,
         "mlp_ratio": ratio_of(hidden, width),
         "patch": patch,
-        "time_stride": _whole(config, "time_stride", source) or 10,
-        "mel_stride": _whole(config, "frequency_stride", source) or 10,
+        "time_stride": _whole(config, "time_stride", source.name) or 10,
+        "mel_stride": _whole(config, "frequency_stride", source.name) or 10,
         "norm_eps": config.get("layer_norm_eps", 1e-12),
     }
-    positions = shape_of(theirs, POSITIONS, 3, source)[1]
-    return model | {"frames": _whole(config, "max_length", source) or _frames(positions - 2, model)}
+    num_patches = source.shape(POSITIONS, 3)[1] - 2
+    return model | {"frames": _whole(config, "max_length", source.name) or _frames(num_patches, model)}
 
 
 def _frames(num_patches: int, model: Tree) -> int:
@@ -179,7 +155,7 @@ def _named_labels(config: Tree, classes: int) -> tuple[str, ...] | None:
     return tuple(str(names[str(number)]) for number in range(classes))
 
 
-def _translated(theirs: Tree, expected: Weights, source: str) -> Weights:
+def _translated(source: Source, expected: Weights) -> Weights:
     """Make our parameters from theirs, in fp32, as copies."""
     keys = {name: _keys(name) for name in expected}
     wanted = {
@@ -188,8 +164,8 @@ def _translated(theirs: Tree, expected: Weights, source: str) -> Weights:
         for key, part in zip(keys[name], tensor.tensor_split(len(keys[name])), strict=True)
     }
     wanted[POSITIONS] = wanted[POSITIONS][None]
-    check_tensors(wanted, theirs, source)
-    joined = {name: torch.cat([theirs[key].float() for key in keys[name]]) for name in expected}
+    source.check(wanted)
+    joined = {name: torch.cat([source.state[key].float() for key in keys[name]]) for name in expected}
     return {name: tensor.reshape(expected[name].shape).contiguous() for name, tensor in joined.items()}
 
 

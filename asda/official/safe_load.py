@@ -59,6 +59,9 @@ def safe_load(path: Path) -> Any:
     """
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty; fetch or copy the checkpoint again")
+    unreadable = UserError(
+        f"{path} is not a whole PyTorch checkpoint: it is cut off, damaged, or another kind of file; fetch it again"
+    )
     stand_ins: dict[str, Any] = {}
     while True:
         try:
@@ -66,19 +69,22 @@ def safe_load(path: Path) -> Any:
                 return _load(path)
         except OSError as error:
             if error.filename is None:  # torch's own, about the bytes and not about the file
-                raise UserError(_unreadable(path)) from None
+                raise unreadable from None
             raise
         except pickle.UnpicklingError as error:
-            name = _unknown_name(error)
-            if name is None or name in stand_ins:
-                raise UserError(_unreadable(path)) from None
+            found = re.search(r"GLOBAL (\S+) (?:was not|whose module)", str(error))  # the one that torch refused
+            if found is None:
+                raise unreadable from None
+            name = found[1] if "." in found[1] else f"builtins.{found[1]}"  # torch leaves "builtins." out
+            if name in stand_ins:
+                raise unreadable from None
             if not is_settings(name):
                 raise UserError(
                     f"{path} asks to run {name}, which weights never need; nothing was run: do not trust this file"
                 ) from None
             stand_ins[name] = empty_dict if name == "collections.defaultdict" else StandIn
         except Exception:  # a damaged pickle fails in as many ways as there are instructions in it
-            raise UserError(_unreadable(path)) from None
+            raise unreadable from None
 
 
 def is_settings(name: str) -> bool:
@@ -90,7 +96,10 @@ def is_settings(name: str) -> bool:
 def plain(value: Any) -> Any:
     """Turn settings into plain dicts, lists, numbers and strings, and anything else into None."""
     if isinstance(value, StandIn):
-        return _plain_stand_in(value)
+        state = value.state[0] if isinstance(value.state, tuple) and value.state else value.state
+        if isinstance(state, dict):
+            return plain(state.get("_content", state.get("_val", state)))  # omegaconf's containers and leaves
+        return plain(value.args[0]) if len(value.args) == 1 else None  # an enum is pickled by its number
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -98,29 +107,7 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool) else None
 
 
-def _plain_stand_in(value: StandIn) -> Any:
-    state = value.state[0] if isinstance(value.state, tuple) and value.state else value.state
-    if isinstance(state, dict):
-        for content in ("_content", "_val"):  # omegaconf's containers and leaves
-            if content in state:
-                return plain(state[content])
-        return plain(state)
-    return plain(value.args[0]) if len(value.args) == 1 else None  # an enum is pickled by its number
-
-
 def _load(path: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pickle protocols other than 2, which are read or refused all the same
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-
-
-def _unknown_name(error: pickle.UnpicklingError) -> str | None:
-    """Return the global that torch's reader refused; torch leaves "builtins." out."""
-    found = re.search(r"GLOBAL (\S+) (?:was not|whose module)", str(error))
-    if found is None:
-        return None
-    return found[1] if "." in found[1] else f"builtins.{found[1]}"
-
-
-def _unreadable(path: Path) -> str:
-    return f"{path} is not a whole PyTorch checkpoint: it is cut off, damaged, or another kind of file; fetch it again"
