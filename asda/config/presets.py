@@ -75,10 +75,10 @@ def filled(tree: Tree) -> Tree:
         table.get(name, {}) if isinstance(name, str) else {}
         for table, name in ((PRESETS, given["preset"]), (SIZES, tree.get("size", DEFAULT_SIZE)))
     )
-    defaults = size if architecture not in (None, at(preset, "model.architecture")) else _merged(size, preset)
+    defaults = size if architecture not in (None, at(preset, "model.architecture")) else merged(size, preset)
     if at(tree, "objective.kind") != "pretrain":
         defaults = {key: section for key, section in defaults.items() if key != "objective"}
-    whole = _merged(defaults, given)
+    whole = merged(defaults, given)
     if at(whole, "model.architecture") == "ast" and "frames" not in whole["model"]:  # for which positions are learned
         whole["model"] = whole["model"] | {"frames": at(whole, "data.frames") or DEFAULT_FRAMES}
     return whole
@@ -102,10 +102,11 @@ def at(tree: Any, dotted: str) -> Any:
     return tree
 
 
-def _merged(defaults: Any, given: Any) -> Any:
+def merged(defaults: Any, given: Any) -> Any:
+    """Return the given tree with the defaults that it lacks, at any depth."""
     if not isinstance(defaults, dict) or not isinstance(given, dict):
         return given
-    return defaults | {key: _merged(defaults[key], value) if key in defaults else value for key, value in given.items()}
+    return defaults | {key: merged(defaults[key], value) if key in defaults else value for key, value in given.items()}
 
 
 def _leaves(tree: Tree, prefix: str = "") -> Tree:

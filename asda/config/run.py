@@ -7,18 +7,19 @@ config.json of a run has every value.
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
 from asda.config.base import Count, Fraction, MayChange, NonNegative, PositiveFloat, PositiveInt, Preset, Section, Size
 from asda.config.data import DataConfig, DataSpecs, InputConfig
 from asda.config.load import apply_override, explain, pop_retired_keys, read_json_object
-from asda.config.model import AnyModelConfig, AstConfig, ClassifyConfig, ModelConfig, PretrainConfig, of_asda
+from asda.config.model import AnyModelConfig, ClassifyConfig, ModelConfig, PretrainConfig, of_asda
 from asda.config.presets import DEFAULT_PRESET, DEFAULT_SIZE, filled
 from asda.errors import UserError, say
 
 Kind = TypeVar("Kind", "Config", "Description")
+Data = TypeVar("Data", DataConfig, InputConfig)
 
 
 class StepDecayConfig(Section):
@@ -99,16 +100,50 @@ class ProbeConfig(Section):
     neighbours: PositiveInt = 10
 
 
-class Config(Section):
-    """One run."""
+class Network(Section, Generic[Data]):
+    """What a run and its weights both have: the network, its objective and its input."""
 
     # The story of the run: source, expected metric, hardware, command
     about: MayChange[dict[str, str]] = Field(default={}, alias="_about")
     preset: MayChange[Preset] = DEFAULT_PRESET  # preset and size set what is not given
     size: MayChange[Size] = DEFAULT_SIZE
     objective: PretrainConfig | ClassifyConfig = Field(discriminator="kind")
-    data: DataConfig
+    data: Data
     model: AnyModelConfig
+
+    @model_validator(mode="after")
+    def takes_its_input(self) -> Self:
+        """Refuse clips of a length that the network does not take, and what AST cannot do."""
+        data, model = self.data, self.model
+        if data.frames % model.patch:
+            raise ValueError(f"data.frames {data.frames} must be a multiple of model.patch {model.patch}")
+        if isinstance(model, ModelConfig):
+            if data.frames > model.max_time_patches * model.patch:
+                raise ValueError(
+                    f"data.frames {data.frames} must fit model.max_time_patches {model.max_time_patches} x model.patch "
+                    f"{model.patch}"
+                )
+            return self
+        if data.frames != model.frames:
+            raise ValueError(
+                f"data.frames {data.frames} must equal model.frames {model.frames}, for which AST learns its "
+                "positions; leave out model.frames"
+            )
+        if isinstance(self.objective, PretrainConfig):
+            raise ValueError(
+                "model.architecture ast is for objective.kind classify; pre-training needs model.architecture asda"
+            )
+        if data.padding == "masked":
+            raise ValueError(
+                "data.padding masked is for model.architecture asda: AST's patches overlap the padding, and it was "
+                "trained with it; use data.padding=constant"
+            )
+        return self
+
+
+class Config(Network[DataConfig]):
+    """One run."""
+
     optimizer: OptimizerConfig
     engine: EngineConfig = EngineConfig()
     run: RunConfig
@@ -119,7 +154,6 @@ class Config(Section):
     def fits(self) -> Self:
         """Check what concerns several sections."""
         data, augment, optimizer, engine = self.data, self.data.augment, self.optimizer, self.engine
-        _check_network(self.model, self.objective, data)
         if optimizer.warmup_steps > optimizer.steps:
             raise ValueError(
                 f"optimizer.warmup_steps {optimizer.warmup_steps} must not exceed optimizer.steps {optimizer.steps}"
@@ -150,51 +184,10 @@ class Config(Section):
         return self
 
 
-class Description(Section):
+class Description(Network[InputConfig]):
     """The network, its input and its labels: config.json of a folder of weights. Keys are those of a run."""
 
-    about: dict[str, str] = Field(default={}, alias="_about")
-    preset: Preset = DEFAULT_PRESET
-    size: Size = DEFAULT_SIZE
-    objective: PretrainConfig | ClassifyConfig = Field(discriminator="kind")
-    data: InputConfig
-    model: AnyModelConfig
     labels: tuple[str, ...] = ()  # of a classifier, in the order of its logits
-
-    @model_validator(mode="after")
-    def fits(self) -> Self:
-        """Check what concerns several sections."""
-        _check_network(self.model, self.objective, self.data)
-        return self
-
-
-def _check_network(
-    model: ModelConfig | AstConfig, objective: PretrainConfig | ClassifyConfig, data: DataConfig | InputConfig
-) -> None:
-    """Refuse clips of a length that the network does not take, and what AST cannot do."""
-    if data.frames % model.patch:
-        raise ValueError(f"data.frames {data.frames} must be a multiple of model.patch {model.patch}")
-    if isinstance(model, ModelConfig):
-        if data.frames > model.max_time_patches * model.patch:
-            raise ValueError(
-                f"data.frames {data.frames} must fit model.max_time_patches {model.max_time_patches} x model.patch "
-                f"{model.patch}"
-            )
-        return
-    if data.frames != model.frames:
-        raise ValueError(
-            f"data.frames {data.frames} must equal model.frames {model.frames}, for which AST learns its positions; "
-            "leave out model.frames"
-        )
-    if isinstance(objective, PretrainConfig):
-        raise ValueError(
-            "model.architecture ast is for objective.kind classify; pre-training needs model.architecture asda"
-        )
-    if data.padding == "masked":
-        raise ValueError(
-            "data.padding masked is for model.architecture asda: AST's patches overlap the padding, and it was trained "
-            "with it; use data.padding=constant"
-        )
 
 
 def _check_pretraining(objective: PretrainConfig, data: DataConfig, model: ModelConfig, keep_best: str) -> None:
@@ -227,14 +220,10 @@ def _check_pretraining(objective: PretrainConfig, data: DataConfig, model: Model
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a run from a JSON file and dotted overrides; what neither gives comes from the preset and the size.
+    """Read a run from a JSON file and overrides; what neither gives comes from the preset and the size.
 
-    Args:
-        path: the JSON file.
-        overrides: "key.key=value", where value is JSON, or a plain string when it does not parse as JSON.
-
-    Raises:
-        UserError: naming the file or the key, the value, the rule and, for unknown keys, the nearest known one.
+    An override is "key.key=value", where value is JSON, or a plain string when it does not parse as JSON. Raises
+    UserError naming the file or the key, the value, the rule and, for unknown keys, the nearest known one.
     """
     tree = read_json_object(Path(path))
     for override in overrides or []:

@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,15 +33,7 @@ from asda.errors import UserError
 from asda.models.classifier import Classifier
 from asda.models.encoder import sincos_positions
 from asda.models.pretrain import MaskedStudents
-from asda.official.fairseq_settings import (
-    check_cfg,
-    classify_tree,
-    input_tree,
-    model_section,
-    number,
-    official_cfg,
-    pretrain_tree,
-)
+from asda.official import fairseq_settings as settings
 
 Tree = dict[str, Any]
 Weights = dict[str, Tensor]
@@ -73,8 +65,7 @@ FAIRSEQ_FRAME: Tree = {
 }
 
 
-@dataclass(frozen=True)
-class Wishes:
+class Wishes(NamedTuple):
     """Settings of the user for a file; None leaves one to the file."""
 
     heads: int | None = None
@@ -84,8 +75,7 @@ class Wishes:
     preset: str | None = None  # names the lambda of differential attention, which no checkpoint records
 
 
-@dataclass(frozen=True)
-class Converted:
+class Converted(NamedTuple):
     """The result of a conversion: what write_weights takes, and notes on what was assumed or left out."""
 
     description: Description
@@ -160,8 +150,7 @@ class Source:
                 )
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """The names of parameters in a file."""
 
     fine_tuned: bool
@@ -227,10 +216,27 @@ def to_official(description: Description, weights: dict[str, Weights]) -> Tree:
         state["_ema"] = _join({f"encoder.{key}": tensor for key, tensor in weights["teacher"].items()}, model, layout)
     return {
         **FAIRSEQ_FRAME,
-        "cfg": official_cfg(description),
+        "cfg": settings.official_cfg(description),
         "model": state,
         "asda": dump_config(description),  # fairseq ignores it; from_official reads it back
     }
+
+
+def _expressible(description: Description) -> ModelConfig:
+    """Return the model section of a network that the official code has: two kinds of attention, constants fixed."""
+    model = description.model
+    if isinstance(model, AstConfig):
+        raise UserError(
+            "the official layout is that of EAT and ASDA, and this model is an AST; use its folder as it is"
+        )
+    is_eat = model.attention_lambda == "absent"
+    for key, value in PRESETS["eat" if is_eat else "released"]["model"].items():
+        if getattr(model, key) != value and not (is_eat and key == "mlp_ratio"):
+            raise UserError(
+                f"the official code cannot compute this model: it has model.{key} {value} fixed, "
+                f"this model has {getattr(model, key)}"
+            )
+    return model
 
 
 def official_positions(rows: int, columns: int, width: int) -> Tensor:
@@ -254,7 +260,7 @@ def _recognise(source: Source) -> Layout:
     for fine_tuned, hugging_face in ((False, False), (True, False), (False, True)):
         layout = Layout(fine_tuned, hugging_face, joined_qkv=any(".attn.qkv." in key for key in state))
         if layout.key("encoder.cls_token") in state:
-            return replace(layout, fine_tuned=fine_tuned or "model.head.weight" in state)
+            return layout._replace(fine_tuned=fine_tuned or "model.head.weight" in state)
     if "encoder.cls_token" in state:
         raise UserError(f"{source.name} holds weights in asda's own layout; --to official writes the official one")
     found = ", ".join(named(key, value) for key, value in list(state.items())[:3]) or "nothing"
@@ -283,20 +289,20 @@ def _recorded(file: Mapping[str, Any], source: Source) -> Description | None:
 def _inferred(source: Source, layout: Layout, cfg: Tree) -> Description:
     """Make a description from the shapes, the cfg, and the preset and size that they suggest."""
     wishes, notes = source.wishes, source.notes
-    notes += check_cfg(cfg, source.name)
+    notes += settings.check_cfg(cfg, source.name)
     preset = "eat" if layout.joined_qkv else wishes.preset or "released"
     attention = {key: value for key, value in PRESETS[preset]["model"].items() if key != "mlp_ratio"}
     model = _model_tree(source, layout, cfg) | attention
     if not layout.joined_qkv:
         notes.append(f"lambda {model['attention_lambda']} is that of preset {preset}: no checkpoint records it")
     num_classes = source.shape(layout.key("head.weight"), 2)[0] if layout.fine_tuned else 0
-    data, recipe = input_tree(cfg, num_classes, wishes.mean, wishes.std)
+    data, recipe = settings.input_tree(cfg, num_classes, wishes.mean, wishes.std)
     if wishes.mean is None or wishes.std is None:
         notes.append(
             f"log-mel mean {recipe.mean} and std {recipe.std} are those of {recipe.name}: "
             "no checkpoint records them (--mean, --std)"
         )
-    objective = classify_tree(cfg) if layout.fine_tuned else _pretrain_tree(source, layout, cfg, model)
+    objective = settings.classify_tree(cfg) if layout.fine_tuned else _pretrain_tree(source, layout, cfg, model)
     return source.description(preset, objective=objective, data=data, model=model, labels=source.labels(num_classes))
 
 
@@ -305,7 +311,7 @@ def _model_tree(source: Source, layout: Layout, cfg: Tree) -> Tree:
     patch = source.shape(layout.key("encoder.patch_embed.weight"), 4)[-1]
     num_positions = source.shape(layout.key(POSITIONS), 3)[1]
     hidden = source.shape(layout.key("encoder.blocks.0.mlp.fc1.weight"), 2)[0]
-    heads = source.wishes.heads or number(model_section(cfg), "num_heads", 0)
+    heads = source.wishes.heads or settings.number(settings.model_section(cfg), "num_heads", 0)
     if not heads:
         heads = max(1, width // FEATURES_PER_HEAD)
         source.notes.append(
@@ -323,7 +329,7 @@ def _model_tree(source: Source, layout: Layout, cfg: Tree) -> Tree:
 
 def _pretrain_tree(source: Source, layout: Layout, cfg: Tree, model: Tree) -> Tree:
     """Read the objective from the cfg, its decoder from the shapes; presets fill in the rest."""
-    tree = {"target_layers": model["depth"]} | pretrain_tree(cfg)
+    tree = {"target_layers": model["depth"]} | settings.pretrain_tree(cfg)
     first = source.state.get(layout.key("decoder.convs.0.weight"))
     if isinstance(first, Tensor) and first.ndim == 4 and 0 not in first.shape:
         tree["decoder"] = tree.get("decoder", {}) | {
@@ -409,20 +415,3 @@ def _check_positions(theirs_ND: Tensor, model: ModelConfig, source: str) -> None
             f"{source} has another table of positions than the sines and cosines of EAT and ASDA "
             f"(off by up to {error_ND.max():.2g}); asda computes those and cannot take others"
         )
-
-
-def _expressible(description: Description) -> ModelConfig:
-    """Return the model section of a network that the official code has: two kinds of attention, constants fixed."""
-    model = description.model
-    if isinstance(model, AstConfig):
-        raise UserError(
-            "the official layout is that of EAT and ASDA, and this model is an AST; use its folder as it is"
-        )
-    is_eat = model.attention_lambda == "absent"
-    for key, value in PRESETS["eat" if is_eat else "released"]["model"].items():
-        if getattr(model, key) != value and not (is_eat and key == "mlp_ratio"):
-            raise UserError(
-                f"the official code cannot compute this model: it has model.{key} {value} fixed, "
-                f"this model has {getattr(model, key)}"
-            )
-    return model

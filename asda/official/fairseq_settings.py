@@ -5,11 +5,10 @@ A fine-tuned checkpoint carries the cfg of its pre-training inside its own.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from asda.config.model import ClassifyConfig, PretrainConfig, of_asda
-from asda.config.presets import at, filled
+from asda.config.presets import at, filled, merged
 from asda.config.run import Description
 from asda.data.labels import NUM_AUDIOSET_CLASSES
 from asda.errors import UserError
@@ -87,8 +86,7 @@ PUBLISHED_BATCH = 12  # clips per GPU; the official utterance term is a sum over
 OFFICIAL_ASDA_MLP_RATIO = 4.0  # what ASDA's configuration says; its code makes 3.5 of it
 
 
-@dataclass(frozen=True)
-class InputRecipe:
+class InputRecipe(NamedTuple):
     """Settings of the official data code for a dataset; they stand in that code, not in checkpoints."""
 
     name: str
@@ -138,9 +136,9 @@ def number(tree: Tree, key: str, default: Any) -> Any:
 
 
 def pretrain_tree(cfg: Tree) -> Tree:
-    """Make our objective section, as far as the cfg tells."""
+    """Make our objective section, without the decoder's sizes, which are in the weights."""
     model = model_section(cfg)
-    found = {ours: at(model, theirs) for theirs, ours in OBJECTIVE_KEYS.items()}
+    found = {ours: at(model, theirs) for theirs, ours in OBJECTIVE_KEYS.items() if not theirs.startswith(DECODER)}
     factors = [model.get("cls_loss"), at(_pretraining(cfg), "dataset.batch_size"), model.get("clone_batch")]
     if all(map(_is_number, factors)):
         found["utterance_weight"] = math.prod(map(float, factors))
@@ -279,9 +277,6 @@ def _flags(description: Description, objective: ClassifyConfig) -> dict[str, boo
     return flags
 
 
-# ---- trees
-
-
 def _pretraining(cfg: Tree) -> Tree:
     """Return the cfg of the pre-training."""
     places = (at(cfg, "model.pretrained_model_args"), at(cfg, "pretrained_model_args"))
@@ -297,11 +292,9 @@ def _nested(leaves: Tree) -> Tree:
     """{"a.b": 1} -> {"a": {"b": 1}}."""
     tree: Tree = {}
     for dotted, value in leaves.items():
-        *sections, key = dotted.split(".")
-        place = tree
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[key] = value
+        for key in reversed(dotted.split(".")):
+            value = {key: value}
+        tree = merged(tree, value)
     return tree
 
 

@@ -41,11 +41,6 @@ class StandIn:
         self.state = state
 
 
-def empty_dict(*_: Any) -> dict[Any, Any]:
-    """Stand in for a collections.defaultdict, whose items the file then sets."""
-    return {}
-
-
 def safe_load(path: Path) -> Any:
     """Return the object in a file of torch.save, on the CPU: plain data, tensors, and StandIn for settings.
 
@@ -82,7 +77,8 @@ def safe_load(path: Path) -> Any:
                 raise UserError(
                     f"{path} asks to run {name}, which weights never need; nothing was run: do not trust this file"
                 ) from None
-            stand_ins[name] = empty_dict if name == "collections.defaultdict" else StandIn
+            # The file sets the items of a defaultdict after it has made one.
+            stand_ins[name] = (lambda *_: {}) if name == "collections.defaultdict" else StandIn
         except Exception:  # a damaged pickle fails in as many ways as there are instructions in it
             raise unreadable from None
 
