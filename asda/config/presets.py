@@ -21,10 +21,8 @@ def _asda(attention_lambda: Any, norm: str, scale: Any, mlp_ratio: float = 3.5, 
 
 
 PRESETS: dict[str, Tree] = {
-    # ASDA as its published code computes it: 49.0 mAP on AS-2M
-    "released": _asda(0.1, "joint", 0.95),
-    # ASDA as its paper describes it
-    "paper": _asda(0.3, "joint", 0.95),
+    "released": _asda(0.1, "joint", 0.95),  # ASDA as its published code computes it: 49.0 mAP on AS-2M
+    "paper": _asda(0.3, "joint", 0.95),  # ASDA as its paper describes it
     # ASDA with the attention of the Differential Transformer (Ye et al., 2024): lambda is learned, each head normalised
     "learned": _asda("learned", "per_head", "by_depth"),
     # EAT (Chen et al., IJCAI 2024), which has ordinary attention; SSLAM has the same network. The weight is 1, summed
@@ -86,13 +84,12 @@ def filled(tree: Tree) -> Tree:
 
 def departures(tree: Tree) -> list[str]:
     """List how a complete configuration departs from its preset and size: 'model.depth 6 (base: 12)'."""
-    found = []
-    for name, source in ((tree["preset"], PRESETS), (tree["size"], SIZES)):
-        for dotted, published in _leaves(source[name]).items():
-            value = at(tree, dotted)
-            if value is not None and value != published:
-                found.append(f"{dotted} {value} ({name}: {published})")
-    return found
+    return [
+        f"{dotted} {value} ({name}: {published})"
+        for name, table in ((tree["preset"], PRESETS), (tree["size"], SIZES))
+        for dotted, published in _leaves(table[name]).items()
+        if (value := at(tree, dotted)) not in (None, published)
+    ]
 
 
 def at(tree: Any, dotted: str) -> Any:

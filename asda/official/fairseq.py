@@ -26,7 +26,7 @@ from torch import Tensor
 from asda.checkpoint.weights import misfit, named
 from asda.config.load import keys_of
 from asda.config.model import AstConfig, ClassifyConfig, ModelConfig, PretrainConfig, of_asda
-from asda.config.presets import DEFAULT_SIZE, PRESETS, SIZES, filled
+from asda.config.presets import DEFAULT_SIZE, PRESETS, SIZES, Tree, filled
 from asda.config.run import Description, dump_config
 from asda.data.labels import NUM_AUDIOSET_CLASSES, audioset_labels
 from asda.errors import UserError
@@ -35,7 +35,6 @@ from asda.models.encoder import sincos_positions
 from asda.models.pretrain import MaskedStudents
 from asda.official import fairseq_settings as settings
 
-Tree = dict[str, Any]
 Weights = dict[str, Tensor]
 
 IMAGE = "modality_encoders.IMAGE."
@@ -52,7 +51,6 @@ OURS_TO_THEIRS = [
 ]
 # Parts of other objectives that the official code can switch on; no feature depends on them.
 NOT_OURS = ("recon_proj.", "cls_proj.", "center", IMAGE + "encoder_mask")
-FEATURES_PER_HEAD = 64  # of every published model
 MEL_BINS = 128
 # What fairseq's loader expects beside weights and cfg, as before the first step.
 NO_UPDATES: Tree = {"lr_scheduler_state": {}, "num_updates": 0}
@@ -107,19 +105,25 @@ class Source:
         numbers = (re.match(re.escape(prefix) + r"(\d+)\.", key) for key in self.state)
         return len({number[1] for number in numbers if number})
 
+    def heads(self, recorded: int, width: int, why: str) -> int:
+        """Return the number of heads: the user's, that of the file, or as in every published model, with a note."""
+        if heads := self.wishes.heads or recorded:
+            return heads
+        self.notes.append(f"heads of 64 features are assumed{why} (--heads)")
+        return max(1, width // 64)
+
     def labels(self, num_classes: int, recorded: tuple[str, ...] | None = None) -> tuple[str, ...]:
         """Return the names of the classes: the user's, those of the file, AudioSet's by their number, or numbers."""
         given = recorded if self.wishes.labels is None else self.wishes.labels
         if given is not None and len(given) != num_classes:
             raise UserError(f"--labels names {len(given)} classes, the checkpoint has {num_classes}; one name per line")
-        if given is not None:
-            return given
+        if given is not None or num_classes == 0:
+            return given or ()
         if num_classes == NUM_AUDIOSET_CLASSES:
             self.notes.append("the labels are AudioSet's, by their number")
             return audioset_labels()
-        if num_classes:
-            why = 'have no names in the file: they are called "class 0", ... (--labels)'
-            self.notes.append(f"the {num_classes} classes {why}")
+        why = 'have no names in the file: they are called "class 0", ... (--labels)'
+        self.notes.append(f"the {num_classes} classes {why}")
         return tuple(f"class {number}" for number in range(num_classes))
 
     def description(self, preset: str, **sections: Any) -> Description:
@@ -240,19 +244,13 @@ def _expressible(description: Description) -> ModelConfig:
 
 
 def official_positions(rows: int, columns: int, width: int) -> Tensor:
-    """Compute the table of positions as the official code does, in fp32: [1, rows * columns, width].
-
-    sincos_positions is the same table, computed more exactly.
-    """
+    """Compute sincos_positions as the official code does, less exactly: [1, rows * columns, width] in fp32."""
     num_waves = width // 4
     frequency_W = 1 / 10000 ** (np.arange(num_waves, dtype=np.float32) / np.float32(num_waves))
     row_N, column_N = (axis.ravel().astype(np.float32) for axis in np.indices((rows, columns)))
     phases = [np.outer(column_N, frequency_W), np.outer(row_N, frequency_W)]
     table_ND = np.concatenate([wave(phase) for phase in phases for wave in (np.sin, np.cos)], axis=1)
     return torch.from_numpy(table_ND)[None]
-
-
-# ---- sizes and settings
 
 
 def _recognise(source: Source) -> Layout:
@@ -277,8 +275,8 @@ def _recorded(file: Mapping[str, Any], source: Source) -> Description | None:
     wishes = source.wishes
     try:
         tree = json.loads(file["asda"])
-        log_mel = {"mean": wishes.mean, "std": wishes.std}
-        tree["data"]["log_mel"] |= {key: value for key, value in log_mel.items() if value is not None}
+        tree["data"]["log_mel"] |= {} if wishes.mean is None else {"mean": wishes.mean}
+        tree["data"]["log_mel"] |= {} if wishes.std is None else {"std": wishes.std}
         tree["model"] |= {"heads": wishes.heads} if wishes.heads else {}
         tree["labels"] = source.labels(len(tree["labels"]), tuple(tree["labels"]))
     except (ValueError, TypeError, KeyError):
@@ -311,16 +309,11 @@ def _model_tree(source: Source, layout: Layout, cfg: Tree) -> Tree:
     patch = source.shape(layout.key("encoder.patch_embed.weight"), 4)[-1]
     num_positions = source.shape(layout.key(POSITIONS), 3)[1]
     hidden = source.shape(layout.key("encoder.blocks.0.mlp.fc1.weight"), 2)[0]
-    heads = source.wishes.heads or settings.number(settings.model_section(cfg), "num_heads", 0)
-    if not heads:
-        heads = max(1, width // FEATURES_PER_HEAD)
-        source.notes.append(
-            f"heads of {FEATURES_PER_HEAD} features are assumed: neither the shapes nor a cfg tell (--heads)"
-        )
+    recorded = settings.number(settings.model_section(cfg), "num_heads", 0)
     return {
         "width": width,
         "depth": source.count(layout.key("encoder.blocks.")),
-        "heads": heads,
+        "heads": source.heads(recorded, width, ": neither the shapes nor a cfg tell"),
         "mlp_ratio": ratio_of(hidden, width),
         "patch": patch,
         "max_time_patches": max(1, num_positions // max(1, MEL_BINS // patch)),
@@ -347,9 +340,6 @@ def ratio_of(hidden: int, width: int) -> float:
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
-# ---- tensors
-
-
 def parameters_on_meta(description: Description) -> Weights:
     """Return the state of the module that a description builds (of one class without labels), without memory."""
     objective = description.objective
@@ -374,16 +364,12 @@ def _translate(source: Source, description: Description, layout: Layout, has_dec
         expected = {name: tensor for name, tensor in expected.items() if not name.startswith("decoder.")}
     source.check(_join(expected, model, layout))
     _check_positions(source.state[layout.key(POSITIONS)][0], model, source.name)
-    theirs = {name: _rows(name, source.state[layout.key(name)], layout) for name in expected}
-    return {name: t.reshape(expected[name].shape).to(torch.float32, copy=True) for name, t in theirs.items()}
-
-
-def _rows(ours: str, theirs: Tensor, layout: Layout) -> Tensor:
-    """Return our part of a joined qkv, or the whole of any other tensor."""
-    if not layout.joined_qkv or ".attn." not in ours or ".proj." in ours:
-        return theirs
-    num_qk = len(theirs) // 3 * 2
-    return theirs[:num_qk] if ".qk." in ours else theirs[num_qk:]
+    ours: Weights = {}
+    for name, tensor in expected.items():
+        theirs = source.state[layout.key(name)]  # all rows are ours, except in EAT's qkv: qk, then v
+        rows = theirs[-len(tensor) :] if ".v." in name else theirs[: len(tensor)]
+        ours[name] = rows.reshape(tensor.shape).to(torch.float32, copy=True)
+    return ours
 
 
 def _join(ours: Weights, model: ModelConfig, layout: Layout) -> Weights:

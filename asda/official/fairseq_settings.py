@@ -8,12 +8,10 @@ import math
 from typing import Any, NamedTuple
 
 from asda.config.model import ClassifyConfig, PretrainConfig, of_asda
-from asda.config.presets import at, filled, merged
+from asda.config.presets import Tree, at, filled, merged
 from asda.config.run import Description
 from asda.data.labels import NUM_AUDIOSET_CLASSES
 from asda.errors import UserError
-
-Tree = dict[str, Any]
 
 IMAGE = "modalities.image."
 DECODER = IMAGE + "decoder."
@@ -31,21 +29,15 @@ ENCODER_CFG = {
 # The same for pre-training; features and fine-tuning do not depend on it.
 PRETRAINING_CFG = {
     "instance_norm_target_layer": True,
-    "layer_norm_target_layer": False,
-    "batch_norm_target_layer": False,
+    **dict.fromkeys(("layer_norm_target_layer", "batch_norm_target_layer"), False),
     "layer_norm_targets": True,
-    "instance_norm_targets": False,
-    "end_of_block_targets": False,
+    **dict.fromkeys(("instance_norm_targets", "end_of_block_targets"), False),
     "loss_beta": 0.0,
     "d2v_loss": 1.0,
     "recon_loss": 0.0,
-    "utterance_level": False,
-    "ema_encoder_only": False,
-    IMAGE + "inverse_mask": True,
-    IMAGE + "ema_local_encoder": True,
-    DECODER + "decoder_residual": True,
-    DECODER + "add_positions_masked": False,
-    DECODER + "add_positions_all": False,
+    **dict.fromkeys(("utterance_level", "ema_encoder_only"), False),
+    **dict.fromkeys((IMAGE + "inverse_mask", IMAGE + "ema_local_encoder", DECODER + "decoder_residual"), True),
+    **dict.fromkeys((DECODER + "add_positions_masked", DECODER + "add_positions_all"), False),
 }
 # Their key in the model section, and ours in the objective section of pre-training
 OBJECTIVE_KEYS = {
@@ -106,9 +98,6 @@ OTHER_INPUTS = [
     InputRecipe("Speech Commands 2", "spcv2_eval", 35, 128, -6.846, 5.565),
     InputRecipe("FSD50K", "fsd50k_eval", 200, 1024, -7.966, 4.753, pads_with_mean=True),
 ]
-
-
-# ---- from their settings to ours
 
 
 def check_cfg(cfg: Tree, source: str) -> list[str]:
@@ -188,9 +177,6 @@ def _pooling(mode: Any) -> str:
     if name not in POOLINGS:
         raise UserError(f"the cfg has model.prediction_mode {mode}; asda knows {', '.join(POOLINGS)}")
     return POOLINGS[name]
-
-
-# ---- from our settings to theirs
 
 
 def official_cfg(description: Description) -> Tree:
@@ -278,7 +264,6 @@ def _flags(description: Description, objective: ClassifyConfig) -> dict[str, boo
 
 
 def _pretraining(cfg: Tree) -> Tree:
-    """Return the cfg of the pre-training."""
     places = (at(cfg, "model.pretrained_model_args"), at(cfg, "pretrained_model_args"))
     return next((inner for inner in places if isinstance(inner, dict)), cfg)
 

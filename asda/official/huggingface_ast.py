@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 
+from asda.config.presets import Tree
 from asda.config.run import Description
 from asda.errors import UserError
 from asda.official.fairseq import Converted, Source, Weights, Wishes, parameters_on_meta, ratio_of, renamed
-
-Tree = dict[str, Any]
 
 PREFIX = "audio_spectrogram_transformer."
 EMBEDDINGS = "embeddings."
@@ -98,15 +97,12 @@ def _described(source: Source, config: Tree, preprocessor: Tree) -> Description:
 def _model_tree(source: Source, config: Tree) -> Tree:
     width, _, _, patch = source.shape(EMBEDDINGS + "patch_embeddings.projection.weight", 4)
     hidden = source.shape("encoder.layer.0.intermediate.dense.weight", 2)[0]
-    heads = source.wishes.heads or _whole(config, "num_attention_heads", source.name)
-    if not heads:
-        heads = max(1, width // 64)
-        source.notes.append("heads of 64 features are assumed, no config.json says num_attention_heads (--heads)")
+    recorded = _whole(config, "num_attention_heads", source.name)
     model = {
         "architecture": "ast",
         "width": width,
         "depth": source.count("encoder.layer."),
-        "heads": heads,
+        "heads": source.heads(recorded, width, ", no config.json says num_attention_heads"),
         "mlp_ratio": ratio_of(hidden, width),
         "patch": patch,
         "time_stride": _whole(config, "time_stride", source.name) or 10,
@@ -158,11 +154,9 @@ def _named_labels(config: Tree, classes: int) -> tuple[str, ...] | None:
 def _translated(source: Source, expected: Weights) -> Weights:
     """Make our parameters from theirs, in fp32, as copies."""
     keys = {name: _keys(name) for name in expected}
-    wanted = {
-        key: part
-        for name, tensor in expected.items()
-        for key, part in zip(keys[name], tensor.tensor_split(len(keys[name])), strict=True)
-    }
+    wanted: Weights = {}
+    for name, tensor in expected.items():
+        wanted |= zip(keys[name], tensor.tensor_split(len(keys[name])), strict=True)
     wanted[POSITIONS] = wanted[POSITIONS][None]
     source.check(wanted)
     joined = {name: torch.cat([source.state[key].float() for key in keys[name]]) for name in expected}

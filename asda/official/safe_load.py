@@ -44,9 +44,8 @@ class StandIn:
 def safe_load(path: Path) -> Any:
     """Return the object in a file of torch.save, on the CPU: plain data, tensors, and StandIn for settings.
 
-    Args:
-        path: a checkpoint, zipped or in the format before torch 1.6. A zipped file is mapped, not read, so that an
-            optimizer's state in it costs nothing.
+    A zipped file is mapped, not read, so that an optimizer's state in it costs nothing. The format before torch 1.6 is
+    read as well.
 
     Raises:
         UserError: the file is empty, damaged, not a checkpoint, or names something that no checkpoint needs.
@@ -60,12 +59,13 @@ def safe_load(path: Path) -> Any:
     stand_ins: dict[str, Any] = {}
     while True:
         try:
-            with torch.serialization.safe_globals([(what, name) for name, what in stand_ins.items()]):
-                return _load(path)
+            known: list[Any] = [(what, name) for name, what in stand_ins.items()]
+            with torch.serialization.safe_globals(known), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of pickle protocols other than 2, which are read or refused too
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except OSError as error:
-            if error.filename is None:  # torch's own, about the bytes and not about the file
-                raise unreadable from None
-            raise
+            # Without a name it is torch's own, about the bytes and not about the file.
+            raise (unreadable if error.filename is None else error) from None
         except pickle.UnpicklingError as error:
             found = re.search(r"GLOBAL (\S+) (?:was not|whose module)", str(error))  # the one that torch refused
             if found is None:
@@ -101,9 +101,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value if isinstance(value, str | int | float | bool) else None
-
-
-def _load(path: Path) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of pickle protocols other than 2, which are read or refused all the same
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
