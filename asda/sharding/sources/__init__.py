@@ -1,4 +1,4 @@
-"""Sources of clips: one short module per source, all in the table SOURCES.
+"""Sources of clips: a function for each, all in the table SOURCES.
 
 A source lists clips and what is known about them; it opens no audio. To add one, write a function
 (input paths, options) -> Listing and name it in SOURCES: asda shards offers it as --source.
@@ -12,13 +12,10 @@ from asda.data.audio.ffmpeg import EXTRA, has_pyav
 from asda.data.audio.waves import PYAV_EXTENSIONS
 from asda.errors import UserError
 from asda.sharding.sources.audioset import rows_from_audioset
-from asda.sharding.sources.csv_table import rows_from_csv
 from asda.sharding.sources.eat import rows_from_eat
-from asda.sharding.sources.esc50 import rows_from_esc50
-from asda.sharding.sources.folder import rows_from_folder
+from asda.sharding.sources.files import rows_from_csv, rows_from_esc50, rows_from_folder, rows_from_speechcommands
 from asda.sharding.sources.hdf5 import rows_from_hdf5
-from asda.sharding.sources.listing import Listing, SourceOptions
-from asda.sharding.sources.speechcommands import rows_from_speechcommands
+from asda.sharding.sources.listing import Listing, Row, SourceOptions
 
 SOURCES: dict[str, Callable[[list[Path], SourceOptions], Listing]] = {
     "audioset": rows_from_audioset,
@@ -40,7 +37,11 @@ OPTIONS: dict[str, tuple[set[str], str]] = {
 
 
 def list_source(source: str, inputs: list[Path], options: SourceOptions) -> Listing:
-    """List the clips of a source. Raises UserError for options that it does not know, or if a decoder is missing."""
+    """List the clips of a source.
+
+    Raises:
+        UserError: the source cannot be read, does not know an option, or names a clip twice; or a decoder is missing.
+    """
     for name, (takers, meaning) in OPTIONS.items():
         if getattr(options, name) and source not in takers:
             raise UserError(f"{meaning}; use it with --source {' or '.join(sorted(takers))}")
@@ -49,8 +50,18 @@ def list_source(source: str, inputs: list[Path], options: SourceOptions) -> List
         listing = SOURCES[source](inputs, options)
     finally:
         gc.enable()
+    _refuse_duplicates(listing.rows)
     if not has_pyav():
         needing = [row.relative for row in listing.rows if row.place.path.lower().endswith(PYAV_EXTENSIONS)]
         if needing:
             raise UserError(f"{needing[0]} and {len(needing) - 1} more files are AAC, MP4 or WebM: {EXTRA}")
     return listing
+
+
+def _refuse_duplicates(rows: list[Row]) -> None:
+    seen: set[str] = set()
+    for row in rows:
+        if row.relative in seen:
+            first = next(other for other in rows if other.relative == row.relative)
+            raise UserError(f"{row.where} lists {row.relative} again, after {first.where}; keep one of them")
+        seen.add(row.relative)

@@ -15,8 +15,8 @@ from typing import NamedTuple
 from asda.data.audio.find import is_audio, walk
 from asda.errors import UserError
 from asda.sharding.audio_ref import Place
-from asda.sharding.sources.classes import Classes
 from asda.sharding.sources.listing import (
+    Classes,
     Listing,
     Row,
     SourceOptions,
@@ -24,11 +24,9 @@ from asda.sharding.sources.listing import (
     examples,
     files_in,
     read_cells,
-    refuse_duplicates,
     require_columns,
 )
 
-TABLE = "balanced_train_segments.csv"
 COLUMNS = ("YTID", "start_seconds", "end_seconds", "positive_labels")
 VIDEO_ID = re.compile(r"[A-Za-z0-9_-]{11}", re.ASCII)
 TIME = r"_(\d+(?:\.\d+)?)"
@@ -40,7 +38,7 @@ MAX_STOP_S = 10.0**6  # 11 days; a larger number is not in seconds
 class TableSegment(NamedTuple):
     """One row of a table of segments."""
 
-    line: int
+    where: str  # for messages
     video: str
     start_s: float
     stop_s: float
@@ -52,7 +50,7 @@ def rows_from_audioset(inputs: list[Path], options: SourceOptions) -> Listing:
     if options.audio is None:
         raise UserError("--source audioset needs --audio, the folder with the downloaded files")
     classes = Classes(options.class_labels)
-    tables = [table for path in inputs for table in files_in(path, "_segments.csv", TABLE)]
+    tables = [table for path in inputs for table in files_in(path, "_segments.csv", "balanced_train_segments.csv")]
     files = AudioFolder(options.audio)
     rows: list[Row] = []
     missing: list[tuple[str, str]] = []
@@ -63,38 +61,36 @@ def rows_from_audioset(inputs: list[Path], options: SourceOptions) -> Listing:
             name = f"{segment.video}_{_milliseconds(segment.start_s)}"
             if isinstance(found, str):
                 missing.append((name, found))
-                continue
-            labels = classes.labels(segment.mids, f"{table} line {segment.line}") if options.use_labels else ()
-            rows.append(Row(found, name, labels, group, found.path))
+            else:
+                labels = classes.labels(segment.mids, segment.where) if options.use_labels else ()
+                rows.append(Row(found, name, labels, group, found.path))
     files.refuse_ambiguous()
     if not rows:
         raise UserError(f"--audio {options.audio} holds none of the {len(missing)} segments; files are named {NAMES}")
-    refuse_duplicates(rows)
     left_out = {"files of --audio that are not audio, or not named by a video id": files.num_others}
     return Listing(rows, left_out, classes.names if options.use_labels else None, missing)
 
 
 def read_segments(table: Path) -> Iterator[TableSegment]:
     """Yield the segments of a CSV, whose header may be the last of AudioSet's comments. Raises UserError."""
-    positions: list[int] = []
-    num_columns = 0
+    header: list[str] = []
     for line, cells in read_cells(table):
-        if positions and not cells[0].startswith("#"):
-            check_cells(table, line, cells, num_columns)
-            yield _segment(table, line, *(cells[position] for position in positions))
+        where = f"{table} line {line}"
+        if header and not cells[0].startswith("#"):
+            check_cells(where, cells, len(header))
+            yield _segment(where, *(cells[header.index(column)] for column in COLUMNS))
             continue
         names = [cell.lstrip("# ").strip() for cell in cells]
         if COLUMNS[0] in names:
             require_columns(table, names, COLUMNS)
-            positions, num_columns = [names.index(column) for column in COLUMNS], len(names)
+            header = names
         elif not cells[0].startswith("#"):
-            raise UserError(f"{table} line {line} comes before a header; it must name {', '.join(COLUMNS)}")
-    if not positions:
+            raise UserError(f"{where} comes before a header; it must name {', '.join(COLUMNS)}")
+    if not header:
         raise UserError(f"{table} is empty; it must begin with a header that names {', '.join(COLUMNS)}")
 
 
-def _segment(table: Path, line: int, video: str, start: str, stop: str, mids: str) -> TableSegment:
-    where = f"{table} line {line}"
+def _segment(where: str, video: str, start: str, stop: str, mids: str) -> TableSegment:
     video = video.strip()
     if not VIDEO_ID.fullmatch(video):
         raise UserError(f"{where}: {video!r} is not a YouTube id of 11 letters, digits, - and _")
@@ -104,7 +100,7 @@ def _segment(table: Path, line: int, video: str, start: str, stop: str, mids: st
         raise UserError(f"{where}: start {start.strip()!r} and end {stop.strip()!r} must be seconds") from None
     if not 0 <= start_s < stop_s < MAX_STOP_S:
         raise UserError(f"{where}: start {start_s:g} s and end {stop_s:g} s must be 0 <= start < end, in seconds")
-    return TableSegment(line, video, start_s, stop_s, mids)
+    return TableSegment(where, video, start_s, stop_s, mids)
 
 
 class AudioFolder:

@@ -13,10 +13,9 @@ from pathlib import Path
 
 from asda.data.audio.find import walk
 from asda.errors import UserError
-from asda.sharding.audio_ref import Place
-from asda.sharding.sources.classes import Classes
+from asda.sharding.audio_ref import Place, open_pack
 from asda.sharding.sources.hdf5 import PACK_EXTENSIONS, pack_keys, pack_rate_hz
-from asda.sharding.sources.listing import Listing, Row, SourceOptions, examples, files_in, refuse_duplicates
+from asda.sharding.sources.listing import Classes, Listing, Row, SourceOptions, examples, files_in
 
 DESCRIPTORS = "label_descriptors.csv"
 
@@ -30,31 +29,28 @@ def rows_from_eat(inputs: list[Path], options: SourceOptions) -> Listing:
     for table in [table for path in inputs for table in files_in(path, ".tsv", "train.tsv")]:
         labels: dict[str, tuple[str, ...]] = {}
         if options.use_labels:
-            classes = _classes(table, options.class_labels)
+            beside = table.with_name(DESCRIPTORS)
+            if options.class_labels is None and not beside.is_file():
+                raise UserError(
+                    f"{beside}: no such file; give the table index,mid,name as --class-labels, or --no-labels"
+                )
+            classes = Classes(options.class_labels or beside)
             if vocabulary not in (None, classes.names):
                 raise UserError(
                     f"{classes.table} names other classes than the table of the manifest before; run once for each"
                 )
             vocabulary = classes.names
-            labels = read_label_file(table.with_suffix(".lbl"), classes)
-        listed = len(rows) + len(missing)
-        _add_rows(table, labels, options, rows, missing)
-        unused += max(0, len(labels) - (len(rows) + len(missing) - listed))
+            labels = _read_labels(table.with_suffix(".lbl"), classes)
+        found, lost = _read_manifest(table, labels, options)
+        rows += found
+        missing += lost
+        unused += max(0, len(labels) - len(found) - len(lost))
     if not rows:
         raise UserError(f"none of the {len(missing)} files in the manifests exists; give their folder as --audio")
-    refuse_duplicates(rows)
     return Listing(rows, {"labels of clips that no manifest lists": unused}, vocabulary, missing)
 
 
-def _classes(table: Path, given: Path | None) -> Classes:
-    beside = table.with_name(DESCRIPTORS)
-    if given is None and not beside.is_file():
-        raise UserError(f"{beside}: no such file; give the table index,mid,name as --class-labels, or --no-labels")
-    return Classes(given or beside)
-
-
-def read_label_file(path: Path, classes: Classes) -> dict[str, tuple[str, ...]]:
-    """Read id -> labels. Raises UserError."""
+def _read_labels(path: Path, classes: Classes) -> dict[str, tuple[str, ...]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; --no-labels lists the clips without")
     labels: dict[str, tuple[str, ...]] = {}
@@ -66,17 +62,14 @@ def read_label_file(path: Path, classes: Classes) -> dict[str, tuple[str, ...]]:
     return labels
 
 
-def _add_rows(
-    table: Path,
-    labels: dict[str, tuple[str, ...]],
-    options: SourceOptions,
-    rows: list[Row],
-    missing: list[tuple[str, str]],
-) -> None:
-    """List one manifest: add its clips to `rows`, or to `missing` if their audio is."""
-    lines = iter(_lines(table))
-    root = _root(table, next(lines, (1, ""))[1], options.audio)
-    files = _Files(root, options.sample_rate_hz)
+def _read_manifest(
+    table: Path, labels: dict[str, tuple[str, ...]], options: SourceOptions
+) -> tuple[list[Row], list[tuple[str, str]]]:
+    """Return the clips of one manifest, and those whose audio is missing, with the reason."""
+    lines = _lines(table)
+    files = _Files(_root(table, next(lines, (1, ""))[1], options.audio), options.sample_rate_hz)
+    rows: list[Row] = []
+    missing: list[tuple[str, str]] = []
     unlabelled: list[str] = []
     for line, text in lines:
         name, tab, num_samples = text.partition("\t")
@@ -85,15 +78,14 @@ def _add_rows(
         clip = os.path.splitext(os.path.basename(name))[0]
         if options.use_labels and clip not in labels:
             unlabelled.append(clip)
-            continue
-        place = files.find(name)
-        if isinstance(place, str):
+        elif isinstance(place := files.find(name), str):
             missing.append((name, place))
         else:
             rows.append(Row(place, os.path.normpath(name), labels.get(clip, ()), table.stem, place.path))
     if unlabelled:
         shown = examples(unlabelled, len(unlabelled))
         raise UserError(f"{table.with_suffix('.lbl')} has no line for {shown}; add them, or give --no-labels")
+    return rows, missing
 
 
 def _root(table: Path, line: str, audio: Path | None) -> Path:
@@ -117,23 +109,23 @@ class _Files:
 
     def find(self, name: str) -> Place | str:
         """Return the place of a clip, or the reason why it has none."""
-        path = os.path.join(self.root, name)
         if os.path.normpath(name) in self._names:
-            return Place(path)
+            return Place(os.path.join(self.root, name))
         pack, _, key = name.rpartition("/")
         if not pack.endswith(PACK_EXTENSIONS):
             return "no such file"
         pack = os.path.normpath(pack)
         if pack not in self._names:
             return f"no pack {pack}"
+        whole = str(self.root / pack)
         if pack not in self._packs:
-            whole = str(self.root / pack)
-            self._packs[pack] = pack_rate_hz(whole, self.sample_rate_hz), pack_keys(whole)
+            with open_pack(whole) as opened:
+                self._packs[pack] = pack_rate_hz(opened, self.sample_rate_hz), pack_keys(opened)
         sample_rate_hz, keys = self._packs[pack]
         if key not in keys:
             return f"no {key} in the pack"
         entry, row = keys[key]
-        return Place(str(self.root / pack), entry=entry, row=row, sample_rate_hz=sample_rate_hz)
+        return Place(whole, entry=entry, row=row, sample_rate_hz=sample_rate_hz)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

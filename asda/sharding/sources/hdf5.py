@@ -12,8 +12,7 @@ import numpy as np
 from asda.data.audio.find import walk
 from asda.errors import UserError
 from asda.sharding.audio_ref import Place, open_pack
-from asda.sharding.sources.classes import Classes
-from asda.sharding.sources.listing import Listing, Row, SourceOptions, refuse_duplicates
+from asda.sharding.sources.listing import Classes, Listing, Row, SourceOptions
 
 if TYPE_CHECKING:
     import h5py
@@ -30,13 +29,11 @@ def rows_from_hdf5(inputs: list[Path], options: SourceOptions) -> Listing:
     """List the clips of packs, or of all packs in a folder and below; a pack's stem without its part is their split."""
     names = Classes(options.class_labels).names if options.use_labels else None
     known: KnownLabels = {}
-    rows = [row for path in inputs for pack in packs(path) for row in _pack_rows(pack, names, known, options)]
-    refuse_duplicates(rows)
+    rows = [row for path in inputs for pack in _packs(path) for row in _pack_rows(pack, names, known, options)]
     return Listing(rows, vocabulary=names)
 
 
-def packs(path: Path) -> list[Path]:
-    """Return the pack itself, or those of a folder and below."""
+def _packs(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     found = [path / name for name in sorted(walk(path)) if name.endswith(PACK_EXTENSIONS)]
@@ -47,33 +44,31 @@ def packs(path: Path) -> list[Path]:
 
 def _pack_rows(path: Path, names: tuple[str, ...] | None, known: KnownLabels, options: SourceOptions) -> list[Row]:
     with open_pack(str(path)) as pack:
-        clips = _clip_names(pack, path)
-        labels = _labels(pack, path, len(clips), names, known) if names else [()] * len(clips)
-    rate_hz = pack_rate_hz(str(path), options.sample_rate_hz)
+        clips = _clip_names(pack)
+        labels = _labels(pack, len(clips), names, known) if names else [()] * len(clips)
+        rate_hz = pack_rate_hz(pack, options.sample_rate_hz)
     group, whole = PART.sub("", path.stem), str(path)
     places = (Place(whole, entry=WAVEFORM, row=row, sample_rate_hz=rate_hz) for row in range(len(clips)))
     return [Row(*row, group, whole) for row in zip(places, clips, labels, strict=True)]
 
 
-def _clip_names(pack: "h5py.File", path: Path) -> list[str]:
-    names_N, waveform_NS = _data_set(pack, path, NAMES), _data_set(pack, path, WAVEFORM)
+def _clip_names(pack: "h5py.File") -> list[str]:
+    names_N, waveform_NS = _data_set(pack, NAMES), _data_set(pack, WAVEFORM)
     clips = [name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in names_N[:]]
     if waveform_NS.ndim != 2 or len(waveform_NS) != len(clips):
         shape = f"{len(clips)} names and a {WAVEFORM} of the shape {waveform_NS.shape}"
-        raise UserError(f"{path} has {shape}; each clip has its name and its row of samples")
+        raise UserError(f"{pack.filename} has {shape}; each clip has its name and its row of samples")
     if not clips:
-        raise UserError(f"{path} holds no clip")
+        raise UserError(f"{pack.filename} holds no clip")
     return clips
 
 
-def _labels(
-    pack: "h5py.File", path: Path, num_clips: int, names: tuple[str, ...], known: KnownLabels
-) -> list[tuple[str, ...]]:
-    target_NK = _data_set(pack, path, TARGET)[:]
+def _labels(pack: "h5py.File", num_clips: int, names: tuple[str, ...], known: KnownLabels) -> list[tuple[str, ...]]:
+    target_NK = _data_set(pack, TARGET)[:]
     if target_NK.shape != (num_clips, len(names)):
         raise UserError(
-            f"{path}: {TARGET} has the shape {target_NK.shape}, not ({num_clips}, {len(names)}) for its clips and the "
-            "classes; give the table of its classes as --class-labels, or --no-labels"
+            f"{pack.filename}: {TARGET} has the shape {target_NK.shape}, not ({num_clips}, {len(names)}) for its clips "
+            "and the classes; give the table of its classes as --class-labels, or --no-labels"
         )
     clip_numbers, class_numbers = np.nonzero(target_NK)
     pieces = np.split(class_numbers, np.searchsorted(clip_numbers, np.arange(1, num_clips)))
@@ -81,29 +76,30 @@ def _labels(
     return [known.get(some) or known.setdefault(some, tuple(names[n] for n in some)) for some in ids]
 
 
-def _data_set(pack: "h5py.File", path: Path, name: str) -> "h5py.Dataset":
+def _data_set(pack: "h5py.File", name: str) -> "h5py.Dataset":
     import h5py
 
     data = pack.get(name)
     if not isinstance(data, h5py.Dataset):
-        raise UserError(f"{path} has no data set {name!r}, as PANNs' packs of waveforms do; it has {', '.join(pack)}")
+        known = ", ".join(pack)
+        raise UserError(f"{pack.filename} has no data set {name!r}, as PANNs' packs of waveforms do; it has {known}")
     return data
 
 
-def pack_rate_hz(path: str, given: int | None) -> int:
+def pack_rate_hz(pack: "h5py.File", given: int | None) -> int:
     """Return the sample rate that a pack names, else the given one, else 32 kHz. Raises UserError if they differ."""
-    with open_pack(path) as pack:
-        named = pack.attrs.get(RATE)
+    named = pack.attrs.get(RATE)
     if named is None:
         return given or DEFAULT_RATE_HZ
     if given not in (None, int(named)):
-        raise UserError(f"--sample-rate {given}: {path} says that it has {int(named)} Hz; leave --sample-rate out")
+        raise UserError(
+            f"--sample-rate {given}: {pack.filename} says that it has {int(named)} Hz; leave --sample-rate out"
+        )
     return int(named)
 
 
-def pack_keys(path: str) -> dict[str, tuple[str, int | None]]:
+def pack_keys(pack: "h5py.File") -> dict[str, tuple[str, int | None]]:
     """Return key -> (data set, row) for the clips in a pack: PANNs' rows by name, else one data set each."""
-    with open_pack(path) as pack:
-        if NAMES in pack:
-            return {name: (WAVEFORM, row) for row, name in enumerate(_clip_names(pack, Path(path)))}
-        return {str(name): (str(name), None) for name in pack}
+    if NAMES in pack:
+        return {name: (WAVEFORM, row) for row, name in enumerate(_clip_names(pack))}
+    return {str(name): (str(name), None) for name in pack}

@@ -1,14 +1,16 @@
-"""Inputs and results of every source, and parts that several need: inputs, rows of a CSV, examples for messages."""
+"""Inputs and results of every source, and parts that several need: cells of a CSV, AudioSet's classes, examples."""
 
 import csv
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 
 from asda.errors import UserError
 from asda.sharding.audio_ref import Place
 
 MAX_NAMED = 3  # examples in a sentence
+AUDIOSET_CLASSES = Path(str(files("asda.data") / "audioset_labels.csv"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +45,6 @@ class SourceOptions:
     sample_rate_hz: int | None = None  # of HDF5 packs that do not name theirs
 
 
-def only_input(inputs: list[Path], source: str) -> Path:
-    """Return the one input of a source that takes one."""
-    if len(inputs) != 1:
-        raise UserError(f"--source {source} takes one --input and got {len(inputs)}; run once for each")
-    return inputs[0]
-
-
 def files_in(path: Path, ending: str, example: str) -> list[Path]:
     """Return the file itself, or the files of a folder with this ending, sorted. Raises UserError if it has none."""
     if not path.is_dir():
@@ -74,58 +69,53 @@ def read_cells(table: Path) -> Iterator[tuple[int, list[str]]]:
             raise UserError(f"{table} is not a UTF-8 CSV near line {reader.line_num + 1}: {error}") from None
 
 
-def read_csv(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield (line number, column -> cell) for each row below the header, cells stripped. Raises UserError."""
-    rows = read_cells(table)
-    columns = [name.strip() for name in next(rows, (0, []))[1]]
-    if len(set(columns)) != len(columns):
-        raise UserError(f"{table} names a column twice in its header: {', '.join(columns)}")
-    for line, cells in rows:
-        check_cells(table, line, cells, len(columns))
-        yield line, dict(zip(columns, map(str.strip, cells), strict=True))
-
-
-def check_cells(table: Path, line: int, cells: list[str], num_columns: int) -> None:
+def check_cells(where: str, cells: list[str], num_columns: int) -> None:
     """Refuse a row that has more or fewer cells than the header."""
     if len(cells) != num_columns:
         raise UserError(
-            f"{table} line {line} has {len(cells)} cells, its header has {num_columns}; "
+            f"{where} has {len(cells)} cells, its header has {num_columns}; "
             "cells that contain a comma need double quotes"
         )
 
 
-def require_columns(table: Path, columns: Iterable[str], wanted: Iterable[str]) -> None:
+def require_columns(table: Path, columns: list[str], wanted: Iterable[str]) -> None:
     """Refuse a table without the columns that are needed."""
-    columns = list(columns)
     for column in wanted:
         if column not in columns:
             raise UserError(f"{table} has no column {column!r}; its columns are {', '.join(columns)}")
 
 
-def select(table: Path, options: SourceOptions, wanted: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]] | None]:
-    """Yield the rows of a CSV, and None for each without the values of --where. The columns `wanted` must be there."""
-    num_rows = num_kept = 0
-    for line, record in read_csv(table):
-        if not num_rows:
-            require_columns(table, record, (*wanted, *(column for column, _ in options.where)))
-        num_rows += 1
-        kept = all(record[column] == value for column, value in options.where)
-        num_kept += kept
-        yield (line, record) if kept else None
-    if not num_rows:
-        raise UserError(f"{table} has no rows below its header")
-    if not num_kept:
-        raise UserError(f"no row of {table} has {' and '.join('='.join(pair) for pair in options.where)}")
+class Classes:
+    """Names of AudioSet's classes by their machine ids (MIDs, as "/m/09x0r"), in the order of their indices."""
 
+    def __init__(self, table: Path | None):
+        """Read a table index,mid,name, with or without a header; None reads AudioSet's 527."""
+        self.table = table or AUDIOSET_CLASSES
+        rows = [(line, [cell.strip() for cell in cells]) for line, cells in read_cells(self.table)]
+        if rows and rows[0][1][0] == "index":
+            rows = rows[1:]
+        self._names: dict[str, str] = {}
+        for number, (line, cells) in enumerate(rows):
+            if len(cells) != 3 or cells[0] != str(number) or not all(cells):
+                raise UserError(f"{self.table} line {line} is not index,mid,name with the index {number}")
+            self._names[cells[1]] = cells[2]
+        self.names = tuple(self._names.values())
+        if not rows or len(set(self.names)) < len(rows):
+            raise UserError(f"{self.table} is empty, or names a class twice; each line is one class: index,mid,name")
+        self._labels: dict[str, tuple[str, ...]] = {}  # most lists come again: two million rows share them
 
-def refuse_duplicates(rows: list[Row]) -> None:
-    """Refuse two rows with one name."""
-    seen: set[str] = set()
-    for row in rows:
-        if row.relative in seen:
-            first = next(other for other in rows if other.relative == row.relative)
-            raise UserError(f"{row.where} lists {row.relative} again, after {first.where}; keep one of them")
-        seen.add(row.relative)
+    def labels(self, mids: str, where: str) -> tuple[str, ...]:
+        """Return the names of MIDs separated by commas. Raises UserError with `where` for an unknown one."""
+        labels = self._labels.get(mids)
+        if labels is None:
+            wanted = [mid.strip() for mid in mids.split(",") if mid.strip()]
+            if unknown := next((mid for mid in wanted if mid not in self._names), None):
+                raise UserError(
+                    f"{where}: {unknown!r} is not among the {len(self._names)} classes of {self.table}; "
+                    "correct it, or give the table that has it as --class-labels"
+                )
+            labels = self._labels[mids] = tuple(dict.fromkeys(self._names[mid] for mid in wanted))
+        return labels
 
 
 def examples(names: Iterable[str], count: int) -> str:
