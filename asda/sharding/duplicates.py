@@ -83,20 +83,14 @@ def find_pairs(prints: list[bytes]) -> list[Pair]:
 
 def _near_pairs(fingerprints: list[bytes]) -> Iterator[tuple[int, int, int]]:
     """Yield (first, second, differing bits) for as many similar pairs as connect all similar clips."""
+    from scipy.cluster.hierarchy import DisjointSet  # takes a third of a second
+
     bytes_N32 = np.frombuffer(b"".join(fingerprints), np.uint8).reshape(-1, FINGERPRINT_BYTES)
-    found = [_neighbours(bytes_N32, table) for table in range(NUM_TABLES)]
-    pairs = np.unique(np.concatenate(found), axis=0) if found else []
-    parent = list(range(len(bytes_N32)))
-
-    def root(number: int) -> int:
-        while parent[number] != number:
-            parent[number] = number = parent[parent[number]]
-        return number
-
-    for first, second, bits in pairs:
-        if (a := root(first)) != (b := root(second)):
-            parent[max(a, b)] = min(a, b)
-            yield int(first), int(second), int(bits)
+    pairs = np.unique(np.concatenate([_neighbours(bytes_N32, table) for table in range(NUM_TABLES)]), axis=0)
+    alike = DisjointSet(np.unique(pairs[:, :2]).tolist())
+    for first, second, bits in pairs.tolist():
+        if alike.merge(first, second):
+            yield first, second, bits
 
 
 def _neighbours(bytes_N32: np.ndarray, table: int) -> np.ndarray:

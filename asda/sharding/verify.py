@@ -5,6 +5,7 @@ import json
 import sys
 import tarfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -62,18 +63,17 @@ def verify_dataset(
         UserError: something is wrong; says how many shards.
     """
     splits, entries, vocabulary = list(dict.fromkeys(splits)), [], ()
-    unreadable = None
+    tars = [] if splits else _tars(location)
     try:
         dataset = load_dataset(location, splits or None, cache, tolerant=True)
         entries = [entry for name in splits or dataset.splits for entry in dataset.splits[name].shards]
         vocabulary = dataset.vocabulary
     except UserError as error:
-        unreadable = error
-    unlisted = [] if splits else _tars(location, {entry.name for entry in entries})
-    if unreadable and not unlisted:
-        raise unreadable
-    if unreadable:
-        print(unreadable)
+        if not tars:
+            raise
+        print(error)
+    listed = {entry.name for entry in entries}
+    unlisted = [path for path in tars if path.name not in listed]
     with worker_pool(num_workers, len(entries) + len(unlisted)) as workers:
         check = partial(check_listed, location, cache, vocabulary)
         found = workers.run(check, entries, [entry.clips for entry in entries], "clip", _print_problems)
@@ -88,12 +88,12 @@ def verify_dataset(
     print(f"{location}: {num_clips:,} clips in {len(entries):,} shards, {num_mib:,.1f} MiB, are right, to the last bit")
 
 
-def _tars(location: Any, listed: set[str]) -> list[Path]:
-    """Return the tars of a local folder that are not listed."""
+def _tars(location: str | Path) -> list[Path]:
+    """Return the tars of a local folder."""
     storage = open_storage(location)
     if not isinstance(storage, LocalFolder) or not storage.folder.is_dir():
         return []
-    return sorted(p for p in storage.folder.iterdir() if p.name.endswith(TAR_SUFFIXES) and p.name not in listed)
+    return sorted(path for path in storage.folder.iterdir() if path.name.endswith(TAR_SUFFIXES))
 
 
 def _print_problems(checked: Checked) -> None:
@@ -115,7 +115,7 @@ def check_listed(
 ) -> Checked:
     """Check a shard of dataset.json, in a worker."""
     shard = ShardFile(open_once(location, cache), entry)
-    problems = list(shard_problems(shard, vocabulary))
+    problems = shard_problems(shard, vocabulary)
     report_done(number, entry.clips)
     try:
         return Checked(entry.name, problems, shard.index.keys)
@@ -129,44 +129,42 @@ def check_unlisted(_: int, path: Path) -> Checked:
     return Checked(path.name, [unlisted, *tar_problems(path)])
 
 
-def shard_problems(shard: ShardFile, vocabulary: tuple[str, ...]) -> Iterator[str]:
-    """Yield what is wrong with a shard: its index, its size, each clip, its end frame, the hash of the file."""
+@contextmanager
+def _adding_to(problems: list[str]) -> Iterator[None]:
+    """Add the UserError that ends the block, if any."""
     try:
+        yield
+    except UserError as error:
+        problems.append(str(error))
+
+
+def shard_problems(shard: ShardFile, vocabulary: tuple[str, ...]) -> list[str]:
+    """Return what is wrong with a shard: its index, its size, each clip, its end frame, the hash of the file."""
+    problems: list[str] = []
+    size = shard.entry.bytes
+    with _adding_to(problems):
         end = load_shard_index(shard.storage, shard.entry).offsets[-1]
-    except UserError as error:
-        yield str(error)
-        return
-    try:
-        shard.storage.check_sizes([shard.file])
-    except UserError as error:
-        yield str(error)
-    try:
-        end_frame = shard.storage.read(shard.file, end, shard.entry.bytes)
-    except UserError as error:  # nothing can be read
-        yield str(error)
-        return
-    for number in range(shard.entry.clips):
-        try:
-            _check_clip(shard, number, vocabulary)
-        except UserError as error:
-            yield str(error)
-    yield from _end_problems(shard, end_frame)
-    if (found := hash_pieces(_pieces(shard))) != shard.file.digest:
-        yield f"shard {shard.path} is damaged: its hash is {found}, not {shard.file.digest}; {REPAIR}"
+        with _adding_to(problems):
+            shard.storage.check_sizes([shard.file])
+        end_frame = shard.storage.read(shard.file, end, size)  # if this fails, nothing can be read
+        for number in range(shard.entry.clips):
+            with _adding_to(problems):
+                _check_clip(shard, number, vocabulary)
+        with _adding_to(problems):
+            _check_end(shard, end_frame)
+        pieces = ((start, min(start + READ_BYTES, size)) for start in range(0, size, READ_BYTES))
+        if (found := hash_pieces(shard.storage.read(shard.file, *piece) for piece in pieces)) != shard.file.digest:
+            problems.append(f"shard {shard.path} is damaged: its hash is {found}, not {shard.file.digest}; {REPAIR}")
+    return problems
 
 
-def _end_problems(shard: ShardFile, end_frame: bytes) -> Iterator[str]:
-    where = f"shard {shard.path} is damaged in its end frame ({len(end_frame)} bytes)"
+def _check_end(shard: ShardFile, end_frame: bytes) -> None:
     try:
         if decompress(end_frame) != TAR_END:
-            yield f"{where}: it does not hold two zero blocks; {REPAIR}"
+            raise BadFrameError("it does not hold two zero blocks")
     except (BadFrameError, zstandard.ZstdError) as error:
-        yield f"{where}: {error}; {REPAIR}"
-
-
-def _pieces(shard: ShardFile) -> Iterator[bytes]:
-    for start in range(0, shard.entry.bytes, READ_BYTES):
-        yield shard.storage.read(shard.file, start, min(start + READ_BYTES, shard.entry.bytes))
+        where = f"shard {shard.path} is damaged in its end frame ({len(end_frame)} bytes)"
+        raise UserError(f"{where}: {error}; {REPAIR}") from None
 
 
 def _check_clip(shard: ShardFile, number: int, vocabulary: tuple[str, ...]) -> None:
@@ -209,7 +207,10 @@ def tar_problems(path: Path) -> list[str]:
     last = ""
     try:
         with path.open("rb") as file:
-            for name, _ in tar_members(_plain(file, path)):
+            unpacked = zstandard.ZstdDecompressor(max_window_size=MAX_SAMPLE_BYTES).stream_reader(
+                file, read_across_frames=True, closefd=False
+            )
+            for name, _ in tar_members(unpacked if path.name.endswith(SHARD_SUFFIX) else file):
                 key, _, extension = name.partition(".")
                 if key != last and key in seen:
                     problems.append(f"{path}, key {key}: it comes again after other clips")
@@ -225,13 +226,6 @@ def tar_problems(path: Path) -> list[str]:
         if not extensions - {"json"}:
             problems.append(f"{path}, key {key}: half a clip, it has no audio beside {key}.json")
     return problems
-
-
-def _plain(file: BinaryIO, path: Path) -> Any:
-    if not path.name.endswith(SHARD_SUFFIX):
-        return file
-    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_SAMPLE_BYTES)
-    return decompressor.stream_reader(file, read_across_frames=True, closefd=False)
 
 
 def tar_members(stream: BinaryIO) -> Iterator[tuple[str, bytes]]:

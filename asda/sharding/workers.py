@@ -79,9 +79,8 @@ class Workers:
                 process.terminate()
             self.pool.shutdown(cancel_futures=True)  # waits for them
             if isinstance(error, BrokenProcessPool):
-                raise UserError(
-                    "a worker process was killed, probably because memory ran out; use fewer --workers"
-                ) from None
+                what = "a worker process was killed, probably because memory ran out"
+                raise UserError(f"{what}; use fewer --workers") from None
             raise
 
     def run(
@@ -92,7 +91,9 @@ class Workers:
         unit: str,
         tell: Callable[[Result], None],
     ) -> list[Result]:
-        """Return function(number, task) for all tasks, in their order; show progress on stderr meanwhile.
+        """Return function(number, task) for all tasks, in their order.
+
+        Shows progress on stderr meanwhile: a bar on a terminal, a line every 10 s elsewhere.
 
         Args:
             function: calls report_done(number, n) meanwhile, n <= units[number].
@@ -102,47 +103,23 @@ class Workers:
             tell: prints what there is to say about a result, by tqdm.write, as soon as it is there.
         """
         self._counts[:] = 0
+        total = sum(units)
+        started = reported = time.monotonic()
         futures = {self.pool.submit(function, number, task): number for number, task in enumerate(tasks)}
         results: dict[int, Result] = {}
         waiting: set[Future[Result]] = set(futures)
-        progress = ProgressBar(sum(units), unit)
-        while waiting:
-            done, waiting = wait(waiting, LOOK_EVERY_S, FIRST_COMPLETED)
-            for future in done:
-                number = futures.pop(future)
-                results[number] = future.result()
-                self._counts[number] = units[number]
-                tell(results[number])
-            progress.show(int(self._counts.sum()))
-        progress.close()
+        with tqdm(total=total, unit=unit, disable=not sys.stderr.isatty()) as bar:
+            while waiting:
+                done, waiting = wait(waiting, LOOK_EVERY_S, FIRST_COMPLETED)
+                for future in done:
+                    number = futures.pop(future)
+                    results[number] = future.result()
+                    self._counts[number] = units[number]
+                    tell(results[number])
+                num_done, now = int(self._counts.sum()), time.monotonic()
+                bar.update(num_done - bar.n)
+                if bar.disable and (not waiting or now - reported > REPORT_EVERY_S):
+                    reported = now
+                    rate = num_done / max(now - started, 1e-9)
+                    print(f"{num_done} of {total} {unit}s, {rate:.0f} {unit}s/s", file=sys.stderr, flush=True)
         return [results[number] for number in range(len(tasks))]
-
-
-class ProgressBar:
-    """Shows progress: a bar on a terminal, a line every 10 s elsewhere."""
-
-    def __init__(self, total: int, unit: str):
-        self.total, self.unit = total, unit
-        self._bar = tqdm(total=total, unit=unit, disable=not sys.stderr.isatty())
-        self._started = self._reported = time.monotonic()
-        self._done = 0
-
-    def show(self, done: int) -> None:
-        """Show that `done` units of the total are done."""
-        self._bar.update(done - self._done)
-        self._done = done
-        if time.monotonic() - self._reported > REPORT_EVERY_S:
-            self._print()
-
-    def close(self) -> None:
-        """Show the last state."""
-        self._bar.close()
-        if self.total:
-            self._print()
-
-    def _print(self) -> None:
-        self._reported = time.monotonic()
-        if self._bar.disable:
-            rate = self._done / max(self._reported - self._started, 1e-9)
-            line = f"{self._done} of {self.total} {self.unit}s, {rate:.0f} {self.unit}s/s"
-            print(line, file=sys.stderr, flush=True)
