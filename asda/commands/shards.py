@@ -24,22 +24,20 @@ from asda.errors import UserError
 from asda.sharding.duplicates import Pair, find_pairs
 from asda.sharding.journal import (
     DUPLICATES_FILE,
-    MERGE_BYTE,
+    MERGE,
     REJECTED_FILE,
     Journal,
     bytes_to_replace,
     claimed,
-    one_byte,
     refuse_finished,
     sweep,
 )
 from asda.sharding.plan import Plan, assign_splits, choose_vocabulary, keyed, parse_split, plan_split
 from asda.sharding.sources import list_source
 from asda.sharding.sources.listing import Listing, examples
-from asda.sharding.space import check_space
 from asda.sharding.verify import verify_dataset
 from asda.sharding.workers import Workers, worker_pool
-from asda.sharding.writer import WrittenShard, summarize_split, write_dataset, writing
+from asda.sharding.writer import WrittenShard, check_space, summarize_split, write_dataset, writing
 from asda.system import FileLock, write_whole_file
 
 LONGEST_CLIP_S = MAX_SAMPLE_BYTES // (2 * SAMPLE_RATE_HZ) - 1  # what a reader accepts as one sample
@@ -203,7 +201,7 @@ def finish(
     args: argparse.Namespace,
 ) -> DatasetIndex | None:
     """Write dataset.json and the tables beside it if all shards are finished, ours and those of other parts."""
-    if (plan.out / DATASET_FILE).exists() or not lock.take(one_byte(MERGE_BYTE)):
+    if (plan.out / DATASET_FILE).exists() or not lock.take(MERGE):
         print(f"this part is done; another part writes {plan.out / DATASET_FILE}")
         return None
     others = [number for number in range(len(plan.tasks)) if number not in written]

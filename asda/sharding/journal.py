@@ -32,14 +32,9 @@ DUPLICATES_FILE = "duplicates.csv"
 REJECTED_FILE = "rejected.csv"
 TABLES = (REJECTED_FILE, DUPLICATES_FILE)  # beside dataset.json, if they have rows
 SHARD_FILES = re.compile(r"[A-Za-z0-9_]+-[0-9]{6}(\.tar\.zst|\.json)", re.ASCII)
-SETUP_BYTE, MERGE_BYTE = 1 << 40, (1 << 40) + 1  # of the lock file: behind the bytes of all shards
-ALL_SHARDS = range(SETUP_BYTE)
+ALL_SHARDS = range(1 << 40)  # bytes of the lock file
+SETUP, MERGE = range(1 << 40, (1 << 40) + 1), range((1 << 40) + 1, (1 << 40) + 2)  # a byte each, behind all shards
 DISCARDING = "discarding"  # stands for the plan's digest while old files are removed
-
-
-def one_byte(position: int) -> range:
-    """Return the range of a single byte."""
-    return range(position, position + 1)
 
 
 @dataclass(frozen=True)
@@ -88,9 +83,22 @@ class Journal:
         if hash_bytes(text.encode()) != digest:
             return None
         content = json.loads(text)
-        shard = _shard_from(content)
-        same = content["plan"] == self.digest and inputs in (None, content["inputs"])
-        return shard if same and _has_files(self.out, shard.entry) else None
+        entry = content["entry"] and ShardEntry(**content["entry"])
+        sizes = {entry.name: entry.bytes, entry.index_name: entry.index_bytes} if entry else {}
+        paths = {self.out / name: size for name, size in sizes.items()}
+        if content["plan"] != self.digest or inputs not in (None, content["inputs"]):
+            return None
+        if not all(path.is_file() and path.stat().st_size == size for path, size in paths.items()):
+            return None
+        return WrittenShard(
+            entry=entry,
+            num_samples=content["num_samples"],
+            log_mel=LogMelSums(*content["log_mel"]),
+            keys=tuple(content["keys"]),
+            labels=tuple(map(tuple, content["labels"])),
+            prints=tuple(map(bytes.fromhex, content["prints"])),
+            rejected=tuple((source, reason) for source, reason in content["rejected"]),
+        )
 
     def remove(self) -> None:
         """Remove the folder; plan.json last, so that a run which is stopped in between can be told from others."""
@@ -99,35 +107,16 @@ class Journal:
         self.folder.rmdir()
 
 
-def _shard_from(content: dict) -> WrittenShard:
-    return WrittenShard(
-        entry=content["entry"] and ShardEntry(**content["entry"]),
-        num_samples=content["num_samples"],
-        log_mel=LogMelSums(*content["log_mel"]),
-        keys=tuple(content["keys"]),
-        labels=tuple(map(tuple, content["labels"])),
-        prints=tuple(map(bytes.fromhex, content["prints"])),
-        rejected=tuple((source, reason) for source, reason in content["rejected"]),
-    )
-
-
-def _has_files(out: Path, entry: ShardEntry | None) -> bool:
-    sizes = {entry.name: entry.bytes, entry.index_name: entry.index_bytes} if entry else {}
-    return all((out / name).is_file() and (out / name).stat().st_size == size for name, size in sizes.items())
-
-
 def inputs_digest(task: ShardTask) -> str:
     """Hash the sizes and times of change of a shard's audio files, so that a changed file is read again."""
-    paths = dict.fromkeys(clip.place.path for clip in task.clips)
-    return hash_bytes(repr([_size_and_time(path) for path in paths]).encode())
-
-
-def _size_and_time(path: str) -> tuple[int, int] | None:
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return status.st_size, status.st_mtime_ns
+    found: list[tuple[int, int] | None] = []
+    for path in dict.fromkeys(clip.place.path for clip in task.clips):
+        try:
+            status = os.stat(path)
+            found.append((status.st_size, status.st_mtime_ns))
+        except (OSError, ValueError):
+            found.append(None)
+    return hash_bytes(repr(found).encode())
 
 
 def refuse_finished(plan: Plan, overwrite: bool) -> None:
@@ -167,9 +156,9 @@ def bytes_to_replace(out: Path, digest: str) -> int:
 
 def _owned(out: Path) -> list[Path]:
     """Return the files of dataset.json, or of the unfinished work; everything else there is the user's."""
-    names = _planned(out).files | _shards_of_dataset(out)
+    names = _planned(out).files
     if (out / DATASET_FILE).exists():
-        names.update(TABLES)
+        names |= {*_shards_of_dataset(out), *TABLES}
     return [path for path in out.iterdir() if path.name in names]
 
 
@@ -196,7 +185,7 @@ def claimed(plan: Plan, shards: range, command: str, overwrite: bool) -> Iterato
         _prepare(plan, journal, lock, command, overwrite)
         if shards and not lock.take(shards):
             raise UserError(f"another run is writing these shards of {out}; wait for it, or stop it")
-        lock.release(one_byte(SETUP_BYTE))
+        lock.release(SETUP)
         sweep(out, {plan.tasks[number].path.name for number in shards})
         yield journal, lock
     finally:
@@ -214,7 +203,7 @@ def _open_lock(journal: Journal) -> FileLock:
             except FileNotFoundError:  # another run has just finished and removed the folder
                 continue
         try:
-            lock.take(one_byte(SETUP_BYTE), wait=True)
+            lock.take(SETUP, wait=True)
         except OSError as error:
             raise UserError(
                 f"cannot lock {lock.file.name}: {error.strerror}; --out must lie on a file system that has POSIX locks"
@@ -242,19 +231,12 @@ def _prepare(plan: Plan, journal: Journal, lock: FileLock, command: str, overwri
         old = _owned(out)
         # Named first: a run that is killed while it removes them has removed what else names them.
         _write_plan(journal, Planned(DISCARDING, command, {path.name for path in old}))
-        _discard(journal, old)
+        (out / DATASET_FILE).unlink(missing_ok=True)  # first, for it vouches for the rest
+        records = [path for path in journal.folder.iterdir() if path.name not in (LOCK_FILE, PLAN_FILE)]
+        for path in records + old:
+            path.unlink()
         lock.release(ALL_SHARDS)
     _write_plan(journal, Planned(journal.digest, command, _files_of(plan)))
-
-
-def _discard(journal: Journal, old: list[Path]) -> None:
-    """Remove a dataset, or the unfinished work on another plan; dataset.json first, for it vouches for the rest."""
-    (journal.out / DATASET_FILE).unlink(missing_ok=True)
-    for path in journal.folder.iterdir():
-        if path.name not in (LOCK_FILE, PLAN_FILE):
-            path.unlink()
-    for path in old:
-        path.unlink()
 
 
 @dataclass(frozen=True)
@@ -281,21 +263,17 @@ def _planned(out: Path) -> Planned:
     except FileNotFoundError:
         return Planned()
     except (ValueError, LookupError, TypeError):
-        return Planned("damaged", "unknown", _recorded(out))
-
-
-def _recorded(out: Path) -> set[str]:
-    records = [path.name for path in (out / JOURNAL_FOLDER).glob(f"*{RECORD_SUFFIX}")]
-    return _with_indexes(name.removesuffix(RECORD_SUFFIX) + SHARD_SUFFIX for name in records) | set(TABLES)
+        records = (out / JOURNAL_FOLDER).glob(f"*{RECORD_SUFFIX}")
+        shards = _with_indexes(path.name.removesuffix(RECORD_SUFFIX) for path in records)
+        return Planned("damaged", "unknown", shards | set(TABLES))
 
 
 def _leave(journal: Journal, lock: FileLock, created: bool) -> None:
     """Remove temporary files, and the journal if it holds nothing and nobody else is at work."""
-    if not (lock.is_current and lock.take(one_byte(SETUP_BYTE), wait=True) and lock.take(ALL_SHARDS)):
+    if not (lock.is_current and lock.take(SETUP, wait=True) and lock.take(ALL_SHARDS)):
         return
     sweep(journal.out)
-    planned = (journal.folder / PLAN_FILE).exists()
-    if not planned or not _owned(journal.out):
+    if not (journal.folder / PLAN_FILE).exists() or not _owned(journal.out):
         journal.remove()
         if created and not any(journal.out.iterdir()):
             journal.out.rmdir()

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import astuple, dataclass, replace
 from fractions import Fraction
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest, xxh3_128
@@ -77,8 +78,7 @@ class Plan:
 
     def part(self, number: int, num_parts: int) -> range:
         """Return the shards of part 1 <= number <= num_parts; the parts differ by at most one shard."""
-        bounds = [len(self.tasks) * part // num_parts for part in (number - 1, number)]
-        return range(*bounds)
+        return range(len(self.tasks) * (number - 1) // num_parts, len(self.tasks) * number // num_parts)
 
 
 @dataclass(frozen=True)
@@ -128,17 +128,14 @@ def keyed(rows: list[Row]) -> dict[str, Row]:
     num_rows = Counter(stems)
     keys: dict[str, Row] = {}
     for stem, row in zip(stems, rows, strict=True):
-        plain = num_rows[stem] == 1 and len(stem) <= MAX_KEY_CHARS
-        key = stem if plain else _hashed_key(stem, row.relative)
+        key = stem
+        if num_rows[stem] > 1 or len(stem) > MAX_KEY_CHARS:
+            digest = xxh3_64_hexdigest(os.fsencode(row.relative))[:KEY_HASH_CHARS]
+            key = f"{stem[: MAX_KEY_CHARS - KEY_HASH_CHARS - 1]}-{digest}"
         if key in keys:
             raise UserError(f"{row.where} and {keys[key].where} get the same key {key}; rename one of the files")
         keys[key] = row
     return dict(sorted(keys.items(), key=lambda item: (xxh3_64_intdigest(item[0].encode()), item[0])))
-
-
-def _hashed_key(stem: str, relative: str) -> str:
-    digest = xxh3_64_hexdigest(os.fsencode(relative))[:KEY_HASH_CHARS]
-    return f"{stem[: MAX_KEY_CHARS - KEY_HASH_CHARS - 1]}-{digest}"
 
 
 def assign_splits(keys: dict[str, Row], rules: list[SplitRule]) -> dict[str, dict[str, Row]]:
@@ -153,12 +150,7 @@ def assign_splits(keys: dict[str, Row], rules: list[SplitRule]) -> dict[str, dic
         raise UserError(f"--split names a split twice in {', '.join(names)}; list its values in one, as in train=1,2")
     if kinds == {"percentages"}:
         return _by_shares(keys, rules)
-    return _by_groups(keys, rules)
-
-
-def _by_groups(keys: dict[str, Row], rules: list[SplitRule]) -> dict[str, dict[str, Row]]:
-    groups = {row.group for row in keys.values()}
-    split_of = _split_of_group(groups, rules)
+    split_of = _split_of_group({row.group for row in keys.values()}, rules)
     splits: dict[str, dict[str, Row]] = {name: {} for name in sorted(set(split_of.values()))}
     for key, row in keys.items():
         if row.group in split_of:
@@ -220,7 +212,7 @@ def choose_vocabulary(splits: dict[str, dict[str, Row]], fixed: tuple[str, ...] 
     if fixed is None:
         names = {label: row.where for row in rows for label in row.labels}
         for label, where in names.items():
-            if not _is_text(label):
+            if any("\ud800" <= letter <= "\udfff" for letter in label):  # Python's form of bytes that are not UTF-8
                 raise UserError(f"{where}: the label {label!r} is not UTF-8 text; give the class another name")
         return tuple(sorted(names))
     for row in rows:
@@ -229,11 +221,6 @@ def choose_vocabulary(splits: dict[str, dict[str, Row]], fixed: tuple[str, ...] 
                 f"{row.where}: the label {min(unknown)!r} is not among the {len(fixed)} classes of --labels"
             )
     return fixed
-
-
-def _is_text(name: str) -> bool:
-    """Return whether a name is UTF-8; Python turns other bytes of a file name into lone surrogates."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def plan_split(
@@ -253,10 +240,6 @@ def plan_split(
     num_shards = -(-len(clips) // clips_per_shard)
     bounds = [len(clips) * number // num_shards for number in range(num_shards + 1)]
     return [
-        ShardTask(
-            folder / f"{split}-{number:06d}{SHARD_SUFFIX}",
-            tuple(clips[bounds[number] : bounds[number + 1]]),
-            max_seconds,
-        )
-        for number in range(num_shards)
+        ShardTask(folder / f"{split}-{number:06d}{SHARD_SUFFIX}", tuple(clips[start:stop]), max_seconds)
+        for number, (start, stop) in enumerate(pairwise(bounds))
     ]

@@ -17,14 +17,7 @@ from tqdm import tqdm
 from asda.data.audio.waves import AudioError, decode_wav
 from asda.data.remote.cache import CacheConfig
 from asda.data.remote.storage import LocalFolder, open_storage
-from asda.data.shards.index import (
-    DATASET_FILE,
-    MAX_SAMPLE_BYTES,
-    REPAIR,
-    SHARD_SUFFIX,
-    TAR_END,
-    ShardEntry,
-)
+from asda.data.shards.index import DATASET_FILE, MAX_SAMPLE_BYTES, REPAIR, SHARD_SUFFIX, TAR_END, ShardEntry
 from asda.data.shards.read import BadFrameError, ShardFile, decompress, load_dataset, load_shard_index
 from asda.errors import UserError
 from asda.sharding.workers import report_done, worker_pool

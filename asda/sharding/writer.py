@@ -1,14 +1,16 @@
-"""Write shards, each whole or not at all. The format is specified in shards/README.md.
+"""Write shards, each whole or not at all, if the disk has room for them. The format is specified in shards/README.md.
 
 The bytes depend on the clips alone: not on time, user, machine load, or the number of workers.
 """
 
 import json
 import math
+import shutil
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -35,11 +37,18 @@ from asda.errors import UserError
 from asda.sharding.audio_ref import read_place
 from asda.sharding.duplicates import clip_prints
 from asda.sharding.plan import ClipTask, ShardTask
+from asda.sharding.workers import Workers
 from asda.system import sync, whole_file, write_whole_file
 
 ZSTD_LEVEL = 1  # level 3 takes 1.6 times as long for 1.2 % fewer bytes of audio, and is no faster to read
 WEIGHT_DIGITS = 6  # significant, of sample_weights
 TAR_BLOCK_BYTES = 512
+
+NUM_SAMPLED = 64  # clips; their order is a fixed shuffle, so every n-th is a fair sample
+MARGIN = 1.1  # the mean of 64 clips is off by about 5 % if their lengths differ by as much as their mean
+INDEX_BYTES = 512  # for each clip in a shard's index, in dataset.json, and in the record of a finished shard
+LARGEST_RATIO = 1.02  # bytes of a compressed clip by those of its samples, at worst: noise
+MIB, GIB = 1 << 20, 1 << 30
 
 
 class LogMelSums(NamedTuple):
@@ -52,7 +61,7 @@ class LogMelSums(NamedTuple):
 
 
 class WrittenClip(NamedTuple):
-    """One clip's row in the shard's index, with what the statistics and the search for duplicates need."""
+    """One clip's row in the shard's index, and what the statistics and the search for duplicates need."""
 
     key: str
     offset: int
@@ -74,6 +83,40 @@ class WrittenShard:
     labels: tuple[tuple[int, ...], ...]  # label ids of every clip
     prints: tuple[bytes, ...]
     rejected: tuple[tuple[str, str], ...]  # (source, reason)
+
+
+def check_space(workers: Workers, out: Path, tasks: Sequence[ShardTask], freed_bytes: int) -> None:
+    """Refuse to begin if the shards will not fit; `freed_bytes` will be freed before they are written."""
+    clips = [clip for task in tasks for clip in task.clips]
+    if not clips:
+        return
+    free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
+    max_seconds = tasks[0].max_seconds
+    most = len(clips) * (max_seconds * 2 * SAMPLE_RATE_HZ * LARGEST_RATIO + INDEX_BYTES)
+    if most <= free:
+        return
+    sample = clips[:: -(-len(clips) // NUM_SAMPLED)]
+    sizes = list(workers.pool.map(_compressed_bytes, sample, repeat(max_seconds), chunksize=4))
+    needed = len(clips) * (MARGIN * sum(sizes) / len(sizes) + INDEX_BYTES)
+    if needed > free + freed_bytes:
+        freeing = f", and --overwrite frees {_size(freed_bytes)}" if freed_bytes else ""
+        raise UserError(
+            f"{len(clips)} clips need about {_size(needed)}, and --out {out} has {_size(free)} free{freeing}; "
+            "free space or choose another --out"
+        )
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.1f} MiB"
+
+
+def _compressed_bytes(clip: ClipTask, max_seconds: float) -> int:
+    """Return the bytes that a clip takes in a shard; 0 if it cannot be read."""
+    try:
+        members = clip_members(clip, read_place(clip.place, max_seconds))
+    except AudioError:
+        return 0
+    return len(zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compress(members))
 
 
 def write_shard(task: ShardTask, report: Callable[[int], None] = lambda num_clips: None) -> WrittenShard:
@@ -118,21 +161,16 @@ class FrameWriter:
     def __init__(self, file: BinaryIO):
         self.file = file
         self.num_bytes = 0
-        self._hash = xxh3_128()
+        self.hash = xxh3_128()
         self._compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True, write_content_size=True)
 
     def append(self, content: bytes) -> tuple[int, str]:
         """Write one frame; return its first byte's position and its xxh3_64."""
         frame = self._compressor.compress(content)
         self.file.write(frame)
-        self._hash.update(frame)
+        self.hash.update(frame)
         offset, self.num_bytes = self.num_bytes, self.num_bytes + len(frame)
         return offset, xxh3_64_hexdigest(frame)
-
-    @property
-    def hash(self) -> str:
-        """The hash of everything written so far."""
-        return f"xxh3_128:{self._hash.hexdigest()}"
 
 
 def _write_clip(frames: FrameWriter, clip: ClipTask, max_seconds: float) -> WrittenClip:
@@ -142,8 +180,10 @@ def _write_clip(frames: FrameWriter, clip: ClipTask, max_seconds: float) -> Writ
     samples_S = read_place(clip.place, max_seconds)
     offset, digest = frames.append(clip_members(clip, samples_S))
     mel_TM = log_mel(samples_S)
+    values = mel_TM.astype(np.float64)
+    sums = LogMelSums(len(values), values.size, float(values.sum()), float(np.square(values).sum()))
     prints = clip_prints(samples_S, mel_TM)
-    return WrittenClip(clip.key, offset, digest, len(samples_S), clip.label_ids, log_mel_sums(mel_TM), prints)
+    return WrittenClip(clip.key, offset, digest, len(samples_S), clip.label_ids, sums, prints)
 
 
 def clip_members(clip: ClipTask, samples_S: np.ndarray) -> bytes:
@@ -151,15 +191,6 @@ def clip_members(clip: ClipTask, samples_S: np.ndarray) -> bytes:
     described = {"labels": clip.labels, "seconds": len(samples_S) / SAMPLE_RATE_HZ, "source": clip.source}
     wav = tar_member(f"{clip.key}.wav", encode_wav(samples_S))
     return wav + tar_member(f"{clip.key}.json", json.dumps(described).encode())
-
-
-def compressed_bytes(clip: ClipTask, max_seconds: float) -> int:
-    """Return the bytes that a clip takes in a shard; 0 if it cannot be read."""
-    try:
-        members = clip_members(clip, read_place(clip.place, max_seconds))
-    except AudioError:
-        return 0
-    return len(zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compress(members))
 
 
 def tar_member(name: str, content: bytes) -> bytes:
@@ -170,19 +201,13 @@ def tar_member(name: str, content: bytes) -> bytes:
     return header.tobuf(tarfile.USTAR_FORMAT) + content + padding
 
 
-def log_mel_sums(mel_TM: np.ndarray) -> LogMelSums:
-    """Sum the log-mel values of a clip and their squares."""
-    values = mel_TM.astype(np.float64)
-    return LogMelSums(len(values), values.size, float(values.sum()), float(np.square(values).sum()))
-
-
 def add_up(sums: list[LogMelSums]) -> LogMelSums:
     """Add the sums of several clips; fsum rounds once, whatever their order."""
     return LogMelSums(
-        num_frames=sum(each.num_frames for each in sums),
-        num_values=sum(each.num_values for each in sums),
-        total=math.fsum(each.total for each in sums),
-        squares=math.fsum(each.squares for each in sums),
+        sum(each.num_frames for each in sums),
+        sum(each.num_values for each in sums),
+        math.fsum(each.total for each in sums),
+        math.fsum(each.squares for each in sums),
     )
 
 
@@ -193,7 +218,7 @@ def _finish(frames: FrameWriter, path: Path, clips: list[WrittenClip]) -> ShardE
         format_version=SHARD_FORMAT_VERSION,
         name=path.name,
         bytes=frames.num_bytes,
-        hash=frames.hash,
+        hash=f"xxh3_128:{frames.hash.hexdigest()}",
         keys=tuple(clip.key for clip in clips),
         offsets=(*(clip.offset for clip in clips), end),
         hashes=tuple(clip.hash for clip in clips),
@@ -214,6 +239,8 @@ def summarize_split(shards: list[WrittenShard], num_classes: int) -> SplitIndex:
     flat = np.array([label for ids in labels for label in ids], np.int64)
     counts = np.bincount(flat, minlength=num_classes).tolist()
     weights = tuple(class_weight(count) for count in counts)
+    # Rounded as dataset.json holds them.
+    of_clips = [float(f"{sum(weights[n] for n in ids):.{WEIGHT_DIGITS}g}") for ids in labels] if len(flat) else []
     sums = add_up([shard.log_mel for shard in shards])
     mean = sums.total / sums.num_values
     std = math.sqrt(max(sums.squares / sums.num_values - mean**2, 0.0))
@@ -224,13 +251,8 @@ def summarize_split(shards: list[WrittenShard], num_classes: int) -> SplitIndex:
         log_mel=LogMelMoments(mean, std, sums.num_frames),
         shards=tuple(shard.entry for shard in shards if shard.entry),
         class_weights=weights,
-        sample_weights=np.array([_sample_weight(ids, weights) for ids in labels] if any(labels) else [], np.float32),
+        sample_weights=np.array(of_clips, np.float32),
     )
-
-
-def _sample_weight(ids: tuple[int, ...], class_weights: tuple[float, ...]) -> float:
-    """Sum the class weights of a clip's labels, rounded as dataset.json holds it."""
-    return float(f"{sum(class_weights[label] for label in ids):.{WEIGHT_DIGITS}g}")
 
 
 def write_dataset(dataset: DatasetIndex) -> DatasetIndex:

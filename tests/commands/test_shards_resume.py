@@ -23,8 +23,8 @@ from asda.errors import UserError
 from asda.sharding.audio_ref import Place
 from asda.sharding.journal import ALL_SHARDS, JOURNAL_FOLDER, RECORD_SUFFIX
 from asda.sharding.plan import ClipTask, ShardTask
-from asda.sharding.space import check_space
 from asda.sharding.workers import worker_pool
+from asda.sharding.writer import check_space
 from asda.system import FileLock
 
 NUM_CLIPS = 40
