@@ -300,7 +300,7 @@ def report_alike(vocabulary: Sequence[str]) -> None:
     folded = [(name, " ".join(name.casefold().split())) for name in vocabulary]
     pairs = [f"{first[plain]!r} and {name!r}" for name, plain in folded if first.setdefault(plain, name) != name]
     if pairs:
-        shown = examples(pairs, len(pairs))
+        shown = examples(pairs)
         print(f"WARNING: {len(pairs)} pairs of class names differ only in case or space: {shown}; are they one class?")
 
 

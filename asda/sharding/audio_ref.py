@@ -1,7 +1,4 @@
-"""References to the audio of one clip, and how they are read: from a file, a part of a file, or an HDF5 pack.
-
-A pack, which needs h5py (the extra `hdf5`), holds a data set for each clip, or one with a row for each.
-"""
+"""References to the audio of one clip, and how they are read: from a file, a part of a file, or an HDF5 pack."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -77,7 +74,9 @@ def _read_entry(place: Place, max_seconds: float) -> np.ndarray:
     """Read a whole data set, or a row of one: int16, or floats with full scale 1."""
     entry, row, rate_hz = place.entry, place.row, place.sample_rate_hz
     try:
-        data = _data_set(_kept_open(place.path), entry)
+        data: Any = _kept_open(place.path).get(entry)
+        if not hasattr(data, "shape"):  # a group has none
+            raise AudioError(f"the pack has no data set {entry!r}")
         shape = data.shape if row is None else data.shape[1:]
         if len(shape) != 1:
             raise AudioError(f"{entry} has the shape {data.shape}, which is not one clip of samples")
@@ -95,12 +94,3 @@ def _read_entry(place: Place, max_seconds: float) -> np.ndarray:
     scale = INT16_SCALE if samples_S.dtype == np.int16 else 1
     wave_S = mean_of_channels(samples_S[None].astype(np.float32) / np.float32(scale))
     return to_int16(resample(wave_S, rate_hz))
-
-
-def _data_set(pack: "h5py.File", entry: str) -> Any:
-    import h5py
-
-    data = pack.get(entry)
-    if not isinstance(data, h5py.Dataset):
-        raise AudioError(f"the pack has no data set {entry!r}")
-    return data

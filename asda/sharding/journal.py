@@ -86,9 +86,8 @@ class Journal:
         entry = content["entry"] and ShardEntry(**content["entry"])
         sizes = {entry.name: entry.bytes, entry.index_name: entry.index_bytes} if entry else {}
         paths = {self.out / name: size for name, size in sizes.items()}
-        if content["plan"] != self.digest or inputs not in (None, content["inputs"]):
-            return None
-        if not all(path.is_file() and path.stat().st_size == size for path, size in paths.items()):
+        same = content["plan"] == self.digest and inputs in (None, content["inputs"])
+        if not same or not all(path.is_file() and path.stat().st_size == size for path, size in paths.items()):
             return None
         return WrittenShard(
             entry=entry,
@@ -189,7 +188,12 @@ def claimed(plan: Plan, shards: range, command: str, overwrite: bool) -> Iterato
         sweep(out, {plan.tasks[number].path.name for number in shards})
         yield journal, lock
     finally:
-        _leave(journal, lock, created)
+        if lock.is_current and lock.take(SETUP, wait=True) and lock.take(ALL_SHARDS):  # nobody else is at work
+            sweep(out)
+            if not (journal.folder / PLAN_FILE).exists() or not _owned(out):
+                journal.remove()
+                if created and not any(out.iterdir()):
+                    out.rmdir()
         lock.file.close()
 
 
@@ -266,17 +270,6 @@ def _planned(out: Path) -> Planned:
         records = (out / JOURNAL_FOLDER).glob(f"*{RECORD_SUFFIX}")
         shards = _with_indexes(path.name.removesuffix(RECORD_SUFFIX) for path in records)
         return Planned("damaged", "unknown", shards | set(TABLES))
-
-
-def _leave(journal: Journal, lock: FileLock, created: bool) -> None:
-    """Remove temporary files, and the journal if it holds nothing and nobody else is at work."""
-    if not (lock.is_current and lock.take(SETUP, wait=True) and lock.take(ALL_SHARDS)):
-        return
-    sweep(journal.out)
-    if not (journal.folder / PLAN_FILE).exists() or not _owned(journal.out):
-        journal.remove()
-        if created and not any(journal.out.iterdir()):
-            journal.out.rmdir()
 
 
 def sweep(out: Path, shards: set[str] | None = None) -> None:

@@ -69,9 +69,9 @@ class Plan:
         """
         state = xxh3_128(json.dumps([asda.__version__, self.vocabulary]).encode())
         for task in self.tasks:
+            places = (astuple(replace(clip.place, path="")) for clip in task.clips)
             clips = [
-                (clip.key, clip.source, clip.labels, clip.label_ids, astuple(replace(clip.place, path="")))
-                for clip in task.clips
+                (c.key, c.source, c.labels, c.label_ids, place) for c, place in zip(task.clips, places, strict=True)
             ]
             state.update(json.dumps([task.path.name, task.max_seconds, clips]).encode())
         return state.hexdigest()
@@ -89,11 +89,6 @@ class SplitRule:
     name: str
     values: tuple[str, ...] = ()
     share: Fraction = Fraction(0)
-
-    @property
-    def kind(self) -> str:
-        """How the rule chooses clips."""
-        return "percentages" if self.share else "values" if self.values else "names"
 
 
 def parse_split(text: str) -> SplitRule:
@@ -140,12 +135,11 @@ def keyed(rows: list[Row]) -> dict[str, Row]:
 
 def assign_splits(keys: dict[str, Row], rules: list[SplitRule]) -> dict[str, dict[str, Row]]:
     """Choose the split of every clip: split name -> its part of `keys`. Clips that no rule names are left out."""
-    kinds = {rule.kind for rule in rules}
+    kinds = {"percentages" if rule.share else "values" if rule.values else "names" for rule in rules}
     names = [rule.name for rule in rules]
     if "percentages" in kinds and len(kinds) > 1:
-        raise UserError(
-            f"--split {' --split '.join(r.text for r in rules)} mixes {' and '.join(sorted(kinds))}; use one kind"
-        )
+        given = " ".join(f"--split {rule.text}" for rule in rules)
+        raise UserError(f"{given} mixes {' and '.join(sorted(kinds))}; use one kind")
     if len(set(names)) != len(names):
         raise UserError(f"--split names a split twice in {', '.join(names)}; list its values in one, as in train=1,2")
     if kinds == {"percentages"}:
@@ -165,7 +159,7 @@ def _split_of_group(groups: set[str], rules: list[SplitRule]) -> dict[str, str]:
             check_split_name(group, "the input's splits")
         return {group: group or UNNAMED_SPLIT for group in groups}
     folds_or_nothing = all(group == "" or group.startswith("fold") for group in groups)
-    if len(rules) == 1 and rules[0].kind == "names" and folds_or_nothing and rules[0].name not in groups:
+    if len(rules) == 1 and not rules[0].values and folds_or_nothing and rules[0].name not in groups:
         return dict.fromkeys(groups, rules[0].name)
     split_of: dict[str, str] = {}
     for rule in rules:
@@ -186,9 +180,9 @@ def _by_shares(keys: dict[str, Row], rules: list[SplitRule]) -> dict[str, dict[s
     A class is a set of labels. The dealing does not restart with each class, so the whole is divided as exactly as each
     class, even if most sets of labels are unique.
     """
-    if sum(rule.share for rule in rules) != 1:
-        total = float(100 * sum(rule.share for rule in rules))
-        raise UserError(f"the percentages of --split add up to {total:g}, not 100; name a split for the rest too")
+    if (total := sum(rule.share for rule in rules)) != 1:
+        percent = float(100 * total)
+        raise UserError(f"the percentages of --split add up to {percent:g}, not 100; name a split for the rest too")
     rules = sorted(rules, key=lambda rule: rule.name)
     by_class = sorted(keys, key=lambda key: sorted(keys[key].labels))  # stable: by key hash within a class
     chosen: dict[str, str] = {}
@@ -215,21 +209,16 @@ def choose_vocabulary(splits: dict[str, dict[str, Row]], fixed: tuple[str, ...] 
             if any("\ud800" <= letter <= "\udfff" for letter in label):  # Python's form of bytes that are not UTF-8
                 raise UserError(f"{where}: the label {label!r} is not UTF-8 text; give the class another name")
         return tuple(sorted(names))
+    known = set(fixed)
     for row in rows:
-        if unknown := set(row.labels) - set(fixed):
-            raise UserError(
-                f"{row.where}: the label {min(unknown)!r} is not among the {len(fixed)} classes of --labels"
-            )
+        if unknown := set(row.labels) - known:
+            label = min(unknown)
+            raise UserError(f"{row.where}: the label {label!r} is not among the {len(fixed)} classes of --labels")
     return fixed
 
 
 def plan_split(
-    folder: Path,
-    split: str,
-    keys: dict[str, Row],
-    vocabulary: tuple[str, ...],
-    clips_per_shard: int,
-    max_seconds: float,
+    out: Path, split: str, keys: dict[str, Row], vocabulary: tuple[str, ...], clips_per_shard: int, max_seconds: float
 ) -> list[ShardTask]:
     """Cut a split into as few shards as `clips_per_shard` allows, of sizes that differ by at most one clip."""
     label_ids = {label: number for number, label in enumerate(vocabulary)}
@@ -240,6 +229,6 @@ def plan_split(
     num_shards = -(-len(clips) // clips_per_shard)
     bounds = [len(clips) * number // num_shards for number in range(num_shards + 1)]
     return [
-        ShardTask(folder / f"{split}-{number:06d}{SHARD_SUFFIX}", tuple(clips[start:stop]), max_seconds)
+        ShardTask(out / f"{split}-{number:06d}{SHARD_SUFFIX}", tuple(clips[start:stop]), max_seconds)
         for number, (start, stop) in enumerate(pairwise(bounds))
     ]

@@ -20,14 +20,13 @@ from asda.data.remote.storage import LocalFolder, open_storage
 from asda.data.shards.index import DATASET_FILE, MAX_SAMPLE_BYTES, REPAIR, SHARD_SUFFIX, TAR_END, ShardEntry
 from asda.data.shards.read import BadFrameError, ShardFile, decompress, load_dataset, load_shard_index
 from asda.errors import UserError
-from asda.sharding.workers import report_done, worker_pool
+from asda.sharding.workers import worker_pool
 from asda.system import hash_pieces
 
 TAR_SUFFIXES = (".tar", SHARD_SUFFIX)
 BLOCK_BYTES = 512  # of a tar
 EXTENDED_HEADERS = b"xgLK"  # pax and GNU members that describe the next member
-READ_BYTES = 1 << 20
-MIB = 1 << 20
+READ_BYTES = MIB = 1 << 20
 
 open_once = lru_cache(maxsize=1)(open_storage)
 
@@ -44,16 +43,10 @@ class Checked:
 def verify_dataset(
     location: str | Path, num_workers: int, splits: Iterable[str] = (), cache: CacheConfig | None = None
 ) -> None:
-    """Check every file of a dataset; print each problem on stdout, or that all is intact.
+    """Check every file of a dataset in a folder or at a URL; print each problem on stdout, or that all is intact.
 
-    Args:
-        location: a folder or a URL.
-        num_workers: processes that share the work.
-        splits: check only these. By default all, and in a folder also tars that dataset.json does not list.
-        cache: keeps copies of remote shards.
-
-    Raises:
-        UserError: something is wrong; says how many shards.
+    Without `splits` it checks all of them, and in a folder also tars that dataset.json does not list. `cache` keeps
+    copies of remote shards. Raises UserError, which says how many shards are damaged.
     """
     splits, entries, vocabulary = list(dict.fromkeys(splits)), [], ()
     tars = [] if splits else _tars(location)
@@ -104,12 +97,11 @@ def _repeated_keys(found: Iterable[Checked]) -> Iterator[str]:
 
 
 def check_listed(
-    location: str | Path, cache: CacheConfig | None, vocabulary: tuple[str, ...], number: int, entry: ShardEntry
+    location: str | Path, cache: CacheConfig | None, vocabulary: tuple[str, ...], _: int, entry: ShardEntry
 ) -> Checked:
     """Check a shard of dataset.json, in a worker."""
     shard = ShardFile(open_once(location, cache), entry)
     problems = shard_problems(shard, vocabulary)
-    report_done(number, entry.clips)
     try:
         return Checked(entry.name, problems, shard.index.keys)
     except UserError:  # about the index, which is among the problems
@@ -198,11 +190,10 @@ def tar_problems(path: Path) -> list[str]:
     problems: list[str] = []
     seen: dict[str, set[str]] = {}
     last = ""
+    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_SAMPLE_BYTES)
     try:
         with path.open("rb") as file:
-            unpacked = zstandard.ZstdDecompressor(max_window_size=MAX_SAMPLE_BYTES).stream_reader(
-                file, read_across_frames=True, closefd=False
-            )
+            unpacked = decompressor.stream_reader(file, read_across_frames=True, closefd=False)
             for name, _ in tar_members(unpacked if path.name.endswith(SHARD_SUFFIX) else file):
                 key, _, extension = name.partition(".")
                 if key != last and key in seen:

@@ -10,7 +10,6 @@ Downloaders name files in several ways, and a YouTube id has 11 characters, so e
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from asda.data.audio.find import is_audio, walk
 from asda.errors import UserError
@@ -34,15 +33,7 @@ FILE_STEM = re.compile(rf"Y?({VIDEO_ID.pattern})(?:{TIME}(?:{TIME})?)?", re.ASCI
 NAMES = "Y<id>.wav, <id>.m4a, <id>_<start in ms>.flac or the like"
 MAX_STOP_S = 10.0**6  # 11 days; a larger number is not in seconds
 
-
-class TableSegment(NamedTuple):
-    """One row of a table of segments."""
-
-    where: str  # for messages
-    video: str
-    start_s: float
-    stop_s: float
-    mids: str  # separated by commas
+Segment = tuple[str, str, float, float, str]  # place for messages, video, start and stop in s, MIDs
 
 
 def rows_from_audioset(inputs: list[Path], options: SourceOptions) -> Listing:
@@ -56,22 +47,24 @@ def rows_from_audioset(inputs: list[Path], options: SourceOptions) -> Listing:
     missing: list[tuple[str, str]] = []
     for table in tables:
         group = table.stem.removesuffix("_segments")
-        for segment in read_segments(table):
-            found = files.find(segment)
-            name = f"{segment.video}_{_milliseconds(segment.start_s)}"
+        for where, video, start_s, stop_s, mids in _read_segments(table):
+            found = files.find(video, start_s, stop_s)
+            name = f"{video}_{_milliseconds(start_s)}"
             if isinstance(found, str):
                 missing.append((name, found))
             else:
-                labels = classes.labels(segment.mids, segment.where) if options.use_labels else ()
+                labels = classes.labels(mids, where) if options.use_labels else ()
                 rows.append(Row(found, name, labels, group, found.path))
-    files.refuse_ambiguous()
+    if files.ambiguous:
+        several = f"several files for a segment: {examples(files.ambiguous)}"
+        raise UserError(f"--audio {options.audio} has {several}; keep one of each")
     if not rows:
         raise UserError(f"--audio {options.audio} holds none of the {len(missing)} segments; files are named {NAMES}")
     left_out = {"files of --audio that are not audio, or not named by a video id": files.num_others}
     return Listing(rows, left_out, classes.names if options.use_labels else None, missing)
 
 
-def read_segments(table: Path) -> Iterator[TableSegment]:
+def _read_segments(table: Path) -> Iterator[Segment]:
     """Yield the segments of a CSV, whose header may be the last of AudioSet's comments. Raises UserError."""
     header: list[str] = []
     for line, cells in read_cells(table):
@@ -90,7 +83,7 @@ def read_segments(table: Path) -> Iterator[TableSegment]:
         raise UserError(f"{table} is empty; it must begin with a header that names {', '.join(COLUMNS)}")
 
 
-def _segment(where: str, video: str, start: str, stop: str, mids: str) -> TableSegment:
+def _segment(where: str, video: str, start: str, stop: str, mids: str) -> Segment:
     video = video.strip()
     if not VIDEO_ID.fullmatch(video):
         raise UserError(f"{where}: {video!r} is not a YouTube id of 11 letters, digits, - and _")
@@ -100,7 +93,7 @@ def _segment(where: str, video: str, start: str, stop: str, mids: str) -> TableS
         raise UserError(f"{where}: start {start.strip()!r} and end {stop.strip()!r} must be seconds") from None
     if not 0 <= start_s < stop_s < MAX_STOP_S:
         raise UserError(f"{where}: start {start_s:g} s and end {stop_s:g} s must be 0 <= start < end, in seconds")
-    return TableSegment(where, video, start_s, stop_s, mids)
+    return where, video, start_s, stop_s, mids
 
 
 class AudioFolder:
@@ -113,7 +106,7 @@ class AudioFolder:
         self.num_others = 0
         self._file_of: dict[str, str] = {}  # the one file of a video, named by its id alone, as most are
         self._files_of: dict[str, list[str]] = {}  # all others
-        self._ambiguous: list[str] = []
+        self.ambiguous: list[str] = []  # segments for which find() has met several files
         for name in walk(folder):
             match = _parsed(name)
             if not match or not is_audio(name):
@@ -121,24 +114,18 @@ class AudioFolder:
             elif match[2] or self._file_of.setdefault(match[1], name) is not name:
                 self._files_of.setdefault(match[1], []).append(name)
 
-    def find(self, segment: TableSegment) -> Place | str:
+    def find(self, video: str, start_s: float, stop_s: float) -> Place | str:
         """Return the place of a segment, or the reason why it has none."""
-        plain, others = self._file_of.get(segment.video), self._files_of.get(segment.video, [])
-        fitting = [name for name in others if _fits(name, segment)]
+        plain, others = self._file_of.get(video), self._files_of.get(video, [])
+        fitting = [name for name in others if _fits(name, start_s, stop_s)]
         if plain:
             fitting.append(plain)
         if not fitting:
             return f"no file in --audio but for other times, such as {others[0]}" if others else "no file in --audio"
         if len(fitting) > 1:
-            self._ambiguous.append(f"{segment.video} ({' and '.join(sorted(fitting))})")
+            self.ambiguous.append(f"{video} ({' and '.join(sorted(fitting))})")
         path = f"{self.folder}/{fitting[0]}"
-        return Place(path, segment.start_s, segment.stop_s) if fitting[0] == plain else Place(path)
-
-    def refuse_ambiguous(self) -> None:
-        """Refuse two files for one segment, if find() has met any."""
-        if self._ambiguous:
-            shown = examples(self._ambiguous, len(self._ambiguous))
-            raise UserError(f"--audio {self.folder} has several files for a segment: {shown}; keep one of each")
+        return Place(path, start_s, stop_s) if fitting[0] == plain else Place(path)
 
 
 def _parsed(name: str) -> re.Match[str] | None:
@@ -146,12 +133,11 @@ def _parsed(name: str) -> re.Match[str] | None:
     return FILE_STEM.fullmatch(name.rpartition("/")[2].rpartition(".")[0])
 
 
-def _fits(name: str, segment: TableSegment) -> bool:
+def _fits(name: str, start_s: float, stop_s: float) -> bool:
     """Return whether the times in a file's name, if any, are those of the segment, in seconds or milliseconds."""
     match = _parsed(name)
     times = [float(time) for time in match.groups()[1:] if time is not None] if match else []
-    wanted = [segment.start_s, segment.stop_s][: len(times)]
-    in_ms = [_milliseconds(time_s) for time_s in wanted]
+    in_ms = [_milliseconds(time_s) for time_s in (start_s, stop_s)][: len(times)]
     return times == in_ms or [_milliseconds(time) for time in times] == in_ms
 
 

@@ -31,14 +31,12 @@ def rows_from_eat(inputs: list[Path], options: SourceOptions) -> Listing:
         if options.use_labels:
             beside = table.with_name(DESCRIPTORS)
             if options.class_labels is None and not beside.is_file():
-                raise UserError(
-                    f"{beside}: no such file; give the table index,mid,name as --class-labels, or --no-labels"
-                )
+                lost = f"{beside}: no such file"
+                raise UserError(f"{lost}; give the table index,mid,name as --class-labels, or --no-labels")
             classes = Classes(options.class_labels or beside)
             if vocabulary not in (None, classes.names):
-                raise UserError(
-                    f"{classes.table} names other classes than the table of the manifest before; run once for each"
-                )
+                other = f"{classes.table} names other classes than the table of the manifest before"
+                raise UserError(f"{other}; run once for each")
             vocabulary = classes.names
             labels = _read_labels(table.with_suffix(".lbl"), classes)
         found, lost = _read_manifest(table, labels, options)
@@ -83,8 +81,8 @@ def _read_manifest(
         else:
             rows.append(Row(place, os.path.normpath(name), labels.get(clip, ()), table.stem, place.path))
     if unlabelled:
-        shown = examples(unlabelled, len(unlabelled))
-        raise UserError(f"{table.with_suffix('.lbl')} has no line for {shown}; add them, or give --no-labels")
+        lost = examples(unlabelled)
+        raise UserError(f"{table.with_suffix('.lbl')} has no line for {lost}; add them, or give --no-labels")
     return rows, missing
 
 

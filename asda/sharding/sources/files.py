@@ -75,8 +75,8 @@ def rows_from_speechcommands(inputs: list[Path], options: SourceOptions) -> List
         raise UserError(f"{folder} holds no audio in subfolders, which would be the words")
     rows = [_row_in_folder(folder, name, split_of.pop(_stem(name), "train"), options.use_labels) for name in words]
     if split_of:
-        shown = examples(split_of, len(split_of))
-        raise UserError(f"{folder} has no file for {shown}, which its lists name; unpack the whole archive")
+        lost = examples(split_of)
+        raise UserError(f"{folder} has no file for {lost}, which its lists name; unpack the whole archive")
     others = len(files) - len(clips) - len(WORD_LISTS)
     left_out = {f"recordings in {NOISE}": len(clips) - len(words), "files that are not recordings of words": others}
     return Listing(rows, left_out, tuple(sorted({n.split("/")[0] for n in words})) if options.use_labels else None)
@@ -132,13 +132,12 @@ def rows_from_esc50(inputs: list[Path], options: SourceOptions) -> Listing:
     for where, record in _select(table, options, ESC50_COLUMNS, left_out):
         name, fold, target, category = (record[column] for column in ESC50_COLUMNS)
         if not (name and fold and target and category) or not (fold + target).isdigit():
-            columns = ", ".join(ESC50_COLUMNS)
-            raise UserError(f"{where}: {columns} must not be empty, and fold and target are numbers")
+            raise UserError(f"{where}: {', '.join(ESC50_COLUMNS)} must not be empty, and fold and target are numbers")
         if (before := category_of.setdefault(int(target), category)) != category:
             raise UserError(f"{where}: the target {target} was {before!r} before")
         labels = (category,) if options.use_labels else ()
         rows.append(Row(Place(f"{folder}/audio/{name}"), name, labels, f"fold{fold}", where))
-    vocabulary = tuple(category_of[target] for target in sorted(category_of))
+    vocabulary = tuple(category for _, category in sorted(category_of.items()))
     if len(set(vocabulary)) < len(vocabulary):
         raise UserError(f"{table} gives one category two targets; each class has one")
     return Listing(rows, left_out, vocabulary if options.use_labels else None)

@@ -29,7 +29,15 @@ def rows_from_hdf5(inputs: list[Path], options: SourceOptions) -> Listing:
     """List the clips of packs, or of all packs in a folder and below; a pack's stem without its part is their split."""
     names = Classes(options.class_labels).names if options.use_labels else None
     known: KnownLabels = {}
-    rows = [row for path in inputs for pack in _packs(path) for row in _pack_rows(pack, names, known, options)]
+    rows: list[Row] = []
+    for path in [pack for given in inputs for pack in _packs(given)]:
+        whole, group = str(path), PART.sub("", path.stem)
+        with open_pack(whole) as pack:
+            clips = _clip_names(pack)
+            labels = _labels(pack, len(clips), names, known) if names else [()] * len(clips)
+            rate_hz = pack_rate_hz(pack, options.sample_rate_hz)
+        places = (Place(whole, entry=WAVEFORM, row=row, sample_rate_hz=rate_hz) for row in range(len(clips)))
+        rows += [Row(*row, group, whole) for row in zip(places, clips, labels, strict=True)]
     return Listing(rows, vocabulary=names)
 
 
@@ -40,16 +48,6 @@ def _packs(path: Path) -> list[Path]:
     if not found:
         raise UserError(f"--input {path} holds no pack; they are named {' or '.join('*' + e for e in PACK_EXTENSIONS)}")
     return found
-
-
-def _pack_rows(path: Path, names: tuple[str, ...] | None, known: KnownLabels, options: SourceOptions) -> list[Row]:
-    with open_pack(str(path)) as pack:
-        clips = _clip_names(pack)
-        labels = _labels(pack, len(clips), names, known) if names else [()] * len(clips)
-        rate_hz = pack_rate_hz(pack, options.sample_rate_hz)
-    group, whole = PART.sub("", path.stem), str(path)
-    places = (Place(whole, entry=WAVEFORM, row=row, sample_rate_hz=rate_hz) for row in range(len(clips)))
-    return [Row(*row, group, whole) for row in zip(places, clips, labels, strict=True)]
 
 
 def _clip_names(pack: "h5py.File") -> list[str]:
@@ -92,9 +90,8 @@ def pack_rate_hz(pack: "h5py.File", given: int | None) -> int:
     if named is None:
         return given or DEFAULT_RATE_HZ
     if given not in (None, int(named)):
-        raise UserError(
-            f"--sample-rate {given}: {pack.filename} says that it has {int(named)} Hz; leave --sample-rate out"
-        )
+        says = f"{pack.filename} says that it has {int(named)} Hz"
+        raise UserError(f"--sample-rate {given}: {says}; leave --sample-rate out")
     return int(named)
 
 

@@ -1,9 +1,10 @@
 """Inputs and results of every source, and parts that several need: cells of a CSV, AudioSet's classes, examples."""
 
 import csv
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 
 from asda.errors import UserError
@@ -72,10 +73,8 @@ def read_cells(table: Path) -> Iterator[tuple[int, list[str]]]:
 def check_cells(where: str, cells: list[str], num_columns: int) -> None:
     """Refuse a row that has more or fewer cells than the header."""
     if len(cells) != num_columns:
-        raise UserError(
-            f"{where} has {len(cells)} cells, its header has {num_columns}; "
-            "cells that contain a comma need double quotes"
-        )
+        counts = f"{len(cells)} cells, its header has {num_columns}"
+        raise UserError(f"{where} has {counts}; cells that contain a comma need double quotes")
 
 
 def require_columns(table: Path, columns: list[str], wanted: Iterable[str]) -> None:
@@ -118,7 +117,7 @@ class Classes:
         return labels
 
 
-def examples(names: Iterable[str], count: int) -> str:
+def examples(names: Collection[str]) -> str:
     """Return "a, b, c and 5 more" for a sentence."""
-    shown = [name for name, _ in zip(names, range(MAX_NAMED), strict=False)]
-    return ", ".join(shown) + (f" and {count - len(shown)} more" if count > len(shown) else "")
+    more = len(names) - MAX_NAMED
+    return ", ".join(islice(names, MAX_NAMED)) + (f" and {more} more" if more > 0 else "")
