@@ -227,7 +227,7 @@ def write_tables(plan: Plan, listing: Listing, written: Mapping[int, WrittenShar
     """Write the tables of rejected clips and of duplicates, and then dataset.json. Raises UserError."""
     numbers = iter(range(len(plan.tasks)))
     splits = {name: [written[next(numbers)] for _ in tasks] for name, tasks in plan.splits.items()}
-    rejected = [clip for shards in splits.values() for shard in shards for clip in shard.rejected]
+    rejected = [tuple(clip) for shards in splits.values() for shard in shards for clip in shard.rejected]
     for name, shards in splits.items():
         if not any(shard.entry for shard in shards):
             reason = shards[0].rejected[0]

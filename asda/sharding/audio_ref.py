@@ -25,8 +25,6 @@ from asda.errors import UserError
 if TYPE_CHECKING:
     import h5py
 
-OPEN_PACKS = 64  # by a process at once: PANNs' AudioSet has 43, and shuffled clips come from all of them
-
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -45,10 +43,7 @@ class Place:
 
 
 def read_place(place: Place, max_seconds: float = MAX_SECONDS) -> np.ndarray:
-    """Read one clip as int16 samples [S] at 16 kHz, S >= 400. Raises AudioError with the reason.
-
-    16 kHz mono 16-bit audio is returned bit for bit; see read_audio.
-    """
+    """Read one clip as int16 samples [S] at 16 kHz, S >= 400, as read_audio does. Raises AudioError with the reason."""
     if place.entry:
         return _read_entry(place, max_seconds)
     segment = None if place.stop_s is None else (place.start_s, place.stop_s)
@@ -67,7 +62,8 @@ def open_pack(path: str) -> "h5py.File":
         raise UserError(f"{path} cannot be opened as HDF5: {error}") from None
 
 
-_kept_open = lru_cache(maxsize=OPEN_PACKS)(open_pack)  # h5py closes a pack when the cache drops it
+# PANNs' AudioSet has 43 packs, and shuffled clips come from all of them. h5py closes a pack when the cache drops it.
+_kept_open = lru_cache(maxsize=64)(open_pack)
 
 
 def _read_entry(place: Place, max_seconds: float) -> np.ndarray:

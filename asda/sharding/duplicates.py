@@ -9,7 +9,6 @@ loud frame to its last, so that padding takes none of the bits.
 Shapes: T frames, M mel bins, N clips, C times + 1, B bands + 1.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -70,6 +69,8 @@ def find_pairs(prints: list[bytes]) -> list[Pair]:
 
     k copies of a clip make k - 1 pairs. Time and memory grow linearly with the number of clips.
     """
+    from scipy.cluster.hierarchy import DisjointSet  # takes a third of a second
+
     first_of: dict[bytes, int] = {}
     exact = [
         Pair("exact", first, number, 0)
@@ -77,20 +78,11 @@ def find_pairs(prints: list[bytes]) -> list[Pair]:
         if (first := first_of.setdefault(each[:HASH_BYTES], number)) != number
     ]
     numbers = [number for number in first_of.values() if prints[number][HASH_BYTES:] != NO_FINGERPRINT]
-    near = _near_pairs([prints[number][HASH_BYTES:] for number in numbers])
-    return exact + [Pair("near", numbers[a], numbers[b], bits) for a, b, bits in near]
-
-
-def _near_pairs(fingerprints: list[bytes]) -> Iterator[tuple[int, int, int]]:
-    """Yield (first, second, differing bits) for as many similar pairs as connect all similar clips."""
-    from scipy.cluster.hierarchy import DisjointSet  # takes a third of a second
-
-    bytes_N32 = np.frombuffer(b"".join(fingerprints), np.uint8).reshape(-1, FINGERPRINT_BYTES)
+    fingerprints = b"".join(prints[number][HASH_BYTES:] for number in numbers)
+    bytes_N32 = np.frombuffer(fingerprints, np.uint8).reshape(-1, FINGERPRINT_BYTES)
     pairs = np.unique(np.concatenate([_neighbours(bytes_N32, table) for table in range(NUM_TABLES)]), axis=0)
     alike = DisjointSet(np.unique(pairs[:, :2]).tolist())
-    for first, second, bits in pairs.tolist():
-        if alike.merge(first, second):
-            yield first, second, bits
+    return exact + [Pair("near", numbers[a], numbers[b], bits) for a, b, bits in pairs.tolist() if alike.merge(a, b)]
 
 
 def _neighbours(bytes_N32: np.ndarray, table: int) -> np.ndarray:

@@ -89,15 +89,9 @@ class Journal:
         same = content["plan"] == self.digest and inputs in (None, content["inputs"])
         if not same or not all(path.is_file() and path.stat().st_size == size for path, size in paths.items()):
             return None
-        return WrittenShard(
-            entry=entry,
-            num_samples=content["num_samples"],
-            log_mel=LogMelSums(*content["log_mel"]),
-            keys=tuple(content["keys"]),
-            labels=tuple(map(tuple, content["labels"])),
-            prints=tuple(map(bytes.fromhex, content["prints"])),
-            rejected=tuple((source, reason) for source, reason in content["rejected"]),
-        )
+        log_mel, prints = LogMelSums(*content["log_mel"]), list(map(bytes.fromhex, content["prints"]))
+        lists = {name: content[name] for name in ("keys", "labels", "rejected")}
+        return WrittenShard(entry=entry, num_samples=content["num_samples"], log_mel=log_mel, prints=prints, **lists)
 
     def remove(self) -> None:
         """Remove the folder; plan.json last, so that a run which is stopped in between can be told from others."""
@@ -131,10 +125,8 @@ def refuse_finished(plan: Plan, overwrite: bool) -> None:
         if not overwrite:
             raise UserError(f"--out {out} already holds a dataset; give --overwrite to replace it, or another folder")
     elif strangers := sorted(names & _files_of(plan)):
-        raise UserError(
-            f"--out {out} holds {strangers[0]}, which no {DATASET_FILE} or unfinished work there owns; "
-            "move it away, or choose another folder"
-        )
+        what = f"{strangers[0]}, which no {DATASET_FILE} or unfinished work there owns"
+        raise UserError(f"--out {out} holds {what}; move it away, or choose another folder")
 
 
 def _files_of(plan: Plan) -> set[str]:
@@ -209,9 +201,8 @@ def _open_lock(journal: Journal) -> FileLock:
         try:
             lock.take(SETUP, wait=True)
         except OSError as error:
-            raise UserError(
-                f"cannot lock {lock.file.name}: {error.strerror}; --out must lie on a file system that has POSIX locks"
-            ) from error
+            what = f"cannot lock {lock.file.name}: {error.strerror}"
+            raise UserError(f"{what}; --out must lie on a file system that has POSIX locks") from error
         if lock.is_current:
             return lock
         lock.file.close()
@@ -224,10 +215,9 @@ def _prepare(plan: Plan, journal: Journal, lock: FileLock, command: str, overwri
     if found.digest == journal.digest:
         return
     if found.digest and not overwrite:
-        raise UserError(
-            f"--out {out} holds the unfinished work of `{found.command}`, which has other clips, labels or options "
-            "than this command; finish that, give --overwrite to discard it, or choose another folder"
-        )
+        other = f"`{found.command}`, which has other clips, labels or options than this command"
+        repair = "finish that, give --overwrite to discard it, or choose another folder"
+        raise UserError(f"--out {out} holds the unfinished work of {other}; {repair}")
     refuse_finished(plan, overwrite)
     if found.digest or (out / DATASET_FILE).exists():
         if not lock.take(ALL_SHARDS):

@@ -23,9 +23,6 @@ from asda.sharding.sources.listing import Row
 
 MAX_KEY_CHARS = 95  # a ustar header has 100 bytes for "<key>.json"
 KEY_HASH_CHARS = 8  # hex digits that tell colliding keys apart
-UNNAMED_SPLIT = "train"  # if a source has no splits and no --split is given
-SPLIT_NAME = re.compile(r"[A-Za-z0-9_]+", re.ASCII)
-SHARE = re.compile(r"\d+(\.\d+)?%", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,8 @@ def parse_split(text: str) -> SplitRule:
     if not equals:
         return SplitRule(text, name)
     if choice.endswith("%"):
-        if not SHARE.fullmatch(choice) or not 0 < (share := Fraction(choice[:-1])) <= 100:
+        number = re.fullmatch(r"\d+(\.\d+)?%", choice, re.ASCII)
+        if not number or not 0 < (share := Fraction(choice[:-1])) <= 100:
             raise UserError(f"--split {text}: {choice} must be a percentage above 0 and at most 100, as in valid=12.5%")
         return SplitRule(text, name, share=share / 100)
     values = tuple(value.strip() for value in choice.split(","))
@@ -109,7 +107,7 @@ def parse_split(text: str) -> SplitRule:
 
 def check_split_name(name: str, where: str) -> None:
     """Refuse names that cannot begin a shard's file name."""
-    if not SPLIT_NAME.fullmatch(name):
+    if not re.fullmatch(r"[A-Za-z0-9_]+", name, re.ASCII):
         raise UserError(f"{where}: {name!r} cannot name a split; use letters, digits and _, as in --split train=VALUE")
 
 
@@ -157,7 +155,7 @@ def _split_of_group(groups: set[str], rules: list[SplitRule]) -> dict[str, str]:
     if not rules:
         for group in groups - {""}:
             check_split_name(group, "the input's splits")
-        return {group: group or UNNAMED_SPLIT for group in groups}
+        return {group: group or "train" for group in groups}
     folds_or_nothing = all(group == "" or group.startswith("fold") for group in groups)
     if len(rules) == 1 and not rules[0].values and folds_or_nothing and rules[0].name not in groups:
         return dict.fromkeys(groups, rules[0].name)
@@ -197,11 +195,7 @@ def _by_shares(keys: dict[str, Row], rules: list[SplitRule]) -> dict[str, dict[s
 
 
 def choose_vocabulary(splits: dict[str, dict[str, Row]], fixed: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Return the sorted labels of all splits, or the fixed ones.
-
-    Raises:
-        UserError: a label is not among the fixed ones, or is not text, as a folder's name may be.
-    """
+    """Return the sorted labels of all splits, or the fixed ones. Raises UserError if a label is unknown or not text."""
     rows = [row for split in splits.values() for row in split.values()]
     if fixed is None:
         names = {label: row.where for row in rows for label in row.labels}

@@ -23,7 +23,6 @@ from asda.errors import UserError
 from asda.sharding.workers import worker_pool
 from asda.system import hash_pieces
 
-TAR_SUFFIXES = (".tar", SHARD_SUFFIX)
 BLOCK_BYTES = 512  # of a tar
 EXTENDED_HEADERS = b"xgLK"  # pax and GNU members that describe the next member
 READ_BYTES = MIB = 1 << 20
@@ -61,10 +60,16 @@ def verify_dataset(
     listed = {entry.name for entry in entries}
     unlisted = [path for path in tars if path.name not in listed]
     with worker_pool(num_workers, len(entries) + len(unlisted)) as workers:
-        check = partial(check_listed, location, cache, vocabulary)
+        check = partial(_check_listed, location, cache, vocabulary)
         found = workers.run(check, entries, [entry.clips for entry in entries], "clip", _print_problems)
-        found += workers.run(check_unlisted, unlisted, [1] * len(unlisted), "file", _print_problems)
-    repeated = list(_repeated_keys(found))
+        found += workers.run(_check_unlisted, unlisted, [1] * len(unlisted), "file", _print_problems)
+    first: dict[str, str] = {}
+    repeated = [
+        f"{checked.name}, key {key}: {first[key]} holds it too; a key is unique in its dataset"
+        for checked in found
+        for key in checked.keys
+        if first.setdefault(key, checked.name) != checked.name
+    ]
     print(*repeated, sep="\n", end="\n" if repeated else "")
     if num_wrong := sum(bool(checked.problems) for checked in found):
         raise UserError(f"{location}: {num_wrong} of {len(found)} shards are damaged or not listed; {REPAIR}")
@@ -79,7 +84,7 @@ def _tars(location: str | Path) -> list[Path]:
     storage = open_storage(location)
     if not isinstance(storage, LocalFolder) or not storage.folder.is_dir():
         return []
-    return sorted(path for path in storage.folder.iterdir() if path.name.endswith(TAR_SUFFIXES))
+    return sorted(path for path in storage.folder.iterdir() if path.name.endswith((".tar", SHARD_SUFFIX)))
 
 
 def _print_problems(checked: Checked) -> None:
@@ -87,19 +92,9 @@ def _print_problems(checked: Checked) -> None:
         tqdm.write(problem, file=sys.stdout)
 
 
-def _repeated_keys(found: Iterable[Checked]) -> Iterator[str]:
-    """Yield a line for every key that an earlier shard holds too."""
-    seen: dict[str, str] = {}
-    for checked in found:
-        for key in checked.keys:
-            if seen.setdefault(key, checked.name) != checked.name:
-                yield f"{checked.name}, key {key}: {seen[key]} holds it too; a key is unique in its dataset"
-
-
-def check_listed(
+def _check_listed(
     location: str | Path, cache: CacheConfig | None, vocabulary: tuple[str, ...], _: int, entry: ShardEntry
 ) -> Checked:
-    """Check a shard of dataset.json, in a worker."""
     shard = ShardFile(open_once(location, cache), entry)
     problems = shard_problems(shard, vocabulary)
     try:
@@ -108,8 +103,7 @@ def check_listed(
         return Checked(entry.name, problems)
 
 
-def check_unlisted(_: int, path: Path) -> Checked:
-    """Check a tar that dataset.json does not list, made by whatever program."""
+def _check_unlisted(_: int, path: Path) -> Checked:
     unlisted = f"{path} is not listed in a {DATASET_FILE}, so nothing vouches for it"
     return Checked(path.name, [unlisted, *tar_problems(path)])
 

@@ -91,35 +91,26 @@ class Workers:
         unit: str,
         tell: Callable[[Result], None],
     ) -> list[Result]:
-        """Return function(number, task) for all tasks, in their order.
+        """Return function(number, task) for all tasks, in their order; show progress on stderr meanwhile.
 
-        Shows progress on stderr meanwhile: a bar on a terminal, a line every 10 s elsewhere.
-
-        Args:
-            function: calls report_done(number, n) meanwhile, n <= units[number].
-            tasks: its second arguments.
-            units: the units of work in each task.
-            unit: their name, in the singular.
-            tell: prints what there is to say about a result, by tqdm.write, as soon as it is there.
+        `units` counts the work of each task, and `unit` names it in the singular; `function` may report_done(number, n)
+        meanwhile. `tell` prints what there is to say about a result, by tqdm.write, as soon as it is there.
         """
         self._counts[:] = 0
         total = sum(units)
         started = reported = time.monotonic()
         futures = {self.pool.submit(function, number, task): number for number, task in enumerate(tasks)}
-        results: dict[int, Result] = {}
         waiting: set[Future[Result]] = set(futures)
         with tqdm(total=total, unit=unit, disable=not sys.stderr.isatty()) as bar:
             while waiting:
                 done, waiting = wait(waiting, LOOK_EVERY_S, FIRST_COMPLETED)
                 for future in done:
-                    number = futures.pop(future)
-                    results[number] = future.result()
-                    self._counts[number] = units[number]
-                    tell(results[number])
+                    tell(future.result())
+                    self._counts[futures[future]] = units[futures[future]]
                 num_done, now = int(self._counts.sum()), time.monotonic()
                 bar.update(num_done - bar.n)
                 if bar.disable and (not waiting or now - reported > REPORT_EVERY_S):
                     reported = now
                     rate = num_done / max(now - started, 1e-9)
                     print(f"{num_done} of {total} {unit}s, {rate:.0f} {unit}s/s", file=sys.stderr, flush=True)
-        return [results[number] for number in range(len(tasks))]
+        return [future.result() for future in futures]

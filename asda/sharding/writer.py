@@ -43,7 +43,6 @@ from asda.system import sync, whole_file, write_whole_file
 ZSTD_LEVEL = 1  # level 3 takes 1.6 times as long for 1.2 % fewer bytes of audio, and is no faster to read
 WEIGHT_DIGITS = 6  # significant, of sample_weights
 TAR_BLOCK_BYTES = 512
-
 NUM_SAMPLED = 64  # clips; their order is a fixed shuffle, so every n-th is a fair sample
 MARGIN = 1.1  # the mean of 64 clips is off by about 5 % if their lengths differ by as much as their mean
 INDEX_BYTES = 512  # for each clip in a shard's index, in dataset.json, and in the record of a finished shard
@@ -79,10 +78,10 @@ class WrittenShard:
     entry: ShardEntry | None
     num_samples: int  # of all clips
     log_mel: LogMelSums  # of all clips
-    keys: tuple[str, ...]
-    labels: tuple[tuple[int, ...], ...]  # label ids of every clip
-    prints: tuple[bytes, ...]
-    rejected: tuple[tuple[str, str], ...]  # (source, reason)
+    keys: list[str]
+    labels: list[list[int]]  # label ids of every clip
+    prints: list[bytes]
+    rejected: list[list[str]]  # [source, reason]
 
 
 def check_space(workers: Workers, out: Path, tasks: Sequence[ShardTask], freed_bytes: int) -> None:
@@ -100,10 +99,8 @@ def check_space(workers: Workers, out: Path, tasks: Sequence[ShardTask], freed_b
     needed = len(clips) * (MARGIN * sum(sizes) / len(sizes) + INDEX_BYTES)
     if needed > free + freed_bytes:
         freeing = f", and --overwrite frees {_size(freed_bytes)}" if freed_bytes else ""
-        raise UserError(
-            f"{len(clips)} clips need about {_size(needed)}, and --out {out} has {_size(free)} free{freeing}; "
-            "free space or choose another --out"
-        )
+        has = f"--out {out} has {_size(free)} free{freeing}; free space or choose another --out"
+        raise UserError(f"{len(clips)} clips need about {_size(needed)}, and {has}")
 
 
 def _size(num_bytes: float) -> str:
@@ -120,29 +117,26 @@ def _compressed_bytes(clip: ClipTask, max_seconds: float) -> int:
 
 
 def write_shard(task: ShardTask, report: Callable[[int], None] = lambda num_clips: None) -> WrittenShard:
-    """Read, encode and write the clips of one shard, then its index. Raises UserError if writing fails.
-
-    Calls `report` after each clip with the number of clips that are done.
-    """
+    """Write the clips of a shard, then its index; call report(n) after the n-th clip. Raises UserError."""
     clips: list[WrittenClip] = []
-    rejected: list[tuple[str, str]] = []
+    rejected: list[list[str]] = []
     with writing(task.path), whole_file(task.path) as file:
         frames = FrameWriter(file)
         for number, clip in enumerate(task.clips, start=1):
             try:
                 clips.append(_write_clip(frames, clip, task.max_seconds))
             except AudioError as error:
-                rejected.append((clip.source, str(error)))
+                rejected.append([clip.source, str(error)])
             report(number)
         entry = _finish(frames, task.path, clips) if clips else file.close()
     return WrittenShard(
         entry=entry,
         num_samples=sum(clip.num_samples for clip in clips),
         log_mel=add_up([clip.log_mel for clip in clips]),
-        keys=tuple(clip.key for clip in clips),
-        labels=tuple(clip.labels for clip in clips),
-        prints=tuple(clip.prints for clip in clips),
-        rejected=tuple(rejected),
+        keys=[clip.key for clip in clips],
+        labels=[list(clip.labels) for clip in clips],
+        prints=[clip.prints for clip in clips],
+        rejected=rejected,
     )
 
 

@@ -12,10 +12,9 @@ from asda.data.audio.ffmpeg import EXTRA, has_pyav
 from asda.data.audio.waves import PYAV_EXTENSIONS
 from asda.errors import UserError
 from asda.sharding.sources.audioset import rows_from_audioset
-from asda.sharding.sources.eat import rows_from_eat
 from asda.sharding.sources.files import rows_from_csv, rows_from_esc50, rows_from_folder, rows_from_speechcommands
-from asda.sharding.sources.hdf5 import rows_from_hdf5
 from asda.sharding.sources.listing import Listing, Row, SourceOptions
+from asda.sharding.sources.prepared import rows_from_eat, rows_from_hdf5
 
 SOURCES: dict[str, Callable[[list[Path], SourceOptions], Listing]] = {
     "audioset": rows_from_audioset,
@@ -37,11 +36,7 @@ OPTIONS: dict[str, tuple[set[str], str]] = {
 
 
 def list_source(source: str, inputs: list[Path], options: SourceOptions) -> Listing:
-    """List the clips of a source.
-
-    Raises:
-        UserError: the source cannot be read, does not know an option, or names a clip twice; or a decoder is missing.
-    """
+    """List the clips of a source. Raises UserError for unknown options, clips listed twice, or a missing decoder."""
     for name, (takers, meaning) in OPTIONS.items():
         if getattr(options, name) and source not in takers:
             raise UserError(f"{meaning}; use it with --source {' or '.join(sorted(takers))}")

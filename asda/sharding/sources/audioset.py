@@ -30,9 +30,7 @@ COLUMNS = ("YTID", "start_seconds", "end_seconds", "positive_labels")
 VIDEO_ID = re.compile(r"[A-Za-z0-9_-]{11}", re.ASCII)
 TIME = r"_(\d+(?:\.\d+)?)"
 FILE_STEM = re.compile(rf"Y?({VIDEO_ID.pattern})(?:{TIME}(?:{TIME})?)?", re.ASCII)
-NAMES = "Y<id>.wav, <id>.m4a, <id>_<start in ms>.flac or the like"
 MAX_STOP_S = 10.0**6  # 11 days; a larger number is not in seconds
-
 Segment = tuple[str, str, float, float, str]  # place for messages, video, start and stop in s, MIDs
 
 
@@ -49,7 +47,7 @@ def rows_from_audioset(inputs: list[Path], options: SourceOptions) -> Listing:
         group = table.stem.removesuffix("_segments")
         for where, video, start_s, stop_s, mids in _read_segments(table):
             found = files.find(video, start_s, stop_s)
-            name = f"{video}_{_milliseconds(start_s)}"
+            name = f"{video}_{round(1000 * start_s)}"
             if isinstance(found, str):
                 missing.append((name, found))
             else:
@@ -59,7 +57,8 @@ def rows_from_audioset(inputs: list[Path], options: SourceOptions) -> Listing:
         several = f"several files for a segment: {examples(files.ambiguous)}"
         raise UserError(f"--audio {options.audio} has {several}; keep one of each")
     if not rows:
-        raise UserError(f"--audio {options.audio} holds none of the {len(missing)} segments; files are named {NAMES}")
+        names = "Y<id>.wav, <id>.m4a, <id>_<start in ms>.flac or the like"
+        raise UserError(f"--audio {options.audio} holds none of the {len(missing)} segments; files are named {names}")
     left_out = {"files of --audio that are not audio, or not named by a video id": files.num_others}
     return Listing(rows, left_out, classes.names if options.use_labels else None, missing)
 
@@ -137,9 +136,5 @@ def _fits(name: str, start_s: float, stop_s: float) -> bool:
     """Return whether the times in a file's name, if any, are those of the segment, in seconds or milliseconds."""
     match = _parsed(name)
     times = [float(time) for time in match.groups()[1:] if time is not None] if match else []
-    in_ms = [_milliseconds(time_s) for time_s in (start_s, stop_s)][: len(times)]
-    return times == in_ms or [_milliseconds(time) for time in times] == in_ms
-
-
-def _milliseconds(time_s: float) -> int:
-    return round(1000 * time_s)
+    in_ms = [round(1000 * time_s) for time_s in (start_s, stop_s)][: len(times)]
+    return times == in_ms or [round(1000 * time) for time in times] == in_ms

@@ -24,8 +24,6 @@ from asda.sharding.sources.listing import (
     require_columns,
 )
 
-LABEL_COLUMNS = ("label", "labels", "tags")  # the first that is present
-LABEL_SEPARATOR = ";"
 ESC50_COLUMNS = ("filename", "fold", "target", "category")
 NOISE = "_background_noise_"
 WORD_LISTS = {"valid": "validation_list.txt", "test": "testing_list.txt"}
@@ -36,9 +34,6 @@ def only_input(inputs: list[Path], source: str) -> Path:
     if len(inputs) != 1:
         raise UserError(f"--source {source} takes one --input and got {len(inputs)}; run once for each")
     return inputs[0]
-
-
-# Folders with a subfolder per class
 
 
 def rows_from_folder(inputs: list[Path], options: SourceOptions) -> Listing:
@@ -53,10 +48,8 @@ def rows_from_folder(inputs: list[Path], options: SourceOptions) -> Listing:
         raise UserError(f"{folder} holds no audio file among {len(files)} files; known extensions are {known}")
     direct = [name for name in audio if "/" not in name]
     if options.use_labels and 0 < len(direct) < len(audio):
-        raise UserError(
-            f"{folder} holds audio both directly ({direct[0]}) and in subfolders, which would be classes; "
-            "move one kind away, or give --no-labels"
-        )
+        mixed = f"audio both directly ({direct[0]}) and in subfolders, which would be classes"
+        raise UserError(f"{folder} holds {mixed}; move one kind away, or give --no-labels")
     labelled = options.use_labels and not direct
     rows = [_row_in_folder(folder, name, "", labelled) for name in audio]
     return Listing(rows, {"files that are hidden or not audio": len(files) - len(audio)})
@@ -73,7 +66,10 @@ def rows_from_speechcommands(inputs: list[Path], options: SourceOptions) -> List
     words = [name for name in clips if not name.startswith(f"{NOISE}/")]
     if not words:
         raise UserError(f"{folder} holds no audio in subfolders, which would be the words")
-    rows = [_row_in_folder(folder, name, split_of.pop(_stem(name), "train"), options.use_labels) for name in words]
+    rows = [
+        _row_in_folder(folder, name, split_of.pop(os.path.splitext(name)[0], "train"), options.use_labels)
+        for name in words
+    ]
     if split_of:
         lost = examples(split_of)
         raise UserError(f"{folder} has no file for {lost}, which its lists name; unpack the whole archive")
@@ -95,16 +91,9 @@ def _word_splits(folder: Path) -> dict[str, str]:
         if not path.is_file():
             raise UserError(f"{path}: no such file; the archive of Speech Commands has it, and it says what is {split}")
         for line, text in enumerate(path.read_text(encoding="utf-8").split(), start=1):
-            if split_of.setdefault(_stem(text), split) != split:
+            if split_of.setdefault(os.path.splitext(text)[0], split) != split:
                 raise UserError(f"{path} line {line}: {text} is in both lists; it belongs to one")
     return split_of
-
-
-def _stem(name: str) -> str:
-    return os.path.splitext(name)[0]
-
-
-# Tables
 
 
 def rows_from_csv(inputs: list[Path], options: SourceOptions) -> Listing:
@@ -148,8 +137,7 @@ def _select(
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield (place for messages, column -> stripped cell) of the rows with the values of --where; count the others.
 
-    Raises:
-        UserError: the table lacks a column of `wanted` or of --where, or no row is left.
+    Raises UserError if the table lacks a column of `wanted` or of --where, or no row is left.
     """
     lines = read_cells(table)
     columns = [name.strip() for name in next(lines, (0, []))[1]]
@@ -185,20 +173,16 @@ def _row_of_csv(table: Path, folder: str, where: str, record: dict[str, str], op
     given = relative = os.path.normpath(record["path"])
     if os.path.isabs(relative) and Path(relative).is_relative_to(folder):
         relative = os.path.relpath(relative, folder)
-    column = next((name for name in LABEL_COLUMNS if name in record), None)
-    names = record[column].split(LABEL_SEPARATOR) if column and options.use_labels else ()
+    column = next((name for name in ("label", "labels", "tags") if name in record), None)
+    names = record[column].split(";") if column and options.use_labels else ()
     labels = tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
-    return Row(Place(os.path.join(table.parent, given)), relative, labels, _group(where, record), where)
-
-
-def _group(where: str, record: dict[str, str]) -> str:
     column = next((name for name in ("split", "fold") if name in record), None)
-    if column is None:
-        return ""
-    value = record[column]
-    if not value:
+    group = record[column] if column else ""
+    if column and not group:
         raise UserError(f"{where}: the cell {column!r} is empty; every row needs one, or drop the column")
-    return value if column == "split" or value.startswith("fold") else f"fold{value}"
+    if column == "fold" and not group.startswith("fold"):
+        group = f"fold{group}"
+    return Row(Place(os.path.join(table.parent, given)), relative, labels, group, where)
 
 
 def _refuse_two_names(rows: list[Row]) -> None:

@@ -11,7 +11,6 @@ from asda.errors import UserError
 from asda.sharding.audio_ref import Place
 
 MAX_NAMED = 3  # examples in a sentence
-AUDIOSET_CLASSES = Path(str(files("asda.data") / "audioset_labels.csv"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +88,7 @@ class Classes:
 
     def __init__(self, table: Path | None):
         """Read a table index,mid,name, with or without a header; None reads AudioSet's 527."""
-        self.table = table or AUDIOSET_CLASSES
+        self.table = table or Path(str(files("asda.data") / "audioset_labels.csv"))
         rows = [(line, [cell.strip() for cell in cells]) for line, cells in read_cells(self.table)]
         if rows and rows[0][1][0] == "index":
             rows = rows[1:]
@@ -109,10 +108,8 @@ class Classes:
         if labels is None:
             wanted = [mid.strip() for mid in mids.split(",") if mid.strip()]
             if unknown := next((mid for mid in wanted if mid not in self._names), None):
-                raise UserError(
-                    f"{where}: {unknown!r} is not among the {len(self._names)} classes of {self.table}; "
-                    "correct it, or give the table that has it as --class-labels"
-                )
+                what = f"{unknown!r} is not among the {len(self._names)} classes of {self.table}"
+                raise UserError(f"{where}: {what}; correct it, or give the table that has it as --class-labels")
             labels = self._labels[mids] = tuple(dict.fromkeys(self._names[mid] for mid in wanted))
         return labels
 
