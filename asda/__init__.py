@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from asda.inference import Model, Stream
+    from asda.inference import File, Model, Stream
 
-__all__ = ["Stream", "load"]
+__all__ = ["File", "Stream", "load"]
 __version__ = "0.1.0"
 
 
@@ -35,9 +35,9 @@ def load(
 
 
 def __getattr__(name: str) -> object:
-    """Import asda.Stream when it is asked for: torch takes a second."""
-    if name == "Stream":
-        from asda.inference import Stream
+    """Import asda.File and asda.Stream when they are asked for: torch takes a second."""
+    if name in ("File", "Stream"):
+        from asda import inference
 
-        return Stream
+        return getattr(inference, name)
     raise AttributeError(f"module 'asda' has no attribute {name!r}")

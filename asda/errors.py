@@ -46,6 +46,16 @@ class Stopped(Exception):  # noqa: N818 (nothing went wrong)
     """Why a run ends before its last step, after all ranks have saved it."""
 
 
+def failure_of(error: Exception) -> str:
+    """Return the reason why one of many files failed, for a list of failures; what nobody expected names its type."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message} (unexpected; please report it with this file)"
+
+
 def say(line: str) -> None:
     """Print a line on stderr, with the rank if there are several."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -3,21 +3,26 @@
 Shapes: T frames, F mel bins, W windows, C classes, K classes shown.
 """
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from asda.commands.pictures import DB_PER_NEPER, printable, pyplot, show_levels, to_png
-from asda.inference import Model, Timeline
+from asda.commands.pictures import DB_PER_NEPER, FRAME_SHIFT_S, printable, pyplot, show_levels, to_png
+from asda.data.features.fbank import NUM_MEL_BINS
+from asda.inference import File, Model, Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MOST_ROWS = 20  # tags in the picture
+MOST_COLUMNS = 3000  # of the spectrogram and of the tags, about three a pixel
 
 
-def draw(out: Path, path: Path, model: Model, mel_TF: torch.Tensor, timeline: Timeline, top: int) -> None:
+def draw(out: Path, file: File, model: Model, duration_s: float, parts: list[Timeline], top: int) -> None:
     """Write the picture of one file, with up to `top` tags: those that are strongest in any window."""
     plt = pyplot("--picture")
     rows = min(top, MOST_ROWS)
@@ -25,15 +30,38 @@ def draw(out: Path, path: Path, model: Model, mel_TF: torch.Tensor, timeline: Ti
     figure, (above, below) = plt.subplots(
         2, figsize=(11, 4 + 0.3 * rows), height_ratios=heights, sharex=True, layout="constrained"
     )
-    stats = model.description.data.log_mel
-    image = show_levels(above, (mel_TF.numpy() * 2 * stats.std + stats.mean) * DB_PER_NEPER)
+    image = show_levels(above, *spectrogram(model, replace(file, progress=None), duration_s))
     figure.colorbar(image, ax=above, label="energy (dB)")
     above.set_ylabel("frequency (Hz)")
-    above.set_title(printable(path.name), parse_math=False)
-    draw_tags(below, timeline, model.labels, rows)
+    above.set_title(printable(Path(file.path).name), parse_math=False)
+    draw_tags(below, narrowed(Timeline.joined(parts)), model.labels, rows)
     below.set_xlabel("time (s)")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(to_png(figure, dpi=120))
+
+
+def spectrogram(model: Model, file: File, duration_s: float) -> tuple[np.ndarray, int]:
+    """Return levels in dB, [T, F], and the frames of the clip; a column is the mean of as many frames as needed."""
+    step = math.ceil(duration_s / FRAME_SHIFT_S / MOST_COLUMNS)
+    stats, num_frames = model.description.data.log_mel, 0
+    sums_TF, counts_T = np.zeros((MOST_COLUMNS + 1, NUM_MEL_BINS)), np.zeros(MOST_COLUMNS + 1)
+    for mel_TF in model.log_mel_blocks(file):
+        columns = np.arange(num_frames, num_frames + len(mel_TF)) // step
+        np.add.at(sums_TF, columns, mel_TF.numpy() * 2 * stats.std + stats.mean)
+        np.add.at(counts_T, columns, 1)
+        num_frames += len(mel_TF)
+    shown = counts_T > 0
+    return sums_TF[shown] / counts_T[shown, None] * DB_PER_NEPER, num_frames
+
+
+def narrowed(timeline: Timeline) -> Timeline:
+    """Join windows that a pixel cannot tell apart; each class keeps its highest probability."""
+    groups = torch.arange(len(timeline.starts_s)).chunk(MOST_COLUMNS)
+    return Timeline(
+        torch.stack([timeline.starts_s[group[0]] for group in groups]),
+        torch.stack([timeline.ends_s[group[-1]] for group in groups]),
+        torch.stack([timeline.probabilities[group].amax(0) for group in groups]),
+    )
 
 
 def draw_tags(axes: "Axes", timeline: Timeline, labels: tuple[str, ...], rows: int) -> None:

@@ -101,7 +101,7 @@ class ProbeConfig(Section):
 
 
 class Network(Section, Generic[Data]):
-    """What a run and its weights both have: the network, its objective and its input."""
+    """Base of a run and of its weights: the network, its objective and its input."""
 
     # The story of the run: source, expected metric, hardware, command
     about: MayChange[dict[str, str]] = Field(default={}, alias="_about")

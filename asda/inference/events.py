@@ -5,18 +5,16 @@ or above (hysteresis). Then events of a class that are at most `merge_s` apart b
 `min_s` are dropped. An event spans its windows, from the start of the first to the end of the last.
 """
 
+import csv
 import math
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple, TextIO
 
 from asda.errors import UserError
 from asda.inference.results import Timeline
 
-CSV_HEADER = ("file", "onset_s", "offset_s", "label", "score")
-RAVEN_HEADER = (
-    *("Selection", "View", "Channel", "Begin Time (s)", "End Time (s)", "Low Freq (Hz)", "High Freq (Hz)"),
-    *("Species", "Score"),
-)
 HIGHEST_HZ = 8000  # the network hears 16 kHz
 
 
@@ -59,7 +57,7 @@ def find_events(timelines: Timeline | Iterable[Timeline], labels: tuple[str, ...
     Args:
         timelines: of one recording, with a column for each label.
         labels: the classes.
-        rule: what counts as an event.
+        rule: by which windows become events.
     """
     low = rule.threshold if rule.low is None else rule.low
     open_events: dict[int, Event] = {}
@@ -94,20 +92,47 @@ def _long_enough(event: Event, rule: EventRule) -> Iterator[Event]:
         yield event
 
 
-def csv_rows(file: str, events: Iterable[Event]) -> Iterator[tuple]:
-    """Yield the rows under CSV_HEADER, times to the millisecond."""
-    for event in events:
-        yield file, f"{event.onset_s:.3f}", f"{event.offset_s:.3f}", event.label, f"{event.score:.4f}"
+def write_header(file: TextIO, kind: str) -> None:
+    """Begin a table of a kind of TABLES; labels of Audacity have no header."""
+    if TABLES[kind].header:
+        _write_rows(file, kind, [TABLES[kind].header])
 
 
-def audacity_rows(_: str, events: Iterable[Event]) -> Iterator[tuple]:
-    """Yield the rows of a label track, which has no header."""
-    for event in events:
-        yield f"{event.onset_s:.6f}", f"{event.offset_s:.6f}", event.label
+def write_events(file: TextIO, kind: str, path: str, events: Iterable[Event]) -> None:
+    """Write the events of a recording as rows of a table."""
+    _write_rows(file, kind, (TABLES[kind].row(number, path, event) for number, event in enumerate(events, start=1)))
 
 
-def raven_rows(_: str, events: Iterable[Event]) -> Iterator[tuple]:
-    """Yield the rows of a selection table under RAVEN_HEADER."""
-    for number, event in enumerate(events, start=1):
-        begin_s, end_s = f"{event.onset_s:.6f}", f"{event.offset_s:.6f}"
-        yield number, "Spectrogram 1", 1, begin_s, end_s, 0, HIGHEST_HZ, event.label, f"{event.score:.4f}"
+def _write_rows(file: TextIO, kind: str, rows: Iterable[tuple]) -> None:
+    if kind == "csv":
+        csv.writer(file, lineterminator="\n").writerows(rows)
+    else:  # Audacity and Raven know no quotes
+        file.writelines("\t".join(re.sub(r"[\t\r\n]", " ", str(cell)) for cell in row) + "\n" for row in rows)
+
+
+def _csv_row(_: int, path: str, event: Event) -> tuple:
+    return path, f"{event.onset_s:.3f}", f"{event.offset_s:.3f}", event.label, f"{event.score:.4f}"
+
+
+def _audacity_row(_: int, __: str, event: Event) -> tuple:
+    return f"{event.onset_s:.6f}", f"{event.offset_s:.6f}", event.label
+
+
+def _raven_row(number: int, _: str, event: Event) -> tuple:
+    place = (number, "Spectrogram 1", 1, f"{event.onset_s:.6f}", f"{event.offset_s:.6f}", 0, HIGHEST_HZ)
+    return *place, event.label, f"{event.score:.4f}"
+
+
+class Table(NamedTuple):
+    """A kind of table of events."""
+
+    header: tuple[str, ...]
+    row: Callable[[int, str, Event], tuple]  # of the number of an event, the path of the recording, and the event
+
+
+RAVEN_PLACE = ("Selection", "View", "Channel", "Begin Time (s)", "End Time (s)", "Low Freq (Hz)", "High Freq (Hz)")
+TABLES = {
+    "csv": Table(("file", "onset_s", "offset_s", "label", "score"), _csv_row),
+    "audacity": Table((), _audacity_row),
+    "raven": Table((*RAVEN_PLACE, "Species", "Score"), _raven_row),
+}

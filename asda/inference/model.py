@@ -36,8 +36,8 @@ from asda.checkpoint.read import read_description, resolve_checkpoint
 from asda.checkpoint.weights import Which, load_encoder, load_into, read_weights
 from asda.config.model import AstConfig, ClassifyConfig
 from asda.config.run import Description
-from asda.data.audio.arrays import Audio, blocks_of, is_list, length_of, to_wave
-from asda.data.audio.waves import SAMPLE_RATE_HZ
+from asda.data.audio.arrays import Clip, File, blocks_of, is_list, length_of, to_wave
+from asda.data.audio.waves import SAMPLE_RATE_HZ, resampled_length
 from asda.data.features.fbank import FRAME_SHIFT, FRAME_WINDOW, log_mel_of_wave, num_frames
 from asda.errors import UserError
 from asda.inference.results import Features, Tag, Timeline
@@ -52,7 +52,6 @@ PATCHES_AT_ONCE = 2048  # in a batch: 4 chunks of 10.24 s
 
 LARGE_BYTES = 1 << 30  # features that large are announced before they are computed
 
-Clip = Audio | str | Path  # an array, a tensor, or the path of a file
 Device = Literal["auto", "cpu", "cuda"]
 
 _log = logging.getLogger(__name__)
@@ -81,12 +80,12 @@ def load(path: str | Path, weights: Which = "student", device: Device = "auto") 
 class Model:
     """A network, and all that turns audio into its input. asda.load makes it; it keeps no state between calls.
 
-    In all methods `audio` is the path of a file; or a numpy array or a tensor, [S] or [channels, S] (averaged), of
-    floats with full scale 1 or of int16, with its `sample_rate_hz`, a whole number from 1000 to 768000. It lasts at
-    least 0.025 s. `features`, `logits` and `tags` also take a list of clips of any lengths, and then return a list of
-    results. Results are fp32, on the CPU, and other networks may be trained on them. A file is read block by block: a
-    day of sound takes no more memory than a minute, except for what is returned. UserError says what is wrong with an
-    argument: a file, a shape, a sample that is not finite, a short clip.
+    In all methods `audio` is the path of a file, or an asda.File, which chooses a channel; or a numpy array or a
+    tensor, [S] or [channels, S] (averaged), of floats with full scale 1 or of int16, with its `sample_rate_hz`, a whole
+    number from 1000 to 768000. It lasts at least 0.025 s. `features`, `logits` and `tags` also take a list of clips of
+    any lengths, and then return a list of results. Results are fp32, on the CPU, and other networks may be trained on
+    them. A file is read block by block: a day of sound takes no more memory than a minute, except for what is returned.
+    UserError says what is wrong with an argument: a file, a shape, a sample that is not finite, a short clip.
 
     Attributes:
         folder: the checkpoint or the folder of weights.
@@ -158,7 +157,7 @@ class Model:
 
     def features_shape(self, audio: Clip, sample_rate_hz: float | None = None) -> tuple[int, int, int]:
         """Return the shape of a clip's patches, [T, F, D], without computing them."""
-        whole, rest = divmod(num_frames(length_of(audio, sample_rate_hz)), self._chunk)
+        whole, rest = divmod(num_frames(resampled_length(*length_of(audio, sample_rate_hz))), self._chunk)
         steps = whole * math.ceil(self._chunk / self._stride) + math.ceil(rest / self._stride)
         return steps, self.encoder.num_mel_patches, self.width
 
@@ -238,6 +237,11 @@ class Model:
         window = self._in_frames("window_s", window_s, self._chunk)
         return window, self._in_frames("hop_s", hop_s, window)
 
+    def duration_s(self, audio: Clip, sample_rate_hz: float | None = None) -> float:
+        """Return how long a clip lasts; a file that does not tell is decoded for it."""
+        num_samples, rate_hz = length_of(audio, sample_rate_hz)
+        return num_samples / rate_hz
+
     def log_mel(self, audio: Clip, sample_rate_hz: float | None = None) -> Tensor:
         """Compute the log-mel of one clip as the network needs it, (log-mel - mean) / (2 std): [T, 128], not padded.
 
@@ -245,6 +249,11 @@ class Model:
         """
         wave_S = torch.cat(list(blocks_of(audio, sample_rate_hz)))
         return self._normalised(log_mel_of_wave(to_wave(wave_S, SAMPLE_RATE_HZ)))
+
+    def log_mel_blocks(self, audio: Clip, sample_rate_hz: float | None = None) -> Iterator[Tensor]:
+        """Yield the log-mel of each chunk of a clip, [T, 128], as the network takes it: without its own mean."""
+        for _, chunk_S, _ in self._cut([audio], sample_rate_hz, self._chunk, self._chunk):
+            yield self._normalised(log_mel_of_wave(chunk_S))
 
     def encode_log_mel(self, mel_BTM: Tensor, layer: int | None = None) -> Tensor:
         """Compute the encoder's tokens [B, 1 + N, D]: CLS, then patches frame by frame (number = time * F + mel).
@@ -371,7 +380,7 @@ class Model:
         ends_W = starts_W + torch.tensor([frames for _, frames in scored])
         rows = [self._probabilities(logits_C) for logits_C, _ in scored]
         probabilities_WC = torch.stack(rows) if rows else torch.empty(0, len(self.labels))
-        return Timeline((starts_W / FRAMES_PER_S).float(), (ends_W / FRAMES_PER_S).float(), probabilities_WC)
+        return Timeline(starts_W / FRAMES_PER_S, ends_W / FRAMES_PER_S, probabilities_WC)
 
     def _merge(self, scored: list[tuple[Tensor, int]]) -> Tensor:
         if len(scored) == 1:
@@ -381,9 +390,10 @@ class Model:
 
     def _announce(self, clips: Sequence[Clip], sample_rate_hz: float | None) -> None:
         """Say how large the features of a long file will be, before they are computed."""
-        for path in (clip for clip in clips if isinstance(clip, str | Path)):
-            num_bytes = 4 * math.prod(self.features_shape(path, sample_rate_hz))
+        for clip in (clip for clip in clips if isinstance(clip, str | Path | File)):
+            num_bytes = 4 * math.prod(self.features_shape(clip, sample_rate_hz))
             if num_bytes >= LARGE_BYTES:
+                path = clip.path if isinstance(clip, File) else clip
                 _log.warning("the features of %s take %.1f GB; feature_blocks yields them", path, num_bytes / 1e9)
 
     def _probabilities(self, logits_C: Tensor) -> Tensor:

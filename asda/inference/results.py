@@ -1,4 +1,4 @@
-"""Results of a model: embeddings, tags, and tags over time; fp32, on the CPU."""
+"""Results of a model: embeddings, tags, and tags over time; on the CPU, in fp32 but for times."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -29,8 +29,8 @@ class Tag:
 class Timeline:
     """Probabilities in consecutive windows of one clip, or of a part of it."""
 
-    starts_s: Tensor  # [W]
-    ends_s: Tensor  # [W]; the last window ends with the clip's last frame
+    starts_s: Tensor  # [W], float64
+    ends_s: Tensor  # [W], float64; the last window ends with the clip's last frame
     probabilities: Tensor  # [W, C], classes in the order of Model.labels
 
     @staticmethod

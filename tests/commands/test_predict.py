@@ -1,9 +1,11 @@
 """asda predict from the outside: what it says of audio, and of what is no audio."""
 
+import csv
 import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import golden
@@ -24,6 +26,7 @@ from asda.config.run import Description
 from asda.data.audio.find import audio_files
 from asda.errors import UserError
 from asda.inference import Model
+from asda.inference.events import EventRule, find_events
 from asda.models.classifier import Classifier
 
 pytestmark = pytest.mark.usefixtures(one_core.__name__)
@@ -151,7 +154,7 @@ def test_what_is_no_audio_or_no_tagger_is_one_sentence(tagger: Path, tmp_path: P
         "there is no checkpoint in": ("--model", tmp_path / "nowhere", sound),
         "has no classes": ("--model", pretrained, sound),
         "--top 0 must be at least 1": ("--model", tagger, "--top", 0, sound),
-        "add --timeline or --picture": ("--model", tagger, "--hop", 1, sound),
+        "add --timeline, --events or --picture": ("--model", tagger, "--hop", 1, sound),
         "--window 30 must be from 0.01 to 1.28 s": ("--model", tagger, "--timeline", "--window", 30, sound),
         "--hop 0 must be from 0.01 s to a window": ("--model", tagger, "--timeline", "--hop", 0, sound),
         "draws one file": ("--model", tagger, "--picture", tmp_path / "a.png", sound, sound),
@@ -245,6 +248,73 @@ def probability_bound(gain_CTM: torch.Tensor, error_TF: torch.Tensor) -> torch.T
     probability by a quarter of that, the steepest slope of the sigmoid. fp32 rounds the probability to 6e-8.
     """
     return ((gain_CTM * error_TF).sum((1, 2)) + FP32_LOGITS) / 4 + 6e-8
+
+
+def test_events_are_a_table_of_all_files_or_a_table_for_each(tagger: Path, model: Model, tmp_path: Path):
+    sounds = [wav(tmp_path / "in" / f"{name}.wav", noise(4, seed=seed)) for seed, name in enumerate("ab")]
+    options = ("--window", 1, "--hop", 0.5, "--threshold", 0.6, "--low", 0.3, "--merge", 0.5, "--shortest", 1)
+    found = {
+        path: list(find_events(model.timeline(path, None, 1.0, 0.5), LABELS, EventRule(0.6, 0.3, 1.0, 0.5)))
+        for path in sounds
+    }
+    assert all(found.values())
+    done = predict("--model", tagger, "--json", "--events", tmp_path / "out" / "all.csv", *options, tmp_path / "in")
+    for record, (path, events) in zip(records(done), found.items(), strict=True):
+        assert (record["file"], record["events"]) == (str(path), [asdict(event) for event in events])
+    rows = list(csv.DictReader((tmp_path / "out" / "all.csv").open()))
+    expected = [
+        (str(path), f"{event.onset_s:.3f}", f"{event.offset_s:.3f}", event.label, f"{event.score:.4f}")
+        for path, events in found.items()
+        for event in events
+    ]
+    assert [tuple(row.values()) for row in rows] == expected
+    for kind, header_lines in (("audacity", 0), ("raven", 1)):
+        folder = tmp_path / kind
+        done = predict("--model", tagger, "--events", folder, "--events-format", kind, *options, tmp_path / "in")
+        assert (done.code, done.err) == (0, "")
+        for path, events in found.items():
+            assert len((folder / f"{path.name}.txt").read_text().splitlines()) == len(events) + header_lines
+            assert f"{len(events)} events" in done.out
+
+
+def test_a_broken_file_has_no_rows_and_no_table_among_the_events(tagger: Path, tmp_path: Path):
+    good, bad = wav(tmp_path / "in" / "a.wav", noise(2)), tmp_path / "in" / "b.wav"
+    bad.write_bytes(good.read_bytes()[:30_000])
+    options = ("--threshold", 0.01, "--events")
+    assert predict("--model", tagger, *options, tmp_path / "all.csv", good, bad).code == 2
+    assert {row["file"] for row in csv.DictReader((tmp_path / "all.csv").open())} == {str(good)}
+    assert predict("--model", tagger, *options, tmp_path / "out", "--events-format", "raven", good, bad).code == 2
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.wav.txt"]
+
+
+def test_one_channel_is_chosen_and_channels_that_cancel_are_named(tagger: Path, model: Model, tmp_path: Path):
+    left_S, right_S = noise(2, seed=1), noise(2, seed=2)
+    path = wav(tmp_path / "a.wav", np.stack([left_S, right_S], axis=1))
+    (record,) = records(predict("--model", tagger, "--json", "--channel", 1, path))
+    expected = [{"label": tag.label, "probability": tag.probability} for tag in model.tags(right_S, 16_000, top=5)]
+    assert record["tags"] == expected
+    assert "no channel 2" in predict("--model", tagger, "--channel", 2, path).err
+    cancels = wav(tmp_path / "b.wav", np.stack([left_S, -left_S], axis=1))
+    assert "cancel each other" in predict("--model", tagger, cancels).err
+    assert predict("--model", tagger, "--channel", 0, cancels).code == 0
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), MemoryError(), KeyError("x")])
+def test_an_error_that_nobody_expected_costs_one_file(tagger: Path, tmp_path: Path, monkeypatch, error: Exception):
+    bad, good = wav(tmp_path / "a.wav", noise(1)), wav(tmp_path / "b.wav", noise(1))
+    tags = Model.tags
+
+    def failing(self: Model, audio: asda.File, **options: int):
+        if audio.path == bad:
+            raise error
+        return tags(self, audio, **options)
+
+    monkeypatch.setattr(Model, "tags", failing)
+    done = predict("--model", tagger, "--json", bad, good)
+    assert done.code == 2
+    assert [json.loads(line)["file"] for line in done.out.splitlines()] == [str(good)]
+    assert done.err.startswith(f"error: {bad}: {type(error).__name__}: ")
+    assert "please report it" in done.err
 
 
 def test_the_picture_is_drawn_and_its_frequency_axis_is_that_of_the_log_mel(tagger: Path, model: Model, tmp_path: Path):

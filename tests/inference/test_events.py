@@ -1,5 +1,8 @@
 """Events of a timeline, beside a definition that looks at one class and every rule by itself, and their tables."""
 
+import csv
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asda.errors import UserError
-from asda.inference.events import Event, EventRule, audacity_rows, csv_rows, find_events, raven_rows
+from asda.inference.events import Event, EventRule, find_events, write_events, write_header
 from asda.inference.results import Timeline
 
 LABELS = ("dog", "cat", "car")
@@ -80,21 +83,35 @@ def test_rules_out_of_range_are_refused(values, words):
         EventRule(**values)
 
 
+def table(kind: str, path: str, events: list[Event]) -> str:
+    file = io.StringIO()
+    write_header(file, kind)
+    write_events(file, kind, path, events)
+    return file.getvalue()
+
+
 def test_the_tables_are_those_of_the_other_programs():
-    events = [Event(0.5, 2.0, "dog, bark", 0.91234), Event(3.0, 4.25, "cat", 0.5)]
-    assert list(csv_rows("a.wav", events)) == [
-        ("a.wav", "0.500", "2.000", "dog, bark", "0.9123"),
-        ("a.wav", "3.000", "4.250", "cat", "0.5000"),
-    ]
-    assert list(audacity_rows("a.wav", events))[1] == ("3.000000", "4.250000", "cat")
-    assert next(iter(raven_rows("a.wav", events))) == (
-        1,
+    events = [Event(0.5, 2.0, 'dog, "bark"', 0.91234), Event(3.0, 4.25, "cat\there", 0.5)]
+    rows = list(csv.DictReader(io.StringIO(table("csv", "a, b.wav", events))))
+    assert rows[0] == {
+        "file": "a, b.wav",
+        "onset_s": "0.500",
+        "offset_s": "2.000",
+        "label": 'dog, "bark"',
+        "score": "0.9123",
+    }
+    assert table("audacity", "a.wav", events) == '0.500000\t2.000000\tdog, "bark"\n3.000000\t4.250000\tcat here\n'
+    header, first, second = table("raven", "a.wav", events).splitlines()
+    assert header.split("\t")[:4] == ["Selection", "View", "Channel", "Begin Time (s)"]
+    assert first.split("\t") == [
+        "1",
         "Spectrogram 1",
-        1,
+        "1",
         "0.500000",
         "2.000000",
-        0,
-        8000,
-        "dog, bark",
+        "0",
+        "8000",
+        'dog, "bark"',
         "0.9123",
-    )
+    ]
+    assert second.startswith("2\t")

@@ -365,8 +365,8 @@ def test_a_window_is_heard_by_itself_and_filled_up_to_a_whole_patch_only(
     num_frames = fbank.num_frames(len(samples_S))
     starts = [start for start in range(0, num_frames, hop) if start == 0 or start + window - hop < num_frames]
     ends = [min(start + window, num_frames) for start in starts]
-    torch.testing.assert_close(timeline.starts_s, torch.tensor(starts) / 100)
-    torch.testing.assert_close(timeline.ends_s, torch.tensor(ends) / 100)
+    torch.testing.assert_close(timeline.starts_s, torch.tensor(starts).double() / 100)
+    torch.testing.assert_close(timeline.ends_s, torch.tensor(ends).double() / 100)
     stretches = [samples_S[160 * start : 160 * (start + window - 1) + 400] for start in starts]
     expected_WC = torch.stack([logits_of_part(model, stretch_S) for stretch_S in stretches]).sigmoid()
     assert close(timeline.probabilities, expected_WC)

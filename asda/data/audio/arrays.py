@@ -1,7 +1,8 @@
 """Turn files, arrays and tensors of audio into 16 kHz mono float32. Shapes: S samples, C channels."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,40 @@ from asda.data.audio.waves import (
     MAX_CHANNELS,
     MIN_SAMPLES,
     RATE_BOUNDS_HZ,
+    SAMPLE_RATE_HZ,
     AudioError,
     amplitude_complaint,
-    resampled_length,
 )
 from asda.errors import UserError
 
 Audio = Tensor | np.ndarray
 
 
-def blocks_of(audio: Audio | str | Path, sample_rate_hz: float | None, name: str = "audio") -> Iterator[Tensor]:
+@dataclass(frozen=True)
+class File:
+    """A file of audio, for more than its path says.
+
+    Attributes:
+        path: of the file.
+        channel: the one to take, counted from 0; None averages all.
+        progress: told the seconds of each block that was read.
+    """
+
+    path: str | Path
+    channel: int | None = None
+    progress: Callable[[float], object] | None = None
+
+
+Clip = Audio | str | Path | File
+
+
+def blocks_of(audio: Clip, sample_rate_hz: float | None, name: str = "audio") -> Iterator[Tensor]:
     """Yield a clip at 16 kHz, the mean over its channels: float32 [S] a block, full scale 1.
 
     A file comes block by block, so that its length takes no memory; an array is one block.
 
     Args:
-        audio: the path of a file, or [S] or [C, S], floats with full scale 1 or int16.
+        audio: a file or its path; or [S] or [C, S], floats with full scale 1 or int16.
         sample_rate_hz: of an array; a whole number. A file knows its own.
         name: of the audio, for messages.
 
@@ -38,28 +57,36 @@ def blocks_of(audio: Audio | str | Path, sample_rate_hz: float | None, name: str
         UserError: the file cannot be read; or the shape, the type, a sample, the length or the rate is out of bounds.
     """
     if isinstance(audio, str | Path):
-        with _reading(audio, sample_rate_hz):
-            yield from map(from_numpy, wave_blocks(Path(audio)))
-    else:
+        audio = File(audio)
+    if not isinstance(audio, File):
         yield to_wave(audio, sample_rate_hz, name)
+        return
+    with _reading(audio, sample_rate_hz):
+        for block_S in wave_blocks(Path(audio.path), channel=audio.channel):
+            yield from_numpy(block_S)
+            if audio.progress:
+                audio.progress(len(block_S) / SAMPLE_RATE_HZ)
 
 
-def length_of(audio: Audio | str | Path, sample_rate_hz: float | None) -> int:
-    """Return how many samples a clip has at 16 kHz. Raises UserError."""
+def length_of(audio: Clip, sample_rate_hz: float | None) -> tuple[int, int]:
+    """Return how many samples a channel of a clip has, and their rate. Raises UserError."""
     if isinstance(audio, str | Path):
+        audio = File(audio)
+    if isinstance(audio, File):
         with _reading(audio, sample_rate_hz):
-            return resampled_length(*count_frames(Path(audio)))
-    return len(to_wave(audio, sample_rate_hz))
+            return count_frames(Path(audio.path))
+    mono_S, rate_hz = to_mono(audio, sample_rate_hz)
+    return len(mono_S), rate_hz
 
 
 @contextmanager
-def _reading(path: str | Path, sample_rate_hz: float | None) -> Iterator[None]:
+def _reading(file: File, sample_rate_hz: float | None) -> Iterator[None]:
     if sample_rate_hz is not None:
-        raise UserError(f"{path}: a file knows its own rate; leave sample_rate_hz out")
+        raise UserError(f"{file.path}: a file knows its own rate; leave sample_rate_hz out")
     try:
         yield
     except AudioError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{file.path}: {error}") from None
 
 
 def to_wave(audio: Audio, sample_rate_hz: float | None, name: str = "audio") -> Tensor:

@@ -11,6 +11,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from asda.errors import UserError
+
 # What is read, by the names such files bear; what a file is, its content says.
 LIBSNDFILE_EXTENSIONS = (
     *(".wav", ".wave", ".bwf", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc"),
@@ -43,7 +45,7 @@ CUT_SLACK_S = 0.5  # a file that is longer than a segment by this much still is 
 Segment = tuple[float, float]  # start and stop in a recording, seconds
 
 
-class AudioError(ValueError):
+class AudioError(UserError, ValueError):
     """The reason, in a few words, why a file or a payload is not usable audio."""
 
 
