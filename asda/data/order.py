@@ -238,10 +238,10 @@ class _Mixture:
 def choose_without_replacement(weights_N: np.ndarray, num_draws: int, key: int) -> NDArray[np.int64]:
     """Clips drawn one after another, each time by weight among those that are left; all at once, by one pass.
 
-    Every clip gets an exponential time -ln(u) / weight, and the earliest win, of which twice as many are held at most (Efraimidis and Spirakis, Information
-    Processing Letters 97, 2006, whose keys u ** (1 / weight) sort alike). On another machine a logarithm may differ in
-    its last bit, which changes the choice only if it lies between the last time taken and the first one left: once in
-    1e10 epochs of 200,000 draws.
+    Every clip gets an exponential time -ln(u) / weight, and the earliest win (Efraimidis and Spirakis, Information
+    Processing Letters 97, 2006, whose keys u ** (1 / weight) sort alike); twice as many are in memory. On another
+    machine a logarithm may differ in its last bit, which changes the choice only if it lies between the last time taken
+    and the first one left: once in 1e10 epochs of 200,000 draws.
 
     Returns:
         [num_draws] clips, ascending, all different; none of weight 0 as long as enough others are there.

@@ -445,7 +445,7 @@ def test_draws_by_chunks_equal_those_of_the_whole_to_the_bit(kind: str, num_clip
         "of three classes": rng.choice([1e-4, 0.5, 9e4], num_clips),
         "half of them 0": np.append(1.0, rng.integers(0, 2, num_clips - 1)),
     }[kind].astype(np.float32)
-    num_draws = min(num_draws, np.count_nonzero(weights))
+    num_draws = min(num_draws, int(np.count_nonzero(weights)))
     for key in (hash_of(1), hash_of(2)):
         ours, whole = choose_without_replacement, at_once_without_replacement
         np.testing.assert_array_equal(ours(weights, num_draws, key), whole(weights, num_draws, key))
