@@ -32,6 +32,7 @@ Key = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,200}$")]
 SplitName = Annotated[str, Field(pattern="^[A-Za-z0-9_]+$")]
 ShardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+-[0-9]{6}\.tar\.zst$")]  # a name, never a path
 
+SHARDS_SUFFIX, WEIGHTS_SUFFIX = ".shards.bin", ".weights.f32"  # behind the split's name
 SIDE_FILE = r"[A-Za-z0-9_]+\.(shards\.bin|weights\.f32)"
 # A row of .shards.bin, little-endian; the hashes as their 16 bytes in the order of their digits.
 SHARD_ROW = np.dtype(
@@ -126,8 +127,8 @@ class ShardTable(Sequence[ShardEntry]):
         name, tagged, index_tagged = self._name(number), _tagged(digest.hex()), _tagged(index_digest.hex())
         return ShardEntry(name, clips, size, tagged, index_bytes, index_tagged)
 
-    def column(self, field: Literal["name", "clips", "hash"]) -> Sequence[Any]:
-        """Return one field of every entry, without making the entries."""
+    def column(self, field: Literal["name", "clips", "hash"]) -> Any:
+        """Return one field of every entry as a list or array, without making the entries."""
         if field == "name":
             return [self._name(number) for number in self.rows["number"].tolist()]
         if field == "hash":
@@ -138,8 +139,8 @@ class ShardTable(Sequence[ShardEntry]):
         return f"{self._split}-{number:06d}{SHARD_SUFFIX}"
 
 
-def column(shards: Sequence[ShardEntry], field: Literal["name", "clips", "hash"]) -> Sequence[Any]:
-    """Return one field of every shard."""
+def column(shards: Sequence[ShardEntry], field: Literal["name", "clips", "hash"]) -> Any:
+    """Return one field of every shard, as a list or array."""
     return shards.column(field) if isinstance(shards, ShardTable) else [getattr(entry, field) for entry in shards]
 
 

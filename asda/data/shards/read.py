@@ -64,8 +64,8 @@ def load_dataset(
     dataset = parse_dataset(storage.read_unlisted(DATASET_FILE, MAX_DATASET_FILE_BYTES), where)
     folder = storage.folder if isinstance(storage, LocalFolder) else storage
     try:
-        splits = {name: _with_shards(storage, name, split) for name, split in dataset.splits.items()}
-        dataset = replace(dataset, folder=folder, splits=splits)
+        with_shards = {name: _with_shards(storage, name, split) for name, split in dataset.splits.items()}
+        dataset = replace(dataset, folder=folder, splits=with_shards)
     except ValueError as error:  # of the tables' content, whose hashes agree
         raise UserError(f"{where} is malformed: {error}; {REPAIR}") from None
     names = list(dataset.splits) if splits is None else splits
@@ -81,7 +81,7 @@ def load_dataset(
 def load_weights(location: Location, split: SplitIndex) -> np.ndarray:
     """Return the sample weights of a split, float32 [clips], or [0] if it has no labels.
 
-    A local file of weights is mapped, so the processes of a machine share its memory. Raises UserError if it is damaged.
+    A local file of weights is mapped, so the processes of a machine share its memory. Raises UserError if damaged.
     """
     if split.weights_file is None:
         return split.sample_weights

@@ -95,6 +95,6 @@ def test_weights_that_are_none_are_refused(dataset, weights, words):
 
 def test_a_newer_version_is_refused(dataset):
     path = dataset.folder / "dataset.json"
-    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 3'))
-    with pytest.raises(UserError, match="has format version 3, this asda reads 1 and 2; update asda"):
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 4'))
+    with pytest.raises(UserError, match="has format version 4, this asda reads 1 to 3; update asda"):
         read(dataset.folder)
