@@ -26,6 +26,7 @@ from asda.data.shards.index import (
     NO_HASH,
     SHARD_FORMAT_VERSION,
     SHARD_ROW,
+    SHARD_SUFFIX,
     SHARDS_SUFFIX,
     TAR_END,
     WEIGHTS_SUFFIX,
@@ -37,6 +38,7 @@ from asda.data.shards.index import (
     SideFile,
     SplitIndex,
     class_weight,
+    column,
     hash_dataset_file,
     tagged_hash,
 )
@@ -280,13 +282,18 @@ def _with_side_files(folder: Path, name: str, split: SplitIndex) -> SplitIndex:
     if split.clips <= LARGE_SPLIT:
         return split
     shards, weights = split.shards, split.sample_weights.astype("<f4")
+    weights_file = split.weights_file  # kept where the weights lie in it already
+    if len(weights):
+        weights_file = _side_file(folder / f"{name}{WEIGHTS_SUFFIX}", weights.tobytes())
     rows = shards.rows if isinstance(shards, ShardTable) else np.array([*map(ShardTable.row, shards)], SHARD_ROW)
+    if column(ShardTable(name, rows), "name") != column(shards, "name"):
+        raise ValueError(f"a shard of the large split {name} is not named {name}-NNNNNN{SHARD_SUFFIX}")
     return replace(
         split,
         shards=(),
         sample_weights=weights[:0],
         shards_file=_side_file(folder / f"{name}{SHARDS_SUFFIX}", rows.tobytes()),
-        weights_file=_side_file(folder / f"{name}{WEIGHTS_SUFFIX}", weights.tobytes()) if len(weights) else None,
+        weights_file=weights_file,
     )
 
 

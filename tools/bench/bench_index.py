@@ -84,7 +84,7 @@ def measure(folder: str, mode: str) -> dict[str, float]:
     orders: list[ClipOrder] = []
 
     def open_it() -> None:
-        dataset = ClipDataset(config.train, labelled=True, tolerant=True)
+        dataset = ClipDataset(config.datasets[0].data, labelled=True, tolerant=True)
         orders.append(ClipOrder(dataset.ordered(config), seed=1, group_shards=config.group_shards))
 
     opening = seconds(open_it)
@@ -92,8 +92,8 @@ def measure(folder: str, mode: str) -> dict[str, float]:
     first_epoch = seconds(lambda: order.draws(0, BATCH))
     another = 1000 * CLIPS + 12_345  # in the middle of an epoch for every mode
     next_epoch = seconds(lambda: order.draws(another, another + BATCH))
-    in_epoch = DRAWS // 4 * np.random.default_rng(1).random(POSITIONS)
-    jumps = [seconds(_jump, order, int(position)) for position in in_epoch]
+    last = config.order.draws_per_epoch or CLIPS
+    jumps = [seconds(_jump, order, int(place)) for place in (last - BATCH) * np.random.default_rng(1).random(POSITIONS)]
     status = Path("/proc/self/status").read_text()
     return {
         "open_s": opening + first_epoch,
