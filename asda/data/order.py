@@ -271,7 +271,11 @@ def choose_with_replacement(weights_N: np.ndarray, num_draws: int, key: int) -> 
     total = 0.0
     for _, edges in _running_sums(weights_N):
         total = edges[-1]
-    points = np.sort(uniform(np.arange(num_draws), key)) * total  # sorted, since a search in order is fast
+    points = np.empty(num_draws)
+    for low in range(0, num_draws, CHUNK):
+        points[low : low + CHUNK] = uniform(np.arange(low, min(low + CHUNK, num_draws)), key)
+    points.sort()  # since a search in order is fast
+    points *= total
     np.minimum(points, np.nextafter(total, 0), out=points)  # rounding may lift the last one behind the last clip
     draws, start = points.view(np.int64), 0  # each takes the place of its point
     for low, edges in _running_sums(weights_N):
