@@ -1,6 +1,6 @@
 # A fresh machine needs two commands: make demo, make test. Every target sets up .venv first.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults golden lint format bench bench-data bench-step clean
+.PHONY: help setup demo test test-faults golden lint format bench bench-data bench-index bench-step clean
 
 BIN := .venv/bin
 
@@ -36,6 +36,9 @@ bench: setup  ## time the parts beside baselines
 
 bench-data: setup  ## time the data pipeline, from shards to patches and masks, beside three usual ways (three minutes)
 	@$(BIN)/python tools/bench/bench.py data $(ARGS)
+
+bench-index: setup  ## open an index of 100,000,000 clips and jump about in it (half a minute, 0.5 GB of /tmp)
+	@$(BIN)/python tools/bench index
 
 bench-step: setup  ## time one training step of the base model beside plain fp32 PyTorch (some minutes)
 	@$(BIN)/python tools/bench/bench.py step $(ARGS)

@@ -19,8 +19,8 @@ from asda.data.order import Draw, OrderedDataset
 from asda.data.prefetch import Note
 from asda.data.remote.cache import CacheConfig
 from asda.data.remote.fetch import without_credentials
-from asda.data.shards.index import DatasetIndex, LogMelMoments, SplitIndex, class_weight
-from asda.data.shards.read import ShardFile, load_dataset
+from asda.data.shards.index import DatasetIndex, LogMelMoments, SplitIndex, class_weight, column
+from asda.data.shards.read import ShardFile, load_dataset, load_weights
 from asda.errors import UserError, say
 
 SILENT_STD = 1e-3  # of log-mel values; equal ones differ by rounding, and those of any sound by about 1
@@ -38,6 +38,24 @@ class Clip:
     key: str
     samples: np.ndarray  # [S] int16 at 16 kHz
     labels: tuple[int, ...]
+
+
+class _Shards(Sequence[ShardFile]):
+    """All shards of several splits; each is made when it is asked for."""
+
+    def __init__(self, parts: Sequence[Part]):
+        self._parts = parts
+        self._starts = [0, *accumulate(len(split.shards) for _, split in parts)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, number: int) -> ShardFile:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        part = bisect_right(self._starts, number) - 1
+        index, split = self._parts[part]
+        return ShardFile(index.folder, split.shards[number - self._starts[part]])
 
 
 class ClipDataset:
@@ -67,14 +85,15 @@ class ClipDataset:
         self._sources = [_open_source(specs, tolerant, cache or CacheConfig()) for specs in sources]
         parts = [part for source in self._sources for part in source]
         self.vocabulary = _one_vocabulary([index for index, _ in parts]) if labelled else ()
-        self.shards = [ShardFile(index.folder, entry) for index, split in parts for entry in split.shards]
+        self.shards = _Shards(parts)
         self.log_mel = _pooled_stats([split.log_mel for _, split in parts])
         self.num_labels = sum(sum(split.class_counts) for _, split in parts)
-        self.fingerprint = xxhash.xxh3_128_hexdigest("".join(shard.entry.hash for shard in self.shards).encode())
-        self._first_clip = [0, *accumulate(shard.entry.clips for shard in self.shards)]
+        hashes = (digest for _, split in parts for digest in column(split.shards, "hash"))
+        self.fingerprint = xxhash.xxh3_128_hexdigest("".join(hashes).encode())
+        self._first_clip = np.cumsum([0, *(n for _, split in parts for n in column(split.shards, "clips"))])
 
     def __len__(self) -> int:
-        return self._first_clip[-1]
+        return int(self._first_clip[-1])
 
     def complaint_about_labels(self) -> str | None:
         """Name the first clip that has several labels or none; None if each has one. Reads all indexes."""
@@ -94,15 +113,15 @@ class ClipDataset:
 
     def locate(self, clip: int) -> tuple[ShardFile, int]:
         """Return the shard that holds a clip, and the clip's place in it."""
-        number = bisect_right(self._first_clip, clip) - 1
-        return self.shards[number], clip - self._first_clip[number]
+        number = int(np.searchsorted(self._first_clip, clip, side="right")) - 1
+        return self.shards[number], clip - int(self._first_clip[number])
 
     def ordered(self, config: DataConfig) -> list[OrderedDataset]:
         """Return the inputs of the order: a row for each of `config.datasets`."""
         return [
             OrderedDataset(
                 name=str(mixed.data),
-                shard_clips=[entry.clips for _, split in parts for entry in split.shards],
+                shard_clips=np.concatenate([column(split.shards, "clips") for _, split in parts]),
                 order=(order := mixed.order or config.order),
                 weights=_sample_weights(parts) if order.mode == "balanced" else None,
                 share=mixed.share,
@@ -206,7 +225,7 @@ def _open_source(specs: DataSpecs, tolerant: bool, cache: CacheConfig) -> list[P
         index = load_dataset(location, names.split("+"), cache, tolerant=tolerant)
         for name in names.split("+"):
             where = f"{index.folder}:{name}"
-            for shard in {entry.hash for entry in index.splits[name].shards}:
+            for shard in set(column(index.splits[name].shards, "hash")):
                 if shard in holder:
                     raise UserError(
                         f"{holder[shard]} and {where} hold the same clips, which would count twice; name each split "
@@ -220,7 +239,8 @@ def _open_source(specs: DataSpecs, tolerant: bool, cache: CacheConfig) -> list[P
 def _sample_weights(parts: Sequence[Part]) -> np.ndarray:
     """Weights for balanced draws, [clips]: those of dataset.json; of several splits, by all their clips a class."""
     if len(parts) == 1:
-        return parts[0][1].sample_weights
+        index, split = parts[0]
+        return load_weights(index.folder, split)
     _one_vocabulary([index for index, _ in parts])
     counts_C = np.sum([split.class_counts for _, split in parts], axis=0)
     weights_C = np.array([class_weight(count) for count in counts_C])

@@ -58,7 +58,7 @@ class OrderedDataset:
     """The inputs of the order of one dataset, apart from the seed and the size of a group."""
 
     name: str  # for messages
-    shard_clips: Sequence[int]  # [S] number of clips in each shard
+    shard_clips: Sequence[int] | NDArray[np.int64]  # [S] number of clips in each shard
     order: OrderConfig = field(default_factory=OrderConfig)
     weights: np.ndarray | None = None  # [N] how much likelier a clip is chosen; only balanced needs it
     share: float = 1.0  # of the run's visits, relative to the other datasets' shares
@@ -81,10 +81,10 @@ class ClipOrder:
         self._orders: list[_DatasetOrder] = []
         first_clip = first_shard = 0
         for number, dataset in enumerate(datasets):
-            if not sum(dataset.shard_clips):
+            if not (num_clips := int(np.sum(dataset.shard_clips))):
                 raise UserError(f"{dataset.name} has no clips to draw; name another split in data.train")
             self._orders.append(_DatasetOrder(dataset, hash_of(seed, number), group_shards, first_clip, first_shard))
-            first_clip += sum(dataset.shard_clips)
+            first_clip += num_clips
             first_shard += len(dataset.shard_clips)
         self._mixture = _Mixture([dataset.share for dataset in datasets], seed)
 
@@ -119,9 +119,14 @@ class _Epoch(NamedTuple):
     """The visits of one epoch of one dataset, sorted by clip, and how they are grouped."""
 
     visits_V: NDArray[np.int64] | None  # clips, ascending, equal ones side by side; None: every clip once
-    bounds: list[int]  # [S + 1] shard s has visits bounds[s] .. bounds[s + 1] - 1
-    groups: list[NDArray[np.int64]]  # [G] of shards, ascending
+    bounds: NDArray[np.int64]  # [S + 1] shard s has visits bounds[s] .. bounds[s + 1] - 1
+    shards: NDArray[np.int64]  # [S] in the order of their groups
+    edges: NDArray[np.int64]  # [G + 1] group g has shards[edges[g] : edges[g + 1]]
     starts: list[int]  # [G + 1] place of each group's first visit in the epoch
+
+    def group(self, number: int) -> NDArray[np.int64]:
+        """Return the shards of a group, ascending."""
+        return np.sort(self.shards[self.edges[number] : self.edges[number + 1]])
 
 
 class _DatasetOrder:
@@ -156,7 +161,7 @@ class _DatasetOrder:
             number, place = divmod(start, self.visits_per_epoch)
             epoch = self._epoch(number)
             group = bisect_right(epoch.starts, place) - 1
-            shards = [int(s) for s in epoch.groups[group] if epoch.bounds[s] < epoch.bounds[s + 1]]
+            shards = [int(s) for s in epoch.group(group) if epoch.bounds[s] < epoch.bounds[s + 1]]
             epoch_start = number * self.visits_per_epoch
             yield epoch_start + epoch.starts[group], [self._first_shard + shard for shard in shards]
             start = epoch_start + epoch.starts[group + 1]
@@ -172,17 +177,16 @@ class _DatasetOrder:
             shards = shuffled(shards, hash_of(self._key, _SHARDS, epoch))
         edges = np.arange(self._num_groups + 1) * len(shards) // self._num_groups  # sizes differ by one at most
         starts = np.concatenate([[0], np.cumsum(np.diff(bounds)[shards])])[edges]
-        groups = [np.sort(shards[low:high]) for low, high in pairwise(edges)]
-        return _Epoch(visits_V, bounds.tolist(), groups, starts.tolist())
+        return _Epoch(visits_V, bounds, shards, edges, starts.tolist())
 
     def _make_group(self, epoch: int, group: int) -> NDArray[np.int64]:
         """Return the visits of a group in their order, each as clip + (repeat << REPEAT_BIT)."""
-        visits_V, bounds, groups, _ = self._epoch(epoch)
-        places = np.concatenate([np.arange(bounds[shard], bounds[shard + 1]) for shard in groups[group]])
-        if visits_V is None:
+        made = self._epoch(epoch)
+        places = np.concatenate([np.arange(*made.bounds[shard : shard + 2]) for shard in made.group(group)])
+        if made.visits_V is None:
             visits = places
         else:
-            clips = visits_V[places]  # ascending, as the shards of a group and the visits of a shard are
+            clips = made.visits_V[places]  # ascending, as the shards of a group and the visits of a shard are
             visits = clips + ((np.arange(len(clips)) - np.searchsorted(clips, clips)) << REPEAT_BIT)
         return visits if self._mode == "sequential" else shuffled(visits, hash_of(self._key, _CLIPS, epoch))
 
@@ -235,38 +239,70 @@ def choose_without_replacement(weights_N: np.ndarray, num_draws: int, key: int) 
     """Clips drawn one after another, each time by weight among those that are left; all at once, by one pass.
 
     Every clip gets an exponential time -ln(u) / weight, and the earliest win (Efraimidis and Spirakis, Information
-    Processing Letters 97, 2006, whose keys u ** (1 / weight) sort alike). On another machine a logarithm may differ in
-    its last bit, which changes the choice only if it lies between the last time taken and the first one left: once in
-    1e10 epochs of 200,000 draws.
+    Processing Letters 97, 2006, whose keys u ** (1 / weight) sort alike); twice as many are in memory. On another
+    machine a logarithm may differ in its last bit, which changes the choice only if it lies between the last time taken
+    and the first one left: once in 1e10 epochs of 200,000 draws.
 
     Returns:
         [num_draws] clips, ascending, all different; none of weight 0 as long as enough others are there.
     """
-    times_N = np.empty(len(weights_N))
+    early: list[tuple[np.ndarray, np.ndarray]] = []  # clips and their times
+    latest = np.inf
     for low in range(0, len(weights_N), CHUNK):
         clips = np.arange(low, min(low + CHUNK, len(weights_N)))
         with np.errstate(divide="ignore"):  # weight 0: never
-            times_N[low : low + CHUNK] = -np.log(uniform(clips, key)) / weights_N[low : low + CHUNK]
-    return np.sort(np.argpartition(times_N, num_draws - 1)[:num_draws])
+            times = -np.log(uniform(clips, key)) / weights_N[low : low + CHUNK]
+        early.append((clips[times <= latest], times[times <= latest]))
+        if sum(len(times) for _, times in early) > 2 * num_draws + CHUNK:
+            early = [_earliest(early, num_draws)]
+            latest = early[0][1].max()
+    return np.sort(_earliest(early, num_draws)[0])
+
+
+def _earliest(pieces: list[tuple[np.ndarray, np.ndarray]], num: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the clips of the earliest times, and those times, in any order."""
+    clips, times = map(np.concatenate, zip(*pieces, strict=True))
+    kept = np.argpartition(times, num - 1)[:num]
+    return clips[kept], times[kept]
 
 
 def choose_with_replacement(weights_N: np.ndarray, num_draws: int, key: int) -> NDArray[np.int64]:
     """Independent draws by weight, [num_draws], ascending, equal ones side by side."""
-    edges_N = np.cumsum(weights_N, dtype=np.float64)
-    points = np.sort(uniform(np.arange(num_draws), key)) * edges_N[-1]  # sorted, since a search in order is fast
-    # Rounding may lift the last point to the total, behind the last clip.
-    return np.searchsorted(edges_N, np.minimum(points, np.nextafter(edges_N[-1], 0)), side="right")
+    total = 0.0
+    for _, edges in _running_sums(weights_N):
+        total = edges[-1]
+    points = np.empty(num_draws)
+    for low in range(0, num_draws, CHUNK):
+        points[low : low + CHUNK] = uniform(np.arange(low, min(low + CHUNK, num_draws)), key)
+    points.sort()  # since a search in order is fast
+    points *= total
+    np.minimum(points, np.nextafter(total, 0), out=points)  # rounding may lift the last one behind the last clip
+    draws, start = points.view(np.int64), 0  # each takes the place of its point
+    for low, edges in _running_sums(weights_N):
+        stop = int(np.searchsorted(points[start:], edges[-1])) + start
+        draws[start:stop] = low + np.searchsorted(edges, points[start:stop], side="right")
+        start = stop
+    return draws
+
+
+def _running_sums(weights_N: np.ndarray) -> Iterator[tuple[int, NDArray[np.float64]]]:
+    """Yield the first clip of each chunk, and the sums of all weights up to each of its clips, as by one np.cumsum."""
+    total = 0.0
+    for low in range(0, len(weights_N), CHUNK):
+        edges = np.cumsum(np.append(total, weights_N[low : low + CHUNK]), dtype=np.float64)[1:]
+        yield low, edges
+        total = edges[-1]
 
 
 def _checked_weights(dataset: OrderedDataset) -> np.ndarray:
     """Return the weights of a dataset, or a sentence why draws cannot be balanced by them."""
-    weights_N, num_clips = dataset.weights, sum(dataset.shard_clips)
+    weights_N, num_clips = dataset.weights, int(np.sum(dataset.shard_clips))
     if weights_N is None or len(weights_N) == 0:
         raise UserError(
             f"{dataset.name} has no sample weights, so its draws cannot be balanced; shards made with labels have "
             "them, and with data.order.mode shuffled none are needed"
         )
-    if len(weights_N) != num_clips or not np.isfinite(weights_N).all() or weights_N.min() < 0:
+    if len(weights_N) != num_clips or not (weights_N.min() >= 0 and weights_N.max() < np.inf):  # as nan is neither
         raise UserError(
             f"the {len(weights_N)} sample weights of {dataset.name} must be numbers from 0 up, one for each of its "
             f"{num_clips} clips; make the shards again with asda shards"

@@ -17,7 +17,16 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from asda.data.shards.index import DATASET_FILE, SHARD_SUFFIX, ShardEntry
+from asda.data.shards.index import (
+    DATASET_FILE,
+    LARGE_SPLIT,
+    SHARD_SUFFIX,
+    SHARDS_SUFFIX,
+    SIDE_FILE,
+    WEIGHTS_SUFFIX,
+    ShardEntry,
+    ShardTable,
+)
 from asda.errors import UserError
 from asda.sharding.plan import Plan, ShardTask
 from asda.sharding.workers import report_done
@@ -31,7 +40,7 @@ RECORD_SUFFIX = ".done.json"
 DUPLICATES_FILE = "duplicates.csv"
 REJECTED_FILE = "rejected.csv"
 TABLES = (REJECTED_FILE, DUPLICATES_FILE)  # beside dataset.json, if they have rows
-SHARD_FILES = re.compile(r"[A-Za-z0-9_]+-[0-9]{6}(\.tar\.zst|\.json)", re.ASCII)
+SHARD_FILES = re.compile(rf"[A-Za-z0-9_]+-[0-9]{{6}}(\.tar\.zst|\.json)|{SIDE_FILE}", re.ASCII)
 ALL_SHARDS = range(1 << 40)  # bytes of the lock file
 SETUP, MERGE = range(1 << 40, (1 << 40) + 1), range((1 << 40) + 1, (1 << 40) + 2)  # a byte each, behind all shards
 DISCARDING = "discarding"  # stands for the plan's digest while old files are removed
@@ -131,7 +140,9 @@ def refuse_finished(plan: Plan, overwrite: bool) -> None:
 
 def _files_of(plan: Plan) -> set[str]:
     """Return the names of all files beside dataset.json that a plan may write."""
-    return _with_indexes(task.path.name for task in plan.tasks) | set(TABLES)
+    large = [name for name, tasks in plan.splits.items() if sum(len(task.clips) for task in tasks) > LARGE_SPLIT]
+    side_files = {name + suffix for name in large for suffix in (SHARDS_SUFFIX, WEIGHTS_SUFFIX)}
+    return _with_indexes(task.path.name for task in plan.tasks) | side_files | set(TABLES)
 
 
 def _with_indexes(shards: Iterable[str]) -> set[str]:
@@ -156,8 +167,11 @@ def _owned(out: Path) -> list[Path]:
 def _shards_of_dataset(out: Path) -> set[str]:
     """Return the names of the files that dataset.json lists; none if it cannot be read."""
     try:
-        splits = json.loads((out / DATASET_FILE).read_bytes())["splits"].values()
-        names = _with_indexes(shard["name"] for split in splits for shard in split["shards"])
+        splits = json.loads((out / DATASET_FILE).read_bytes())["splits"]
+        names = _with_indexes(shard["name"] for split in splits.values() for shard in split["shards"])
+        for name in (name for name, split in splits.items() if "shards_file" in split):
+            table = ShardTable(name, (out / f"{name}{SHARDS_SUFFIX}").read_bytes())
+            names |= _with_indexes(table.column("name")) | {name + SHARDS_SUFFIX, name + WEIGHTS_SUFFIX}
     except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
         return set()
     return {name for name in names if SHARD_FILES.fullmatch(name)}

@@ -18,7 +18,7 @@ from asda.data.audio.waves import AudioError, decode_wav
 from asda.data.remote.cache import CacheConfig
 from asda.data.remote.storage import LocalFolder, open_storage
 from asda.data.shards.index import DATASET_FILE, MAX_SAMPLE_BYTES, REPAIR, SHARD_SUFFIX, TAR_END, ShardEntry
-from asda.data.shards.read import BadFrameError, ShardFile, decompress, load_dataset, load_shard_index
+from asda.data.shards.read import BadFrameError, ShardFile, decompress, load_dataset, load_shard_index, load_weights
 from asda.errors import UserError
 from asda.sharding.workers import worker_pool
 from asda.system import hash_pieces
@@ -53,6 +53,8 @@ def verify_dataset(
         dataset = load_dataset(location, splits or None, cache, tolerant=True)
         entries = [entry for name in splits or dataset.splits for entry in dataset.splits[name].shards]
         vocabulary = dataset.vocabulary
+        for name in splits or dataset.splits:
+            load_weights(dataset.folder, dataset.splits[name])
     except UserError as error:
         if not tars:
             raise

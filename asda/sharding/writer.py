@@ -21,15 +21,24 @@ from xxhash import xxh3_64_hexdigest, xxh3_128
 from asda.data.audio.waves import SAMPLE_RATE_HZ, AudioError, encode_wav
 from asda.data.shards.index import (
     DATASET_FILE,
+    LARGE_FORMAT_VERSION,
+    LARGE_SPLIT,
     NO_HASH,
     SHARD_FORMAT_VERSION,
+    SHARD_ROW,
+    SHARD_SUFFIX,
+    SHARDS_SUFFIX,
     TAR_END,
+    WEIGHTS_SUFFIX,
     DatasetIndex,
     LogMelMoments,
     ShardEntry,
     ShardIndex,
+    ShardTable,
+    SideFile,
     SplitIndex,
     class_weight,
+    column,
     hash_dataset_file,
     tagged_hash,
 )
@@ -250,13 +259,47 @@ def summarize_split(shards: list[WrittenShard], num_classes: int) -> SplitIndex:
 
 
 def write_dataset(dataset: DatasetIndex) -> DatasetIndex:
-    """Write dataset.json, which makes the shards of its folder a dataset; return it with its hash."""
-    content = {name: value for name, value in asdict(dataset).items() if name != "folder"}
+    """Write dataset.json, which makes the shards of its folder a dataset; return it with its hash.
+
+    Columns of splits with more than LARGE_SPLIT clips are written before it, into files of their own.
+    """
+    splits = {name: _with_side_files(dataset.folder, name, split) for name, split in dataset.splits.items()}
+    if any(split.shards_file for split in splits.values()):
+        dataset = replace(dataset, format_version=LARGE_FORMAT_VERSION)
+    content = {name: value for name, value in asdict(replace(dataset, splits=splits)).items() if name != "folder"}
+    for split in content["splits"].values():
+        for unused in [name for name in ("shards_file", "weights_file") if split[name] is None]:
+            del split[unused]
     first = {"format_version": dataset.format_version, "hash": NO_HASH.decode()}
     text = (_rendered(first | {name: value for name, value in content.items() if name not in first}) + "\n").encode()
     digest = hash_dataset_file(text)
     write_whole_file(dataset.folder / DATASET_FILE, text.replace(NO_HASH, digest.encode(), 1))
     return replace(dataset, hash=digest)
+
+
+def _with_side_files(folder: Path, name: str, split: SplitIndex) -> SplitIndex:
+    """Write the shards and weights of a large split into files; return the split without them."""
+    if split.clips <= LARGE_SPLIT:
+        return split
+    shards, weights = split.shards, split.sample_weights.astype("<f4")
+    weights_file = split.weights_file  # kept where the weights lie in it already
+    if len(weights):
+        weights_file = _side_file(folder / f"{name}{WEIGHTS_SUFFIX}", weights.tobytes())
+    rows = shards.rows if isinstance(shards, ShardTable) else np.array([*map(ShardTable.row, shards)], SHARD_ROW)
+    if column(ShardTable(name, rows), "name") != column(shards, "name"):
+        raise ValueError(f"a shard of the large split {name} is not named {name}-NNNNNN{SHARD_SUFFIX}")
+    return replace(
+        split,
+        shards=(),
+        sample_weights=weights[:0],
+        shards_file=_side_file(folder / f"{name}{SHARDS_SUFFIX}", rows.tobytes()),
+        weights_file=weights_file,
+    )
+
+
+def _side_file(path: Path, content: bytes) -> SideFile:
+    write_whole_file(path, content)
+    return SideFile(path.name, len(content), tagged_hash(content))
 
 
 def _rendered(value: object, indent: str = "") -> str:

@@ -15,6 +15,7 @@ from xxhash import xxh3_64_hexdigest
 from asda.config.data import MIN_SHARE, OrderConfig
 from asda.data.order import (
     BLOCK,
+    CHUNK,
     ORDER_VERSION,
     ClipOrder,
     Draw,
@@ -26,6 +27,7 @@ from asda.data.order import (
     mix64,
     rank_slice,
     shuffled,
+    uniform,
 )
 from asda.errors import UserError
 
@@ -415,3 +417,45 @@ def test_what_cannot_be_ordered_is_refused_with_a_sentence(dataset: OrderedDatas
         order_of([dataset])
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# As many clips as there are
+
+
+def at_once_without_replacement(weights_N: NDArray, num_draws: int, key: int) -> NDArray[np.int64]:
+    """The choice as it is defined: all times, and the earliest of them."""
+    with np.errstate(divide="ignore"):
+        times_N = -np.log(uniform(np.arange(len(weights_N)), key)) / weights_N
+    return np.sort(np.argsort(times_N)[:num_draws])
+
+
+def at_once_with_replacement(weights_N: NDArray, num_draws: int, key: int) -> NDArray[np.int64]:
+    edges_N = np.cumsum(weights_N, dtype=np.float64)
+    points = np.sort(uniform(np.arange(num_draws), key)) * edges_N[-1]
+    return np.searchsorted(edges_N, np.minimum(points, np.nextafter(edges_N[-1], 0)), side="right")
+
+
+@pytest.mark.parametrize(("num_clips", "num_draws"), [(1, 1), (CHUNK, 7), (CHUNK + 1, 999), (500_000, 20_000)])
+@pytest.mark.parametrize("kind", ["even", "random", "of three classes", "half of them 0"])
+def test_draws_by_chunks_equal_those_of_the_whole_to_the_bit(kind: str, num_clips: int, num_draws: int) -> None:
+    rng = np.random.default_rng(num_clips)
+    weights = {
+        "even": np.ones(num_clips),
+        "random": rng.uniform(1e-3, 1e5, num_clips),
+        "of three classes": rng.choice([1e-4, 0.5, 9e4], num_clips),
+        "half of them 0": np.append(1.0, rng.integers(0, 2, num_clips - 1)),
+    }[kind].astype(np.float32)
+    num_draws = min(num_draws, int(np.count_nonzero(weights)))
+    for key in (hash_of(1), hash_of(2)):
+        ours, whole = choose_without_replacement, at_once_without_replacement
+        np.testing.assert_array_equal(ours(weights, num_draws, key), whole(weights, num_draws, key))
+        ours, whole = choose_with_replacement, at_once_with_replacement
+        np.testing.assert_array_equal(ours(weights, 3 * num_draws, key), whole(weights, 3 * num_draws, key))
+
+
+def test_draws_of_every_clip_and_of_many_more_than_clips_equal_those_of_the_whole() -> None:
+    weights = np.random.default_rng(1).uniform(0.01, 10, 200_000).astype(np.float32)
+    assert choose_without_replacement(weights, 200_000, 3).tolist() == list(range(200_000))
+    few = weights[:5]
+    expected = at_once_with_replacement(few, 100_000, 3)
+    np.testing.assert_array_equal(choose_with_replacement(few, 100_000, 3), expected)

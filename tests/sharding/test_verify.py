@@ -13,8 +13,11 @@ import forked_tool
 import pytest
 import zstandard
 
+from asda.data.shards.index import WEIGHTS_SUFFIX
 from asda.data.shards.read import load_dataset
+from asda.sharding.journal import _owned
 from asda.sharding.verify import tar_problems
+from asda.sharding.writer import write_dataset
 
 
 @pytest.fixture
@@ -34,6 +37,20 @@ def test_a_sound_dataset_is_right(shards):
     assert code == 0
     assert shown.startswith(f"{shards}: 64 clips in 4 shards, ")
     assert shown.endswith(" MiB, are right, to the last bit\n")
+
+
+def test_the_files_of_a_large_split_are_verified_and_replaced_with_it(copy, monkeypatch):
+    monkeypatch.setattr("asda.sharding.writer.LARGE_SPLIT", 10)
+    dataset = write_dataset(load_dataset(copy))
+    assert dataset.format_version == 3
+    code, shown, _ = verify(copy)
+    assert (code, shown.partition(",")[0]) == (0, f"{copy}: 64 clips in 4 shards")
+    assert set(_owned(copy)) == set(copy.iterdir()) - {copy / "dataset.json"}, "--overwrite removes them too"
+    weights = copy / f"{next(iter(dataset.splits))}{WEIGHTS_SUFFIX}"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    code, shown, _ = verify(copy)
+    assert code == 2
+    assert f"{weights} is damaged: its hash is" in shown
 
 
 def test_all_that_is_wrong_is_said_not_only_the_first(copy):

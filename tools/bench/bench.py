@@ -5,6 +5,7 @@
     python tools/bench/bench.py memory          bytes a rank holds and sends, by ZeRO stage (minutes)
     python tools/bench/bench.py attention       the paths of attention, by shape and dtype (minutes)
     python tools/bench/bench.py step            a training step of ASDA-base, beside a plain one (minutes)
+    python tools/bench/bench.py index           a hundred million clips: opening, positions, memory (a minute, 0.5 GB)
     python tools/bench/bench.py metrics         mAP of 20,000 x 527 scores, beside torchmetrics and scikit-learn
 
 Machines are shared and noisy: quote the ratios, not the rates.
@@ -22,6 +23,7 @@ from itertools import product
 import numpy as np
 import torch
 from bench_data import CLIP_SECONDS, ROUNDS, Figures, bench_data, kaldi_log_mel
+from bench_index import bench_index
 from bench_memory import bench_memory
 from bench_metrics import bench_metrics
 from bench_step import bench_step
@@ -133,6 +135,7 @@ BENCHMARKS = {
     "step": bench_step,
     "memory": bench_memory,
     "metrics": bench_metrics,
+    "index": bench_index,
 }
 
 

@@ -7,6 +7,7 @@
 A read returns bytes, or raises one sentence (fetch.py). The readers of shards verify the bytes.
 """
 
+import mmap
 import os
 import threading
 from collections.abc import Iterable
@@ -64,6 +65,13 @@ class LocalFolder:
         path = self.folder / file.name
         _check_size(path, file, path.stat().st_size if path.is_file() else None)
         return self.read(file, 0, file.bytes)
+
+    def mapped(self, file: StoredFile) -> mmap.mmap:
+        """Map a file that is not empty into memory, after a look at its size."""
+        path = self.folder / file.name
+        _check_size(path, file, path.stat().st_size if path.is_file() else None)
+        with path.open("rb") as opened:
+            return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
 
     def read_ahead(self, file: StoredFile) -> None:
         """Let the system read the whole file in one go: disks and network mounts are slow at jumping about."""

@@ -1,25 +1,28 @@
 """The index files of a dataset, field by field. The format is specified in shards/README.md."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, overload
 
 import numpy as np
-from pydantic import ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
 
 from asda.errors import UserError
 from asda.system import hash_bytes
 
 FORMAT_VERSION = 2  # of dataset.json; version 1 is read too, and lacks what has a default below
+LARGE_FORMAT_VERSION = 3  # of one with a split of more than LARGE_SPLIT clips, whose columns lie in files of their own
+LARGE_SPLIT = 1_000_000
 SHARD_FORMAT_VERSION = 1  # of a shard and its index
 DATASET_FILE = "dataset.json"
 SHARD_SUFFIX = ".tar.zst"
 TAR_END = bytes(1024)  # two zero blocks
 MAX_SAMPLE_BYTES = 256 << 20  # of one clip's tar members; more is refused before it is decompressed
-MAX_DATASET_FILE_BYTES = 256 << 20  # AudioSet's 2 million clips need 20 MiB
+MAX_DATASET_FILE_BYTES = 256 << 20  # a million clips need 10 MiB
 REPAIR = "restore the shard or make it again with asda shards"
 
 Count = Annotated[int, Field(ge=0)]
@@ -28,6 +31,20 @@ Hash128 = Annotated[str, Field(pattern="^xxh3_128:[0-9a-f]{32}$")]
 Key = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,200}$")]
 SplitName = Annotated[str, Field(pattern="^[A-Za-z0-9_]+$")]
 ShardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+-[0-9]{6}\.tar\.zst$")]  # a name, never a path
+
+SHARDS_SUFFIX, WEIGHTS_SUFFIX = ".shards.bin", ".weights.f32"  # behind the split's name
+SIDE_FILE = r"[A-Za-z0-9_]+\.(shards\.bin|weights\.f32)"
+# A row of .shards.bin, little-endian; the hashes as their 16 bytes in the order of their digits.
+SHARD_ROW = np.dtype(
+    [
+        ("number", "<u4"),
+        ("clips", "<u4"),
+        ("bytes", "<u8"),
+        ("hash", "V16"),
+        ("index_bytes", "<u8"),
+        ("index_hash", "V16"),
+    ]
+)
 
 HASH_DIGITS = re.compile(rb"xxh3_128:[0-9a-f]{32}")  # of dataset.json itself, where it first occurs
 NO_HASH = b"xxh3_128:" + b"0" * 32  # stands there while the file is hashed
@@ -46,7 +63,7 @@ def _weights(values: object) -> np.ndarray:
     return array
 
 
-Version = Annotated[int, Field(ge=1, le=FORMAT_VERSION)]
+Version = Annotated[int, Field(ge=1, le=LARGE_FORMAT_VERSION)]
 Weights = Annotated[np.ndarray, PlainValidator(_weights)]
 
 
@@ -78,6 +95,64 @@ class ShardEntry(Record):
         return self.name.removesuffix(SHARD_SUFFIX) + ".json"
 
 
+class ShardTable(Sequence[ShardEntry]):
+    """The shards of a large split, as the rows of a table; an entry is made when it is asked for."""
+
+    def __init__(self, split: str, content: bytes | np.ndarray):
+        """Take SHARD_ROWs or their bytes. Raises ValueError if a shard is listed twice, or has no clip."""
+        self._split, self.rows = split, np.frombuffer(content, SHARD_ROW)
+        if len(np.unique(self.rows["number"])) != len(self.rows):
+            raise ValueError("a shard is listed twice")
+        if not self.rows["clips"].all():
+            raise ValueError("a shard has no clip")
+
+    @staticmethod
+    def row(entry: ShardEntry) -> tuple:
+        """Return the SHARD_ROW of an entry, which is numbered in its name."""
+        number = int(entry.name.removesuffix(SHARD_SUFFIX).rpartition("-")[2])
+        digests = (bytes.fromhex(tagged.rpartition(":")[2]) for tagged in (entry.hash, entry.index_hash))
+        return number, entry.clips, entry.bytes, next(digests), entry.index_bytes, next(digests)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, place: int) -> ShardEntry: ...
+    @overload
+    def __getitem__(self, place: slice) -> "ShardTable": ...
+    def __getitem__(self, place: int | slice) -> "ShardEntry | ShardTable":
+        if isinstance(place, slice):
+            return ShardTable(self._split, self.rows[place].copy())
+        number, clips, size, digest, index_bytes, index_digest = self.rows[place].item()
+        name, tagged, index_tagged = self._name(number), _tagged(digest.hex()), _tagged(index_digest.hex())
+        return ShardEntry(name, clips, size, tagged, index_bytes, index_tagged)
+
+    def column(self, field: Literal["name", "clips", "hash"]) -> Any:
+        """Return one field of every entry as a list or array, without making the entries."""
+        if field == "name":
+            return [self._name(number) for number in self.rows["number"].tolist()]
+        if field == "hash":
+            return [_tagged(digest.hex()) for digest in self.rows["hash"].tolist()]
+        return self.rows["clips"].astype(np.int64)
+
+    def _name(self, number: int) -> str:
+        return f"{self._split}-{number:06d}{SHARD_SUFFIX}"
+
+
+def column(shards: Sequence[ShardEntry], field: Literal["name", "clips", "hash"]) -> Any:
+    """Return one field of every shard, as a list or array."""
+    return shards.column(field) if isinstance(shards, ShardTable) else [getattr(entry, field) for entry in shards]
+
+
+@dataclass(frozen=True)
+class SideFile(Record):
+    """A file beside dataset.json that holds a column of a large split."""
+
+    name: Annotated[str, Field(pattern=f"^{SIDE_FILE}$")]
+    bytes: Count
+    hash: Hash128
+
+
 @dataclass(frozen=True)
 class LogMelMoments(Record):
     """Moments of all log-mel values of a split: every bin of every real frame."""
@@ -95,11 +170,13 @@ class SplitIndex(Record):
     seconds: float
     class_counts: tuple[Count, ...]
     log_mel: LogMelMoments
-    shards: tuple[ShardEntry, ...]
+    shards: Annotated[Sequence[ShardEntry], AfterValidator(tuple)]
     class_weights: tuple[float, ...] = ()  # class_weight() of each of class_counts; absent in version 1
     # float32 [clips] in the order of the split: the sum of the class weights of a clip's labels. Empty if the split has
     # no labels, and in version 1.
     sample_weights: Weights = field(default_factory=lambda: np.zeros(0, np.float32), compare=False)
+    shards_file: SideFile | None = None  # of a large split: SHARD_ROWs, in place of `shards`
+    weights_file: SideFile | None = None  # of a large split with labels: little-endian float32, for `sample_weights`
 
 
 @dataclass(frozen=True)
@@ -127,19 +204,21 @@ class DatasetIndex(Record):
     hash: Annotated[str, Field(pattern="^(xxh3_128:[0-9a-f]{32})?$")] = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        names = [shard.name for split in self.splits.values() for shard in split.shards]
+        names = [name for split in self.splits.values() for name in column(split.shards, "name")]
         if len(set(names)) != len(names):
             raise ValueError("a shard is listed twice")
         if len(set(self.vocabulary)) != len(self.vocabulary):
             raise ValueError("a class is listed twice")
         for name, split in self.splits.items():
-            if split.clips != sum(shard.clips for shard in split.shards):
+            is_read = bool(split.shards) or split.shards_file is None
+            if is_read and split.clips != int(np.sum(column(split.shards, "clips"))):
                 raise ValueError(f"split {name} and its shards count different numbers of clips")
             if len(split.class_counts) != len(self.vocabulary):
                 raise ValueError(f"split {name} does not count every class of the vocabulary")
             if len(split.class_weights) not in (0, len(self.vocabulary)):
                 raise ValueError(f"split {name} does not weigh every class of the vocabulary")
-            if len(split.sample_weights) not in (0, split.clips):
+            num_weights = split.weights_file.bytes / 4 if split.weights_file else len(split.sample_weights)
+            if num_weights not in (0, split.clips):
                 raise ValueError(f"split {name} does not weigh every clip")
 
 
@@ -172,7 +251,11 @@ class ShardIndex(Record):
 
 def tagged_hash(content: bytes) -> str:
     """Return the hash of bytes as the indexes write it: xxh3_128 and 32 hexadecimal digits."""
-    return f"xxh3_128:{hash_bytes(content)}"
+    return _tagged(hash_bytes(content))
+
+
+def _tagged(digits: str) -> str:
+    return f"xxh3_128:{digits}"
 
 
 def class_weight(count: int) -> float:
@@ -202,6 +285,6 @@ def parse(record: type[AnyRecord], text: bytes, path: Path | str) -> AnyRecord:
     place = ".".join(map(str, first["loc"])) or "top"
     if place == "format_version" and first["type"].endswith("_than_equal"):
         raise UserError(
-            f"{path} has format version {first['input']}, this asda reads 1 and {FORMAT_VERSION}; update asda"
+            f"{path} has format version {first['input']}, this asda reads 1 to {LARGE_FORMAT_VERSION}; update asda"
         )
     raise UserError(f"{path} is malformed at {place}: {first['msg']}; {REPAIR}")

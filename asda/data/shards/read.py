@@ -7,16 +7,18 @@ asda.data.remote.storage opens the files, wherever they are.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import zstandard
 from xxhash import xxh3_64_hexdigest
 
 from asda.data.remote.cache import CacheConfig, StoredFile
-from asda.data.remote.storage import LocalFolder, Location, open_storage
+from asda.data.remote.storage import LocalFolder, Location, Storage, open_storage
 from asda.data.shards.index import (
     DATASET_FILE,
     MAX_DATASET_FILE_BYTES,
@@ -25,6 +27,9 @@ from asda.data.shards.index import (
     DatasetIndex,
     ShardEntry,
     ShardIndex,
+    ShardTable,
+    SideFile,
+    SplitIndex,
     parse,
     parse_dataset,
     tagged_hash,
@@ -57,7 +62,12 @@ def load_dataset(
         raise UserError(f"{storage} holds no {DATASET_FILE}; make the dataset with asda shards --out {storage}")
     where = storage.where(DATASET_FILE)
     dataset = parse_dataset(storage.read_unlisted(DATASET_FILE, MAX_DATASET_FILE_BYTES), where)
-    dataset = replace(dataset, folder=storage.folder if isinstance(storage, LocalFolder) else storage)
+    folder = storage.folder if isinstance(storage, LocalFolder) else storage
+    try:
+        with_shards = {name: _with_shards(storage, name, split) for name, split in dataset.splits.items()}
+        dataset = replace(dataset, folder=folder, splits=with_shards)
+    except ValueError as error:  # of the tables' content, whose hashes agree
+        raise UserError(f"{where} is malformed: {error}; {REPAIR}") from None
     names = list(dataset.splits) if splits is None else splits
     for name in names:
         if name not in dataset.splits:
@@ -68,17 +78,45 @@ def load_dataset(
     return dataset
 
 
+def load_weights(location: Location, split: SplitIndex) -> np.ndarray:
+    """Return the sample weights of a split, float32 [clips], or [0] if it has no labels.
+
+    A local file of weights is mapped, so the processes of a machine share its memory. Raises UserError if damaged.
+    """
+    if split.weights_file is None:
+        return split.sample_weights
+    storage = open_storage(location)
+    read = storage.mapped if isinstance(storage, LocalFolder) else storage.read_whole
+    return np.frombuffer(_verified(storage, _side(split.weights_file), read), "<f4")
+
+
+def _with_shards(storage: Storage, name: str, split: SplitIndex) -> SplitIndex:
+    """Read the table of a large split's shards."""
+    if split.shards_file is None:
+        return split
+    return replace(split, shards=ShardTable(name, _verified(storage, _side(split.shards_file), storage.read_whole)))
+
+
+def _side(file: SideFile) -> StoredFile:
+    return StoredFile(file.name, file.bytes, file.hash)
+
+
+def _verified(storage: Storage, file: StoredFile, read: Callable[[StoredFile], Any], what: str = "") -> Any:
+    """Return the content of a file if it has the hash that dataset.json says. Raises UserError."""
+    content = read(file)
+    if tagged_hash(content) != file.hash and storage.renew(file):
+        content = read(file)
+    if (found := tagged_hash(content)) != file.hash:
+        where = f"{what}{storage.where(file.name)}"
+        raise UserError(f"{where} is damaged: its hash is {found}, {DATASET_FILE} says {file.hash}; {REPAIR}")
+    return content
+
+
 def load_shard_index(location: Location, entry: ShardEntry) -> ShardIndex:
     """Read the index of one shard. Raises UserError unless it is the one that dataset.json was written with."""
     storage, (_, file) = open_storage(location), _files(entry)
     where = storage.where(file.name)
-    text = storage.read_whole(file)
-    if tagged_hash(text) != file.hash and storage.renew(file):
-        text = storage.read_whole(file)
-    if (found := tagged_hash(text)) != file.hash:
-        raise UserError(
-            f"shard index {where} is damaged: its hash is {found}, {DATASET_FILE} says {file.hash}; {REPAIR}"
-        )
+    text = _verified(storage, file, storage.read_whole, "shard index ")
     index = parse(ShardIndex, text, where)
     if (index.name, len(index.keys), index.bytes, index.hash) != (entry.name, entry.clips, entry.bytes, entry.hash):
         raise UserError(

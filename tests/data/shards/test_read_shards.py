@@ -215,7 +215,7 @@ def test_an_unknown_split_is_answered_with_the_known_ones(dataset):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format_version": 3}, "has format version 3, this asda reads 1 and 2; update asda"),
+        ({"format_version": 4}, "has format version 4, this asda reads 1 to 3; update asda"),
         ({"format_version": "1"}, "malformed at format_version"),
         ({"sample_rate_hz": 8000}, "malformed at sample_rate_hz"),
         ({"extra": 1}, "malformed at extra"),
