@@ -47,7 +47,12 @@ class Stopped(Exception):  # noqa: N818 (nothing went wrong)
 
 
 def failure_of(error: Exception) -> str:
-    """Return the reason why one of many files failed, for a list of failures; what nobody expected names its type."""
+    """Return the reason why one of many files failed; what nobody expected names its type.
+
+    Raises the error itself if it is not the file's: a disk is full, or nobody reads stdout any more.
+    """
+    if isinstance(error, BrokenPipeError) or (isinstance(error, OSError) and error.errno in NO_ROOM):
+        raise error
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:

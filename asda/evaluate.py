@@ -81,7 +81,13 @@ def evaluate(several: list[Member], data: str | None, out: Path | None, *, way: 
     if not processes.is_first:
         return
     figures = summary(logits_NC, targets_NC)
-    about = {"checkpoint": str(newest.folder), "data": specs, "step": newest.state.step, "chunks": chunks}
+    about = {
+        "checkpoint": str(newest.folder),
+        "data": specs,
+        "dataset_hashes": dataset.hashes,
+        "step": newest.state.step,
+        "chunks": chunks,
+    }
     combined = []
     if way:
         about |= {"combined": way, "of": [str(one.folder) for one in several]}

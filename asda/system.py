@@ -17,6 +17,7 @@ from typing import IO, BinaryIO
 import xxhash
 
 TEMPORARY_SUFFIX = ".tmp"
+MOST_NAME_BYTES = 255  # of a file, on every usual file system
 BLOCK = 4096  # direct writes begin and end at multiples of it
 WRITE_BYTES = 32 << 20  # at once
 READ_BYTES = 4 << 20  # at once, to be hashed; hashing holds Python's lock, which other threads wait for
@@ -33,9 +34,12 @@ def write_whole_file(path: Path, content: bytes | str) -> None:
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file that gets its name at the end of the block, once its bytes are on the disk. Raises OSError.
 
-    Until then it is called NAME.<process id>.tmp. It is removed if the block fails, or closes the file.
+    Until then it is called NAME.<process id>.tmp, with a hash for a long NAME. It is removed if the block fails, or
+    closes the file.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    suffix = f".{os.getpid()}{TEMPORARY_SUFFIX}"
+    is_long = len(os.fsencode(path.name + suffix)) > MOST_NAME_BYTES
+    temporary = path.with_name((hash_bytes(os.fsencode(path.name)) if is_long else path.name) + suffix)
     try:
         with temporary.open("wb") as file:
             yield file

@@ -46,7 +46,7 @@ def write_weights(
         temporary.mkdir(parents=True)
         (temporary / "config.json").write_text(dump_config(description))
         for stem, tensors in weights.items():
-            save_tensors(temporary / f"{stem}.safetensors", tensors)
+            save_tensors(temporary / f"{stem}.safetensors", {name: t.contiguous() for name, t in tensors.items()})
         files = sorted(temporary.iterdir())
         for path in files:
             sync(path)

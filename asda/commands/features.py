@@ -11,16 +11,16 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Self
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
-import safetensors.numpy
 import xxhash
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
@@ -29,24 +29,23 @@ import asda
 from asda import system
 from asda.commands.parsing import CHECKPOINT_HELP, make_parser
 from asda.data.audio.find import AudioFile, audio_files
-from asda.data.audio.read import read_wave
 from asda.data.audio.waves import SAMPLE_RATE_HZ, AudioError
-from asda.data.clips import Clip, ClipDataset, read_clips
+from asda.data.clips import ClipDataset, read_clips
 from asda.data.order import Draw
 from asda.data.shards.index import DATASET_FILE, SHARD_SUFFIX
 from asda.data.shards.read import ShardFile, load_dataset
-from asda.errors import UserError
-from asda.system import TEMPORARY_SUFFIX, whole_file, write_whole_file
+from asda.errors import UserError, failure_of, say
+from asda.system import MOST_NAME_BYTES, TEMPORARY_SUFFIX, hash_bytes, whole_file, write_whole_file
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from asda.inference import Features, Model
 
 FORMAT_VERSION = 1  # of the files of features
 SETTINGS_FILE = "features.json"
 METADATA = "metadata.json"  # in an .npz, beside the arrays; no clip of a shard has a dot in its key
 FILE_KEY = "features"  # the one array of an audio file
+SPOOL_BYTES = 64 << 20  # of features that wait in memory for the rest of their file; more wait on the disk
+COPY_BYTES = 4 << 20
 CLIPS_AT_ONCE = 16  # in a shard; fixed, because the size of a batch changes the last bits of its features
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # the earliest date of a zip; bytes must not depend on the hour
 REPORT_EVERY_S = 10.0  # between lines of progress, if stderr is not a terminal
@@ -87,16 +86,33 @@ class Settings:
     granularity: str
     file_format: str
     format_version: int = FORMAT_VERSION
+    channel: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what is written; it names a channel only if one is chosen."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
-class Sound:
-    """The sound that becomes one array."""
+class Embedded:
+    """The features that become one array."""
 
     key: str
-    samples_S: np.ndarray
-    rate_hz: int
+    duration_s: float
+    parts: Iterable["Features"]  # of a clip, or of each chunk of a long file
     labels: dict[str, list[str]]  # {"labels": [...]} of a shard's clip; an audio file has none
+
+
+class Array(NamedTuple):
+    """An array of float32 in a spool."""
+
+    shape: tuple[int, ...]
+    start: int  # byte
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the array."""
+        return 4 * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -107,7 +123,7 @@ class Task:
     source: str  # the path of the audio file or shard, for people
     num_clips: int
     fingerprint: Callable[[], str]  # hashes the source's bytes
-    read: Callable[[], Iterator[list[Sound]]]  # yields batches; raises AudioError or UserError
+    embed: Callable[["Model", int], Iterator[Embedded]]  # takes a layer; raises UserError
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -117,13 +133,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("inputs", nargs="+", metavar="INPUT", help="audio files, folders of them, or shards as FOLDER:SPLIT")
     add("--model", required=True, type=Path, metavar="PATH", help=CHECKPOINT_HELP)
     add("--out", required=True, type=Path, metavar="FOLDER", help="where the features go; created if missing")
-    add("--granularity", choices=GRANULARITIES, default="utterance", help="see below (default: %(default)s)")
+    add(
+        "--granularity",
+        choices=("utterance", "frame", "patch"),
+        default="utterance",
+        help="see below (default: %(default)s)",
+    )
     add(
         "--layer",
         type=int,
         metavar="N",
         help="number of the block whose output is taken (default: the last); 0 is the input of the first",
     )
+    add("--channel", type=int, metavar="N", help="take this channel of files, from 0 (default: the mean of all)")
     add("--weights", choices=("student", "teacher"), default="student", help="which network of a pre-training")
     add("--format", choices=WRITERS, default="npz", help="format of the files (default: %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network computes")
@@ -132,8 +154,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def extract(args: argparse.Namespace) -> None:
     """List the files to write, write those that are missing, and report. Raises UserError."""
-    tasks = [task for text in args.inputs for task in tasks_of(text)]
-    refuse_equal_names(tasks)
+    tasks = distinct([task for text in args.inputs for task in tasks_of(text, args.channel)])
     model = asda.load(args.model, weights=args.weights, device=args.device)
     settings = settings_of(args, model)
     check_folder(args.out, settings)
@@ -142,9 +163,9 @@ def extract(args: argparse.Namespace) -> None:
         for task in tasks:
             try:
                 finish(task, args.out, settings, model, progress)
-            except (AudioError, UserError) as error:
-                named = task.source in str(error)  # errors of a shard name it
-                failures.append(str(error) if named else f"{task.source}: {error}")
+            except Exception as error:  # one bad file costs one file
+                reason = failure_of(error)
+                failures.append(reason if task.source in reason else f"{task.source}: {reason}")
                 if len(tasks) > 1:
                     tqdm.write(f"error: {failures[-1]}", file=sys.stderr)
             progress.finish(task.num_clips)
@@ -161,46 +182,49 @@ def settings_of(args: argparse.Namespace, model: "Model") -> Settings:
     stem = "teacher" if args.weights == "teacher" else "model"
     use = model.description.model_dump_json(include={"model", "data"})
     fingerprint = xxhash.xxh3_128_hexdigest((hash_file(model.folder / f"{stem}.safetensors") + use).encode())
-    return Settings(str(args.model), f"xxh3_128:{fingerprint}", args.weights, layer, args.granularity, args.format)
+    return Settings(
+        *(str(args.model), f"xxh3_128:{fingerprint}", args.weights, layer, args.granularity, args.format),
+        channel=args.channel,
+    )
 
 
-def tasks_of(text: str) -> list[Task]:
+def tasks_of(text: str, channel: int | None) -> list[Task]:
     """Return a task for each audio file or each shard of one INPUT. Raises UserError."""
     path = Path(text)
     if os.path.isfile(path / DATASET_FILE):  # unlike pathlib's, False for a path that cannot be read
         splits = ", ".join(load_dataset(path).splits)
         raise UserError(f"{text} is a dataset of shards; name its splits ({splits}), as in {text}:NAME")
     if os.path.exists(path) or ":" not in text:
-        return [file_task(file) for file in audio_files([path])]
+        return [file_task(file, channel) for file in audio_files([path])]
     dataset = ClipDataset(text, labelled=True)
     starts = np.cumsum([0, *(shard.entry.clips for shard in dataset.shards)]).tolist()
     return [shard_task(dataset, shard, start) for shard, start in zip(dataset.shards, starts, strict=False)]
 
 
-def file_task(file: AudioFile) -> Task:
+def file_task(file: AudioFile, channel: int | None) -> Task:
     """Return the task of one audio file."""
 
-    def read() -> Iterator[list[Sound]]:
-        yield [Sound(FILE_KEY, *read_wave(file.path, max_seconds=math.inf), labels={})]
+    def embed(model: "Model", layer: int) -> Iterator[Embedded]:
+        parts = model.feature_blocks(asda.File(file.path, channel), layer=layer)
+        yield Embedded(FILE_KEY, model.duration_s(file.path), parts, labels={})
 
-    return Task(str(file.relative.with_suffix("")), str(file.path), 1, lambda: hash_file(file.path), read)
+    return Task(str(file.relative.with_suffix("")), str(file.path), 1, lambda: hash_file(file.path), embed)
 
 
 def shard_task(dataset: ClipDataset, shard: ShardFile, first_clip: int) -> Task:
     """Return the task of one shard, whose first clip has this number in the dataset."""
 
-    def sound(clip: Clip) -> Sound:
-        names = [dataset.vocabulary[label] for label in clip.labels]
-        return Sound(clip.key, clip.samples, SAMPLE_RATE_HZ, {"labels": names})
-
-    def read() -> Iterator[list[Sound]]:
+    def embed(model: "Model", layer: int) -> Iterator[Embedded]:
         end = first_clip + shard.entry.clips
         for low in range(first_clip, end, CLIPS_AT_ONCE):
-            draws = [Draw(0, clip) for clip in range(low, min(low + CLIPS_AT_ONCE, end))]
-            yield [sound(clip) for clip in read_clips(dataset, draws)]
+            clips = read_clips(dataset, [Draw(0, clip) for clip in range(low, min(low + CLIPS_AT_ONCE, end))])
+            features = model.features([clip.samples for clip in clips], SAMPLE_RATE_HZ, layer)
+            for clip, of_clip in zip(clips, features, strict=True):
+                names = [dataset.vocabulary[label] for label in clip.labels]
+                yield Embedded(clip.key, len(clip.samples) / SAMPLE_RATE_HZ, [of_clip], {"labels": names})
 
     name = shard.entry.name.removesuffix(SHARD_SUFFIX)
-    return Task(name, str(shard.path), shard.entry.clips, lambda: shard.entry.hash, read)
+    return Task(name, str(shard.path), shard.entry.clips, lambda: shard.entry.hash, embed)
 
 
 def hash_file(path: Path) -> str:
@@ -213,12 +237,29 @@ def hash_file(path: Path) -> str:
         raise AudioError(f"cannot be read: {error.strerror}") from error
 
 
-def refuse_equal_names(tasks: list[Task]) -> None:
-    """Refuse inputs that would become the same file. Raises UserError."""
-    for name, count in Counter(task.name for task in tasks).items():
-        if count > 1:
-            first, second, *_ = (task.source for task in tasks if task.name == name)
-            raise UserError(f"{first} and {second} would both become {name}; extract them to different --out folders")
+def distinct(tasks: list[Task]) -> list[Task]:
+    """Let files of one name, x.wav and x.flac, keep their extensions. Raises UserError if they are equal even so."""
+    times = Counter(task.name for task in tasks)
+    shared = [task for task in tasks if times[task.name] > 1]
+    tasks = [replace(task, name=task.name + Path(task.source).suffix) if task in shared else task for task in tasks]
+    holder: dict[str, Task] = {}
+    for task in tasks:
+        if (first := holder.setdefault(task.name, task)) is not task:
+            both = f"{first.source} and {task.source}"
+            raise UserError(f"{both} would both become {task.name}; extract them to different --out folders")
+    if shared:
+        say(f"{shared[0].source} and {len(shared) - 1} more files share their name; their features keep the extension")
+    return tasks
+
+
+def path_of(out: Path, task: Task, suffix: str) -> Path:
+    """Return where the features of a task go; a name that is too long for them is cut, and ends with its hash."""
+    path = out / f"{task.name}.{suffix}"
+    if len(os.fsencode(path.name)) <= MOST_NAME_BYTES:
+        return path
+    name, mark = os.fsencode(path.name.removesuffix(f".{suffix}")), hash_bytes(os.fsencode(path.name))[:16]
+    room = MOST_NAME_BYTES - len(f"-{mark}.{suffix}")
+    return path.with_name(f"{name[:room].decode(errors='ignore')}-{mark}.{suffix}")
 
 
 def check_folder(out: Path, settings: Settings) -> None:
@@ -238,7 +279,7 @@ def check_folder(out: Path, settings: Settings) -> None:
         leftover.unlink()
     try:
         found = json.loads((out / SETTINGS_FILE).read_text())
-        differing = [name for name, value in asdict(settings).items() if name != "model" and found[name] != value]
+        differing = [name for name, value in asdict(settings).items() if name != "model" and found.get(name) != value]
     except (ValueError, LookupError, TypeError):
         raise UserError(f"{out / SETTINGS_FILE} cannot be read; give another --out") from None
     if differing == ["fingerprint"]:
@@ -246,45 +287,66 @@ def check_folder(out: Path, settings: Settings) -> None:
     if differing:
         name = differing[-1]
         raise UserError(
-            f"--out {out} holds features with {name} {found[name]}, not {asdict(settings)[name]}; give another"
+            f"--out {out} holds features with {name} {found.get(name)}, not {asdict(settings)[name]}; give another"
         )
 
 
 def finish(task: Task, out: Path, settings: Settings, model: "Model", progress: "ClipProgress") -> None:
-    """Write one file of features, unless it exists. Raises AudioError or UserError if the source cannot be used."""
-    path = out / f"{task.name}.{settings.file_format}"
+    """Write one file of features, unless it exists. Raises UserError if the source cannot be used."""
+    path = path_of(out, task, settings.file_format)
     if os.path.exists(path):
         check_source(path, task)
         progress.kept += task.num_clips
         return
-    arrays, metadata = features_of(task, settings, model, progress)
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / SETTINGS_FILE).exists():
-        write_whole_file(out / SETTINGS_FILE, json.dumps(asdict(settings), indent=2).encode() + b"\n")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
-        WRITERS[settings.file_format](file, arrays, json.dumps(metadata))
+    place = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    with tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=str(place)) as spool:
+        arrays, metadata = features_of(task, settings, model, progress, spool)
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / SETTINGS_FILE).exists():
+            write_whole_file(out / SETTINGS_FILE, json.dumps(settings.as_dict(), indent=2).encode() + b"\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            WRITERS[settings.file_format](file, spool, arrays, json.dumps(metadata))
 
 
 def features_of(
-    task: Task, settings: Settings, model: "Model", progress: "ClipProgress"
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Compute the arrays of one file, and its metadata. Raises AudioError or UserError."""
-    arrays: dict[str, np.ndarray] = {}
+    task: Task, settings: Settings, model: "Model", progress: "ClipProgress", spool: IO[bytes]
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Compute the arrays of one file into a spool; return where they lie, and the metadata. Raises UserError."""
+    arrays: dict[str, Array] = {}
     clips: dict[str, dict[str, Any]] = {}
     first_s = 0.0
-    for sounds in task.read():
-        waves = [sound.samples_S for sound in sounds]
-        for sound, features in zip(sounds, model.features(waves, sounds[0].rate_hz, settings.layer), strict=True):
-            # A copy: a view would keep all tokens of its batch in memory.
-            arrays[sound.key] = array = GRANULARITIES[settings.granularity](features).numpy().copy()
-            duration_s = len(sound.samples_S) / sound.rate_hz
-            clips[sound.key] = {"shape": array.shape, "duration_s": duration_s} | sound.labels
-            first_s = float(features.times_s[0])
-            progress.advance(duration_s)
+    for embedded in task.embed(model, settings.layer):
+        arrays[embedded.key], first_s = to_spool(spool, embedded.parts, settings.granularity)
+        shape = arrays[embedded.key].shape
+        clips[embedded.key] = {"shape": shape, "duration_s": embedded.duration_s} | embedded.labels
+        progress.advance(embedded.duration_s)
     source = {"path": task.source, "hash": task.fingerprint()}
     times = {"hop_s": model.hop_s, "first_s": first_s}
-    return arrays, {**asdict(settings), **times, "source": source, "clips": clips}
+    return arrays, {**settings.as_dict(), **times, "source": source, "clips": clips}
+
+
+def to_spool(spool: IO[bytes], parts: Iterable["Features"], granularity: str) -> tuple[Array, float]:
+    """Append the features of a clip, part by part; return where they lie, and the centre of the first in seconds."""
+    from asda.inference.results import mean_utterance  # brings torch
+
+    start, steps, chunks = spool.tell(), [], []
+    shape: tuple[int, ...] = ()
+    first_s = None
+    for part in parts:
+        first_s = float(part.times_s[0]) if first_s is None else first_s
+        steps.append(len(part.times_s))
+        if granularity == "utterance":
+            chunks.append(part.utterance)
+            continue
+        array = (part.frames if granularity == "frame" else part.patches).numpy()
+        shape = array.shape[1:]
+        spool.write(array.tobytes())
+    if granularity == "utterance":
+        utterance_D = mean_utterance(chunks, steps).numpy()
+        spool.write(utterance_D.tobytes())
+        return Array(utterance_D.shape, start), first_s or 0.0
+    return Array((sum(steps), *shape), start), first_s or 0.0
 
 
 def check_source(path: Path, task: Task) -> None:
@@ -306,17 +368,37 @@ def read_metadata(path: Path) -> dict[str, Any]:
         return json.loads(tensors.metadata()["metadata"])
 
 
-def write_npz(file: BinaryIO, arrays: dict[str, np.ndarray], metadata: str) -> None:
+def write_npz(file: BinaryIO, spool: IO[bytes], arrays: dict[str, Array], metadata: str) -> None:
     """Write an .npz like np.savez, but with a fixed date, and with any key."""
     with zipfile.ZipFile(file, "w") as archive:
-        for key, array in {METADATA: np.array(metadata), **arrays}.items():
+        with archive.open(zipfile.ZipInfo(f"{METADATA}.npy", ZIP_DATE), "w", force_zip64=True) as member:
+            np.lib.format.write_array(member, np.array(metadata), allow_pickle=False)
+        for key, array in arrays.items():
             with archive.open(zipfile.ZipInfo(f"{key}.npy", ZIP_DATE), "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
+                header = {"descr": "<f4", "fortran_order": False, "shape": array.shape}
+                np.lib.format.write_array_header_1_0(member, header)
+                copy(spool, array, member)
 
 
-def write_safetensors(file: BinaryIO, arrays: dict[str, np.ndarray], metadata: str) -> None:
+def write_safetensors(file: BinaryIO, spool: IO[bytes], arrays: dict[str, Array], metadata: str) -> None:
     """Write a .safetensors; its metadata is one string, because the order of several would be random."""
-    file.write(safetensors.numpy.save(arrays, {"metadata": metadata}))
+    header: dict[str, Any] = {"__metadata__": {"metadata": metadata}}
+    end = 0
+    for key, array in sorted(arrays.items()):  # as the library sorts them
+        start, end = end, end + array.num_bytes
+        header[key] = {"dtype": "F32", "shape": array.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for _, array in sorted(arrays.items()):
+        copy(spool, array, file)
+
+
+def copy(spool: IO[bytes], array: Array, file: IO[bytes]) -> None:
+    """Copy the bytes of an array out of the spool, in pieces."""
+    spool.seek(array.start)
+    for left in range(array.num_bytes, 0, -COPY_BYTES):
+        file.write(spool.read(min(left, COPY_BYTES)))
 
 
 class ClipProgress:
@@ -366,12 +448,7 @@ class ClipProgress:
         )
 
 
-GRANULARITIES: dict[str, Callable[["Features"], "Tensor"]] = {
-    "utterance": lambda features: features.utterance,
-    "frame": lambda features: features.frames,
-    "patch": lambda features: features.patches,
-}
-WRITERS: dict[str, Callable[[BinaryIO, dict[str, np.ndarray], str], None]] = {
+WRITERS: dict[str, Callable[[BinaryIO, IO[bytes], dict[str, Array], str], None]] = {
     "npz": write_npz,
     "safetensors": write_safetensors,
 }

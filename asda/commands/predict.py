@@ -101,10 +101,9 @@ def predict(args: argparse.Namespace) -> None:
                 answer = predict_file(model, file.path, rule, args)
                 write(file, answer.events)
                 print(answer.as_json(model.labels, args) if args.json else answer.as_text(args), flush=True)
-            except BrokenPipeError:
-                raise
             except Exception as error:  # one bad file costs one file
-                failures.append(str(error) if isinstance(error, UserError) else f"{file.path}: {failure_of(error)}")
+                reason = failure_of(error)
+                failures.append(reason if isinstance(error, UserError) else f"{file.path}: {reason}")
                 if len(files) > 1:
                     tqdm.write(f"error: {failures[-1]}", file=sys.stderr)
     if failures:

@@ -66,6 +66,7 @@ class ClipDataset:
         num_labels: labels of all clips together.
         log_mel: mean and standard deviation of the log-mel values of all clips.
         shards: all shards, in the order that numbers the clips.
+        hashes: of the dataset.json of every dataset; empty for format version 1, which has none.
         fingerprint: one hash of all shards; what it stays equal for is the same data in the same order.
     """
 
@@ -88,8 +89,9 @@ class ClipDataset:
         self.shards = _Shards(parts)
         self.log_mel = _pooled_stats([split.log_mel for _, split in parts])
         self.num_labels = sum(sum(split.class_counts) for _, split in parts)
-        hashes = (digest for _, split in parts for digest in column(split.shards, "hash"))
-        self.fingerprint = xxhash.xxh3_128_hexdigest("".join(hashes).encode())
+        self.hashes = list(dict.fromkeys(index.hash for index, _ in parts))
+        of_shards = (digest for _, split in parts for digest in column(split.shards, "hash"))
+        self.fingerprint = xxhash.xxh3_128_hexdigest("".join(of_shards).encode())
         self._first_clip = np.cumsum([0, *(n for _, split in parts for n in column(split.shards, "clips"))])
 
     def __len__(self) -> int:

@@ -40,7 +40,7 @@ from asda.data.audio.arrays import Clip, File, blocks_of, is_list, length_of, to
 from asda.data.audio.waves import SAMPLE_RATE_HZ, resampled_length
 from asda.data.features.fbank import FRAME_SHIFT, FRAME_WINDOW, log_mel_of_wave, num_frames
 from asda.errors import UserError
-from asda.inference.results import Features, Tag, Timeline
+from asda.inference.results import Features, Tag, Timeline, mean_utterance
 from asda.inference.windows import cut
 from asda.models.ast import AstEncoder
 from asda.models.classifier import Classifier, make_encoder
@@ -471,8 +471,7 @@ def _joined(parts: Iterable[Features], out: Tensor | None) -> Features:
         frames.append(part.frames)
         clips.append(part.utterance)
         times.append(part.times_s)
-    weight_K = torch.tensor([float(len(chunk_TD)) for chunk_TD in frames])
-    utterance_D = (weight_K / weight_K.sum()) @ torch.stack(clips)
+    utterance_D = mean_utterance(clips, [len(chunk_TD) for chunk_TD in frames])
     return Features(torch.cat(patches) if out is None else out[:step], torch.cat(frames), utterance_D, torch.cat(times))
 
 

@@ -17,6 +17,12 @@ class Features:
     times_s: Tensor  # [T], the centre of each time patch
 
 
+def mean_utterance(chunks: list[Tensor], steps: list[int]) -> Tensor:
+    """Return the utterance embedding of a clip: the mean of its chunks', [D], weighted by their time patches."""
+    weight_K = torch.tensor(steps, dtype=torch.float32)
+    return (weight_K / weight_K.sum()) @ torch.stack(chunks)
+
+
 @dataclass(frozen=True)
 class Tag:
     """A class and its probability."""

@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from asda.config.run import RunConfig
-from asda.errors import UserError
+from asda.errors import UserError, say
 from asda.system import write_whole_file
 
 Figures = dict[str, float | int]
@@ -258,7 +258,7 @@ class WeightsAndBiases:
             self._run = wandb.init(
                 project=project,
                 name=folder.name,
-                id=_kept_id(folder / WANDB_FILE),
+                id=_kept_id(folder),
                 resume="allow",
                 dir=str(folder),
                 config=config,
@@ -341,12 +341,23 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) and {"kind", "step"} <= entry.keys() else None
 
 
-def _kept_id(path: Path) -> str:
-    if path.is_file() and (kept := path.read_text().strip()):
-        return kept
-    fresh = secrets.token_hex(4)
-    path.write_text(fresh + "\n")
-    return fresh
+def _kept_id(folder: Path) -> str:
+    """Return the id under which a run folder resumes its curves; a copy of a folder gets an id of its own."""
+    path, here = folder / WANDB_FILE, _place_of(folder)
+    kept, *origin = path.read_text(encoding="utf-8").splitlines() if path.is_file() else [""]
+    is_copy = bool(origin) and not set(origin) & set(here)  # a moved folder keeps its number, a restored one its path
+    if is_copy:
+        say(f"{folder} is a copy of the run folder {origin[0]}: it gets a run of its own in Weights & Biases")
+    if is_copy or not kept or origin != here:
+        kept = kept if kept and not is_copy else secrets.token_hex(4)
+        write_whole_file(path, "\n".join([kept, *here]) + "\n")
+    return kept
+
+
+def _place_of(folder: Path) -> list[str]:
+    """Return the path of a folder, and its number on its disk."""
+    status = folder.stat()
+    return [json.dumps(str(folder.resolve())), f"{status.st_dev}:{status.st_ino}"]
 
 
 def _is_worth_saying(name: str, value: float | int) -> bool:

@@ -99,7 +99,7 @@ class Journal:
         if not same or not all(path.is_file() and path.stat().st_size == size for path, size in paths.items()):
             return None
         log_mel, prints = LogMelSums(*content["log_mel"]), list(map(bytes.fromhex, content["prints"]))
-        lists = {name: content[name] for name in ("keys", "labels", "rejected")}
+        lists = {name: content.get(name, []) for name in ("keys", "labels", "rejected", "silent")}
         return WrittenShard(entry=entry, num_samples=content["num_samples"], log_mel=log_mel, prints=prints, **lists)
 
     def remove(self) -> None:

@@ -48,6 +48,7 @@ def verify_dataset(
     copies of remote shards. Raises UserError, which says how many shards are damaged.
     """
     splits, entries, vocabulary = list(dict.fromkeys(splits)), [], ()
+    index_complaint = ""
     tars = [] if splits else _tars(location)
     try:
         dataset = load_dataset(location, splits or None, cache, tolerant=True)
@@ -58,7 +59,8 @@ def verify_dataset(
     except UserError as error:
         if not tars:
             raise
-        print(error)
+        index_complaint = str(error)
+        print(index_complaint)
     listed = {entry.name for entry in entries}
     unlisted = [path for path in tars if path.name not in listed]
     with worker_pool(num_workers, len(entries) + len(unlisted)) as workers:
@@ -77,6 +79,8 @@ def verify_dataset(
         raise UserError(f"{location}: {num_wrong} of {len(found)} shards are damaged or not listed; {REPAIR}")
     if repeated:
         raise UserError(f"{location}: {len(repeated)} keys are repeated; make the dataset again with asda shards")
+    if index_complaint:
+        raise UserError(f"{location}: the shards are whole, but a file beside dataset.json is damaged; {REPAIR}")
     num_clips, num_mib = sum(entry.clips for entry in entries), sum(entry.bytes for entry in entries) / MIB
     print(f"{location}: {num_clips:,} clips in {len(entries):,} shards, {num_mib:,.1f} MiB, are right, to the last bit")
 

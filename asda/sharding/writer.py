@@ -18,7 +18,7 @@ import numpy as np
 import zstandard
 from xxhash import xxh3_64_hexdigest, xxh3_128
 
-from asda.data.audio.waves import SAMPLE_RATE_HZ, AudioError, encode_wav
+from asda.data.audio.waves import SAMPLE_RATE_HZ, encode_wav
 from asda.data.shards.index import (
     DATASET_FILE,
     LARGE_FORMAT_VERSION,
@@ -42,7 +42,7 @@ from asda.data.shards.index import (
     hash_dataset_file,
     tagged_hash,
 )
-from asda.errors import UserError
+from asda.errors import UserError, failure_of
 from asda.sharding.audio_ref import read_place
 from asda.sharding.duplicates import clip_prints
 from asda.sharding.plan import ClipTask, ShardTask
@@ -91,6 +91,7 @@ class WrittenShard:
     labels: list[list[int]]  # label ids of every clip
     prints: list[bytes]
     rejected: list[list[str]]  # [source, reason]
+    silent: list[str]  # sources of clips whose samples are all 0
 
 
 def check_space(workers: Workers, out: Path, tasks: Sequence[ShardTask], freed_bytes: int) -> None:
@@ -119,9 +120,10 @@ def _size(num_bytes: float) -> str:
 def _compressed_bytes(clip: ClipTask, max_seconds: float) -> int:
     """Return the bytes that a clip takes in a shard; 0 if it cannot be read."""
     try:
-        members = clip_members(clip, read_place(clip.place, max_seconds))
-    except AudioError:
+        samples_S = read_place(clip.place, max_seconds)
+    except Exception:  # it will be rejected
         return 0
+    members = clip_members(clip, samples_S)
     return len(zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compress(members))
 
 
@@ -129,13 +131,18 @@ def write_shard(task: ShardTask, report: Callable[[int], None] = lambda num_clip
     """Write the clips of a shard, then its index; call report(n) after the n-th clip. Raises UserError."""
     clips: list[WrittenClip] = []
     rejected: list[list[str]] = []
+    silent: list[str] = []
     with writing(task.path), whole_file(task.path) as file:
         frames = FrameWriter(file)
         for number, clip in enumerate(task.clips, start=1):
             try:
-                clips.append(_write_clip(frames, clip, task.max_seconds))
-            except AudioError as error:
-                rejected.append([clip.source, str(error)])
+                samples_S = read_place(clip.place, task.max_seconds)
+            except Exception as error:  # one bad file costs one file
+                rejected.append([clip.source, failure_of(error)])
+            else:
+                clips.append(_write_clip(frames, clip, samples_S))
+                if not samples_S.any():
+                    silent.append(clip.source)
             report(number)
         entry = _finish(frames, task.path, clips) if clips else file.close()
     return WrittenShard(
@@ -146,6 +153,7 @@ def write_shard(task: ShardTask, report: Callable[[int], None] = lambda num_clip
         labels=[list(clip.labels) for clip in clips],
         prints=[clip.prints for clip in clips],
         rejected=rejected,
+        silent=silent,
     )
 
 
@@ -176,11 +184,10 @@ class FrameWriter:
         return offset, xxh3_64_hexdigest(frame)
 
 
-def _write_clip(frames: FrameWriter, clip: ClipTask, max_seconds: float) -> WrittenClip:
+def _write_clip(frames: FrameWriter, clip: ClipTask, samples_S: np.ndarray) -> WrittenClip:
     # Imported here because it brings numba, which takes seconds, and a process that only plans and waits needs none.
     from asda.data.features.fbank import log_mel
 
-    samples_S = read_place(clip.place, max_seconds)
     offset, digest = frames.append(clip_members(clip, samples_S))
     mel_TM = log_mel(samples_S)
     values = mel_TM.astype(np.float64)

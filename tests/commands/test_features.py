@@ -1,5 +1,6 @@
 """asda features from the outside: what it writes, keeps, refuses, and goes on with."""
 
+import io
 import json
 import shutil
 import signal
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from safetensors import safe_open
 from tiny_tools import TINY, Done, noise, one_core, run, wav, write_broken, write_pretrained, write_tagger
 
 import asda
+from asda.commands.features import Array, write_npz, write_safetensors
 from asda.data.audio.waves import AudioError
 from asda.inference import Model
 
@@ -327,14 +330,13 @@ def test_every_kind_of_broken_audio_is_one_sentence_and_leaves_no_folder(weights
 def test_what_cannot_be_done_is_one_sentence(shards: Path, recordings: Path, weights: Path, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
-    shutil.copy(recordings / "dog" / "a.wav", recordings / "dog" / "a.ogg.wav")
-    shutil.copy(recordings / "dog" / "a.wav", recordings / "dog" / "a.flac")
+    shutil.copytree(recordings, tmp_path / "again")
     sound = recordings / "rain.wav"
     cases = {
         "holds no audio file": ("--model", weights, tmp_path / "empty"),
         "there is no checkpoint in": ("--model", tmp_path / "nowhere", sound),
         "--layer 4 must be from 0 to 3": ("--model", weights, "--layer", 4, sound),
-        "would both become dog/a": ("--model", weights, recordings),
+        "would both become dog/a": ("--model", weights, recordings, tmp_path / "again"),
         "name its splits (test, train)": ("--model", weights, shards),
         "has no split 'nope'": ("--model", weights, f"{shards}:nope"),
         "holds files but no features.json": ("--model", weights, "--out", recordings, sound),
@@ -349,13 +351,110 @@ def test_what_cannot_be_done_is_one_sentence(shards: Path, recordings: Path, wei
         assert not (tmp_path / "out").exists()
 
 
-def test_no_key_of_a_clip_is_special_in_an_npz(tmp_path: Path):
-    from asda.commands.features import write_npz
+def spooled(arrays: dict[str, np.ndarray]) -> tuple[io.BytesIO, dict[str, Array]]:
+    spool, places = io.BytesIO(), {}
+    for key, array in arrays.items():
+        places[key] = Array(array.shape, spool.tell())
+        spool.write(array.tobytes())
+    return spool, places
 
+
+def test_no_key_of_a_clip_is_special_in_an_npz(tmp_path: Path):
     arrays = {key: np.full(3, number, np.float32) for number, key in enumerate(("file", "metadata", "allow_pickle"))}
     with (tmp_path / "a.npz").open("wb") as file:
-        write_npz(file, arrays, "{}")
+        write_npz(file, *spooled(arrays), "{}")
     found, metadata = read(tmp_path / "a.npz")
     assert metadata == {}
     assert all(np.array_equal(found[key], arrays[key]) for key in arrays)
     assert len(found) == 3
+
+
+@pytest.mark.parametrize("shapes", [[(7,)], [(0, 3), (5, 8, 3), (1,)], [(2, 3)] * 12])
+def test_the_bytes_of_both_formats_are_those_of_the_libraries(shapes: list[tuple[int, ...]]):
+    rng = np.random.default_rng(0)
+    names = ["clip", "b.\u00e9\u9ce5", 'quote"\\', *(f"k{number}" for number in range(20))]
+    arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in zip(names, shapes, strict=False)}
+    metadata = json.dumps({"source": {"path": 'a "b"\\\udcff\u00e9/x\n'}, "clips": {"shape": [1]}})
+    file = io.BytesIO()
+    write_safetensors(file, *spooled(arrays), metadata)
+    assert file.getvalue() == safetensors.numpy.save(arrays, {"metadata": metadata})
+    file = io.BytesIO()
+    write_npz(file, *spooled(arrays), metadata)
+    with zipfile.ZipFile(file) as archive:
+        for name, array in arrays.items():
+            expected = io.BytesIO()
+            np.lib.format.write_array(expected, array)
+            assert archive.read(f"{name}.npy") == expected.getvalue()
+
+
+@pytest.mark.parametrize("file_format", ["npz", "safetensors"])
+@pytest.mark.parametrize("granularity", ["utterance", "frame", "patch"])
+def test_features_of_a_long_file_go_through_the_disk_and_are_those_of_the_api(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_format: str, granularity: str
+):
+    monkeypatch.setattr("asda.commands.features.SPOOL_BYTES", 100)
+    monkeypatch.setattr("asda.commands.features.COPY_BYTES", 1000)
+    path = wav(tmp_path / "long.wav", noise(40, rate_hz=22_050), rate_hz=22_050)
+    options = ("--granularity", granularity, "--format", file_format)
+    assert extract("--model", weights, "--out", tmp_path / "out", *options, path).code == 0
+    arrays, metadata = read(tmp_path / "out" / f"long.{file_format}")
+    of_api = asda.load(weights).features(path)
+    expected = {"utterance": of_api.utterance, "frame": of_api.frames, "patch": of_api.patches}[granularity]
+    assert np.array_equal(arrays["features"], expected.numpy())
+    assert metadata["clips"]["features"]["duration_s"] == 40
+    assert [each.name for each in (tmp_path / "out").iterdir()] == [f"long.{file_format}", "features.json"]
+
+
+def test_every_name_that_a_file_may_have_is_that_of_its_features(weights: Path, tmp_path: Path):
+    names = [
+        "x.wav",
+        "x.flac",
+        "x.mp3.wav",
+        "-dash.wav",
+        "new\nline.wav",
+        "quo'te\".wav",
+        "\udcff.wav",
+        "\U0001f415.wav",
+    ]
+    (tmp_path / "in").mkdir()
+    names += ["a" * 251 + ".wav", "\u9ce5" * 83 + ".au", "b" * 252 + ".au"]
+    for name in names:
+        wav(tmp_path / "a.wav", noise(0.5)).rename(tmp_path / "in" / name)
+    for _ in range(2):  # the second time, all are kept
+        done = extract("--model", weights, "--out", tmp_path / "out", "--format", "safetensors", tmp_path / "in")
+        assert done.code == 0, done.err
+        (line,) = done.err.splitlines()
+        assert "their features keep the extension" in line
+    assert "nothing to do" in done.out
+    written = [path for path in (tmp_path / "out").iterdir() if path.name != "features.json"]
+    assert len(written) == len(names)
+    assert {Path(read(path)[1]["source"]["path"]).name for path in written} == set(names)
+    assert {"x.wav.safetensors", "x.flac.safetensors", "x.mp3.safetensors"} <= {path.name for path in written}
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), MemoryError(), KeyError("x")])
+def test_an_error_that_nobody_expected_costs_one_file(weights: Path, tmp_path: Path, monkeypatch, error: Exception):
+    bad, good = wav(tmp_path / "a.wav", noise(1)), wav(tmp_path / "b.wav", noise(1))
+    duration_s = Model.duration_s
+
+    def failing(self: Model, path: Path):
+        if path == bad:
+            raise error
+        return duration_s(self, path)
+
+    monkeypatch.setattr(Model, "duration_s", failing)
+    done = extract("--model", weights, "--out", tmp_path / "out", bad, good)
+    assert done.code == 2
+    assert (tmp_path / "out" / "b.npz").exists()
+    assert done.err.startswith(f"error: {bad}: {type(error).__name__}: ")
+    assert "please report it" in done.err
+
+
+def test_one_channel_is_chosen_and_is_a_setting_of_the_folder(weights: Path, tmp_path: Path):
+    left_S, right_S = noise(1, seed=1), noise(1, seed=2)
+    path = wav(tmp_path / "a.wav", np.stack([left_S, right_S], axis=1))
+    assert extract("--model", weights, "--out", tmp_path / "out", "--channel", 1, path).code == 0
+    expected_D = asda.load(weights).features(right_S, 16_000).utterance
+    assert np.array_equal(read(tmp_path / "out" / "a.npz")[0]["features"], expected_D.numpy())
+    done = extract("--model", weights, "--out", tmp_path / "out", path)
+    assert (done.code, "channel 1, not None" in done.err) == (2, True)

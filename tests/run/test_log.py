@@ -9,6 +9,7 @@ import pty
 import re
 import resource
 import select
+import shutil
 import struct
 import sys
 import termios
@@ -22,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from asda.config.run import RunConfig
 from asda.errors import UserError
-from asda.run.log import ALARM_EVERY, JsonLines, RunLog, check_wandb, collapse_alarm, read_metrics
+from asda.run.log import ALARM_EVERY, JsonLines, RunLog, _kept_id, check_wandb, collapse_alarm, read_metrics
 
 RUN = RunConfig(folder="runs/x")
 
@@ -227,7 +228,7 @@ def test_a_resumed_run_continues_its_curve_in_weights_and_biases_which_may_be_of
             for step in (first_step + 1, first_step + 2):
                 log.record("train", step, {"loss": 1.0 / step})
             log.record("probe", first_step + 2, {"knn_accuracy": math.nan})
-    (kept,) = (tmp_path / "wandb_run.txt").read_text().split()
+    kept, *_ = (tmp_path / "wandb_run.txt").read_text().splitlines()
     folders = list(tmp_path.glob("wandb/offline-run-*"))
     assert {folder.name.rsplit("-", 1)[1] for folder in folders} == {kept}, "one run, whatever the number of starts"
     rows = [row for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")) for row in wandb_history(path)]
@@ -236,6 +237,27 @@ def test_a_resumed_run_continues_its_curve_in_weights_and_biases_which_may_be_of
     said = capsys.readouterr()
     assert f"curves are at {tmp_path / 'wandb'}" in said.out
     assert said.err == "", "it keeps quiet"
+
+
+@pytest.mark.parametrize("how", ["same", "moved", "restored", "copied", "old"])
+def test_a_run_folder_keeps_its_id_and_a_copy_gets_its_own(tmp_path: Path, capsys: pytest.CaptureFixture, how: str):
+    folder = tmp_path / "a run\u00e9"
+    folder.mkdir()
+    first = _kept_id(folder)
+    if how == "moved":
+        folder = folder.rename(tmp_path / "moved")
+    elif how == "restored":
+        shutil.copytree(folder, tmp_path / "backup")
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "backup", folder)
+    elif how == "copied":
+        folder = shutil.copytree(folder, tmp_path / "copy")
+    elif how == "old":
+        (folder / "wandb_run.txt").write_text(first + "\n")
+    second = _kept_id(folder)
+    assert (second == first) == (how != "copied")
+    assert _kept_id(folder) == second
+    assert ("is a copy of the run folder" in capsys.readouterr().err) == (how == "copied")
 
 
 def test_what_weights_and_biases_refuses_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

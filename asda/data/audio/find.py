@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from asda.data.audio.waves import AUDIO_EXTENSIONS, UNREAD_EXTENSIONS
-from asda.errors import UserError
+from asda.errors import UserError, say
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,10 @@ def audio_files(given: list[Path]) -> list[AudioFile]:
         if not os.path.isdir(path):  # unlike pathlib's it is False if a path cannot be looked at; reading it says why
             found.append(AudioFile(path, Path(path.name)))
             continue
-        names = sorted(name for name in walk(path) if is_audio(name))
+        everything = sorted(walk(path))
+        names = [name for name in everything if is_audio(name)]
+        if complaint := unread_in_words(everything):
+            say(f"{path}: {complaint}")
         if not names:
             raise UserError(f"{path} holds no audio file; known extensions are {' '.join(AUDIO_EXTENSIONS)}")
         found += [AudioFile(path / name, Path(name)) for name in names]
@@ -51,6 +54,13 @@ def unreadable(names: Iterable[str]) -> dict[str, int]:
     """Count the files, by extension, that hold sound which is not read; the most frequent first."""
     extensions = (os.path.splitext(name)[1].lower() for name in names if not is_hidden(name))
     return dict(Counter(extension for extension in extensions if extension in UNREAD_EXTENSIONS).most_common())
+
+
+def unread_in_words(names: Iterable[str]) -> str:
+    """Say how many files hold sound in a format that is not read, or nothing."""
+    counts = unreadable(names)
+    kinds = ", ".join(f"{count} {extension}" for extension, count in counts.items())
+    return f"passed over, because asda does not read these formats: {kinds}" if counts else ""
 
 
 def existing(path: Path) -> Path:
