@@ -49,18 +49,35 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         help="csv, esc50: only rows with this value; repeatable",
     )
     add("--no-labels", action="store_true", help="write clips without labels")
+    add = parser.add_argument_group("how tables and folders are read").add_argument
+    add("--path-column", metavar="NAME", help="csv: the column of the files")
+    add("--label-column", metavar="NAME", help="csv, parquet, tar: the column of the classes")
+    add("--label-separator", metavar="CHAR", help="csv, parquet, tar: between several labels in a cell (default ;)")
+    add("--no-segments", action="store_true", help="csv: whole files, whatever columns of start and end say")
+    add("--top-folders", choices=("classes", "splits"), help="folder: what they are, if train/ is beside dog/")
+    add = parser.add_argument_group("how recordings are read").add_argument
+    add("--cut", type=float, metavar="S", help="cut longer recordings into clips of S seconds")
+    add("--channel", type=int, metavar="N", help="take this channel, counted from 0, in place of the mean of all")
 
 
-def options_from(args: argparse.Namespace) -> SourceOptions:
+def options_from(args: argparse.Namespace, label_names: tuple[str, ...] | None) -> SourceOptions:
     """Turn the arguments of add_source_arguments into options. Raises UserError."""
     if args.sample_rate is not None and args.sample_rate < 1:
         raise UserError(f"--sample-rate {args.sample_rate} must be above 0, in Hz")
+    if args.label_separator == "":
+        raise UserError("--label-separator is empty; give the text between two labels, as in --label-separator ','")
     return SourceOptions(
         use_labels=not args.no_labels,
         where=tuple(map(parse_where, args.where)),
         audio=args.audio,
         class_labels=args.class_labels,
         sample_rate_hz=args.sample_rate,
+        path_column=args.path_column,
+        label_column=args.label_column,
+        label_separator=args.label_separator,
+        use_segments=not args.no_segments,
+        top_folders=args.top_folders,
+        label_names=label_names,
     )
 
 

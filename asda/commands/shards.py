@@ -111,7 +111,7 @@ def parse_part(text: str) -> tuple[int, int]:
 def make_shards(args: argparse.Namespace) -> None:
     """List the clips, plan the shards, write them, and report. Raises UserError."""
     labels = read_labels(args.labels) if args.labels else None
-    listing = list_source(args.source, args.input, options_from(args))
+    listing = list_source(args.source, args.input, options_from(args, labels))
     plan = plan_shards(args, listing, labels or listing.vocabulary)
     shards = range(0) if args.merge else plan.part(*args.part)
     if not shards and not args.merge:
@@ -136,6 +136,7 @@ def make_shards(args: argparse.Namespace) -> None:
                 dataset = finish(plan, listing, written, journal, lock, args)
     if dataset:
         report(dataset, time.monotonic() - started, args.workers, left_out(listing, plan))
+        print("\n".join(listing.notes), end="\n" if listing.notes else "")
 
 
 def check_arguments(args: argparse.Namespace) -> None:

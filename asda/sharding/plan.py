@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
@@ -66,10 +66,7 @@ class Plan:
         """
         state = xxh3_128(json.dumps([asda.__version__, self.vocabulary]).encode())
         for task in self.tasks:
-            places = (astuple(replace(clip.place, path="")) for clip in task.clips)
-            clips = [
-                (c.key, c.source, c.labels, c.label_ids, place) for c, place in zip(task.clips, places, strict=True)
-            ]
+            clips = [(c.key, c.source, c.labels, c.label_ids, c.place.identity) for c in task.clips]
             state.update(json.dumps([task.path.name, task.max_seconds, clips]).encode())
         return state.hexdigest()
 

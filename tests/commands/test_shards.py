@@ -323,7 +323,7 @@ def refusal(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("rows", "args", "words"),
     [
-        (("file,label", "a.wav,x"), (), "t.csv has no column 'path'; its columns are file, label"),
+        (("name,label", "a.wav,x"), (), "t.csv has no column 'path'; its columns are name, label; name it by --path"),
         (("path",), (), "t.csv has no rows below its header"),
         ((), (), "t.csv has no rows below its header"),
         (("path,label", "a.wav,x", "b.wav,x,y"), (), "t.csv line 3 has 3 cells, its header has 2"),

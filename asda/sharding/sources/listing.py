@@ -1,5 +1,6 @@
 """Inputs and results of every source, and parts that several need: cells of a CSV, AudioSet's classes, examples."""
 
+import codecs
 import csv
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -7,6 +8,7 @@ from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 
+from asda.data.audio.find import is_hidden
 from asda.errors import UserError
 from asda.sharding.audio_ref import Place
 
@@ -32,6 +34,8 @@ class Listing:
     left_out: dict[str, int] = field(default_factory=dict)  # reason -> how many, for the summary
     vocabulary: tuple[str, ...] | None = None  # if the source fixes the ids of its classes
     missing: list[tuple[str, str]] = field(default_factory=list)  # clips without audio: (relative, reason)
+    table: str = ""  # for messages: the table whose files must exist, but for some
+    notes: list[str] = field(default_factory=list)  # what else the user should know, for the summary
 
 
 @dataclass(frozen=True)
@@ -43,30 +47,42 @@ class SourceOptions:
     audio: Path | None = None  # folder with the audio, if the table does not say
     class_labels: Path | None = None  # index, mid, display name; None: AudioSet's own 527
     sample_rate_hz: int | None = None  # of HDF5 packs that do not name theirs
+    path_column: str | None = None  # None: the first that is present of those in tables.py; so the next
+    label_column: str | None = None
+    label_separator: str | None = None  # between the labels in a cell; None: ";", if the cells agree
+    use_segments: bool = True  # columns for start and end cut the clip
+    top_folders: str | None = None  # "classes" or "splits"; None: as their names say, if they agree
+    label_names: tuple[str, ...] | None = None  # of labels that are numbers
 
 
 def files_in(path: Path, ending: str, example: str) -> list[Path]:
     """Return the file itself, or the files of a folder with this ending, sorted. Raises UserError if it has none."""
     if not path.is_dir():
         return [path]
-    found = sorted(path.glob(f"*{ending}"))
+    found = sorted(each for each in path.glob(f"*{ending}") if not is_hidden(each.name))
     if not found:
         raise UserError(f"--input {path} holds no *{ending}, such as {example}")
     return found
 
 
-def read_cells(table: Path) -> Iterator[tuple[int, list[str]]]:
+def read_cells(table: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
     """Yield (line number, cells) for each row of a CSV that is not empty. Raises UserError naming the line."""
-    if not table.is_file():
-        raise UserError(f"{table}: no such file")
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True, skipinitialspace=True)
+    with table.open(encoding=encoding_of(table), newline="") as file:
+        reader = csv.reader(file, strict=True, skipinitialspace=True, delimiter=delimiter)
         try:
             for cells in reader:
                 if cells:
                     yield reader.line_num, cells
-        except (csv.Error, UnicodeDecodeError) as error:
+        except (csv.Error, UnicodeError) as error:
             raise UserError(f"{table} is not a UTF-8 CSV near line {reader.line_num + 1}: {error}") from None
+
+
+def encoding_of(table: Path) -> str:
+    """Return UTF-16 for a text with its byte order mark, as spreadsheets write it, else UTF-8. Raises UserError."""
+    if not table.is_file():
+        raise UserError(f"{table}: no such file")
+    with table.open("rb") as file:
+        return "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
 
 def check_cells(where: str, cells: list[str], num_columns: int) -> None:
