@@ -34,7 +34,7 @@ from asda.sharding.journal import (
 )
 from asda.sharding.plan import Plan, assign_splits, choose_vocabulary, keyed, parse_split, plan_split
 from asda.sharding.sources import list_source
-from asda.sharding.sources.listing import Listing, examples
+from asda.sharding.sources.listing import Listing, alike, examples
 from asda.sharding.verify import verify_dataset
 from asda.sharding.workers import Workers, worker_pool
 from asda.sharding.writer import WrittenShard, check_space, summarize_split, write_dataset, writing
@@ -288,21 +288,21 @@ def report(dataset: DatasetIndex, seconds: float, num_workers: int, not_in: Mapp
     print(f"{num_clips} clips in {seconds:.1f} s: {num_clips / seconds:.0f} clips/s with {num_workers} workers")
     table = f", listed in {dataset.folder / REJECTED_FILE}" if dataset.rejected else ""
     print(f"rejected: {dataset.rejected} clips{table}")
-    report_alike(dataset.vocabulary)
+    report_alike(dataset)
     report_duplicates(dataset.duplicates, Path(f"{dataset.folder}") / DUPLICATES_FILE)
     for reason, count in not_in.items():
         if count:
             print(f"left out: {count} {reason}")
 
 
-def report_alike(vocabulary: Sequence[str]) -> None:
+def report_alike(dataset: DatasetIndex) -> None:
     """Warn of names that may mean one class."""
-    first: dict[str, str] = {}
-    folded = [(name, " ".join(name.casefold().split())) for name in vocabulary]
-    pairs = [f"{first[plain]!r} and {name!r}" for name, plain in folded if first.setdefault(plain, name) != name]
-    if pairs:
-        shown = examples(pairs)
-        print(f"WARNING: {len(pairs)} pairs of class names differ only in case or space: {shown}; are they one class?")
+    counts = [sum(of_splits) for of_splits in zip(*(s.class_counts for s in dataset.splits.values()), strict=True)]
+    num_clips = dict(zip(dataset.vocabulary, counts, strict=True))
+    named = [f"{a!r} ({num_clips[a]} clips) and {b!r} ({num_clips[b]})" for a, b in alike(dataset.vocabulary)]
+    if named:
+        what = f"{len(named)} pairs of class names differ only in case, space or Unicode form"
+        print(f"WARNING: {what}: {examples(named)}; are they one class?")
 
 
 def report_duplicates(duplicates: Duplicates, table: Path) -> None:

@@ -235,8 +235,8 @@ def test_classes_that_differ_only_in_case_or_white_space_are_said(tmp_path):
         clip(tmp_path / "in" / name / "a.wav", number)
     out, _ = make("--source", "folder", "--input", tmp_path / "in", "--out", tmp_path / "out")
     (line,) = [line for line in out.splitlines() if line.startswith("WARNING: ")]
-    assert line.startswith("WARNING: 4 pairs of class names differ only in case or space: 'Cat' and 'cat ', ")
-    assert "'Dog' and 'dog', 'Owl' and 'owl' and 1 more" in line
+    assert line.startswith("WARNING: 4 pairs of class names differ only in case, space or Unicode form: 'Cat' (1 ")
+    assert "'Dog' (1 clips) and 'dog' (1), 'Owl' (1 clips) and 'owl' (1) and 1 more" in line
     (tmp_path / "one/Dog").mkdir(parents=True)
     shutil.copytree(tmp_path / "in/bee", tmp_path / "one/bee")
     out, _ = make("--source", "folder", "--input", tmp_path / "one", "--out", tmp_path / "out2")

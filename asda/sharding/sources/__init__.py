@@ -14,7 +14,7 @@ from asda.data.audio.find import is_hidden
 from asda.data.audio.waves import PYAV_EXTENSIONS
 from asda.errors import UserError
 from asda.sharding.sources.audioset import rows_from_audioset
-from asda.sharding.sources.files import rows_from_esc50, rows_from_folder, rows_from_speechcommands
+from asda.sharding.sources.files import rows_from_esc50, rows_from_folder, rows_from_fsd50k, rows_from_speechcommands
 from asda.sharding.sources.listing import Listing, Row, SourceOptions
 from asda.sharding.sources.prepared import rows_from_eat, rows_from_hdf5
 from asda.sharding.sources.tables import refuse_missing, rows_from_csv
@@ -25,6 +25,7 @@ SOURCES: dict[str, Callable[[list[Path], SourceOptions], Listing]] = {
     "eat": rows_from_eat,
     "esc50": rows_from_esc50,
     "folder": rows_from_folder,
+    "fsd50k": rows_from_fsd50k,
     "hdf5": rows_from_hdf5,
     "speechcommands": rows_from_speechcommands,
 }

@@ -1,28 +1,39 @@
 """Sources of files that lie in one place: a folder, and the archives of ESC-50, FSD50K and Speech Commands.
 
 Piczak, "ESC: Dataset for environmental sound classification", ACM Multimedia 2015.
+Fonseca et al., "FSD50K: an open dataset of human-labeled sound events", IEEE/ACM TASLP 2022.
 Warden, "Speech Commands: a dataset for limited-vocabulary speech recognition", 2018. The recordings in
 _background_noise_ are left out: they belong to no split, last minutes where words last a second, and the 35 classes
 (30 in v0.01) on which results are published have none for silence.
 """
 
 import os
+from collections import Counter
 from pathlib import Path
 
-from asda.data.audio.find import is_audio, walk
+from asda.data.audio.find import is_audio, unreadable, walk
 from asda.data.audio.waves import AUDIO_EXTENSIONS
 from asda.errors import UserError
 from asda.sharding.audio_ref import Place
-from asda.sharding.sources.listing import Listing, Row, SourceOptions, examples, require_columns
+from asda.sharding.sources.listing import (
+    SPLIT_FOLDERS,
+    Listing,
+    Row,
+    SourceOptions,
+    examples,
+    read_cells,
+    require_columns,
+)
 from asda.sharding.sources.tables import Table, header_of, only_input, records_of, selected
 
 ESC50_COLUMNS = ("filename", "fold", "target", "category")
+FSD50K_TABLES = {"dev": ("fname", "labels", "split"), "eval": ("fname", "labels")}
 NOISE = "_background_noise_"
 WORD_LISTS = {"valid": "validation_list.txt", "test": "testing_list.txt"}
 
 
 def rows_from_folder(inputs: list[Path], options: SourceOptions) -> Listing:
-    """List a folder's audio: one class per first-level subfolder, or no labels if all files lie directly in it."""
+    """List a folder's audio: a class per subfolder, or no labels if it has none; train/ and test/ on top are splits."""
     folder = only_input(inputs, "folder")
     if not folder.is_dir():
         raise UserError(f"--input {folder} is not a folder; --source folder wants a folder of audio files")
@@ -31,13 +42,60 @@ def rows_from_folder(inputs: list[Path], options: SourceOptions) -> Listing:
     if not audio:
         known = " ".join(AUDIO_EXTENSIONS)
         raise UserError(f"{folder} holds no audio file among {len(files)} files; known extensions are {known}")
-    direct = [name for name in audio if "/" not in name]
+    split_of = _top_splits(folder, audio, options.top_folders)
+    depth = 1 if split_of else 0  # of the classes
+    direct = [name for name in audio if name.count("/") == depth]
     if options.use_labels and 0 < len(direct) < len(audio):
         mixed = f"audio both directly ({direct[0]}) and in subfolders, which would be classes"
         raise UserError(f"{folder} holds {mixed}; move one kind away, or give --no-labels")
     labelled = options.use_labels and not direct
-    rows = [_row_in_folder(folder, name, "", labelled) for name in audio]
-    return Listing(rows, {"files that are hidden or not audio": len(files) - len(audio)})
+    rows = [_row_in_folder(folder, n, split_of.get(n.split("/")[0], ""), labelled, depth) for n in audio]
+    notes = [f"splits: {', '.join(f'{top}/ is {split}' for top, split in split_of.items())}"] if split_of else []
+    unread = ", ".join(f"{count} {extension}" for extension, count in unreadable(files).items())
+    notes += [f"not read: sounds in formats without a decoder here: {unread}"] if unread else []
+    return Listing(rows, {"files that are hidden or not audio": len(files) - len(audio)}, notes=notes)
+
+
+def _top_splits(folder: Path, audio: list[str], given: str | None) -> dict[str, str]:
+    """Return folder on top -> split, or {} if those folders are classes. Raises UserError if they may be either."""
+    tops = sorted({name.split("/")[0] for name in audio if "/" in name})
+    direct = any("/" not in name for name in audio)
+    splits = {top: SPLIT_FOLDERS[top.casefold()] for top in tops if top.casefold() in SPLIT_FOLDERS}
+    if given == "classes" or (given is None and not splits):
+        return {}
+    others = [top for top in tops if top not in splits]
+    if given is None and (others or direct):
+        beside = f"{examples(others)}, which would be classes" if others else "audio without a folder"
+        what = f"{examples(list(splits))}, which would be splits, beside {beside}"
+        raise UserError(f"{folder} holds {what}; give --top-folders classes or --top-folders splits")
+    if direct or not tops:
+        raise UserError(f"--top-folders splits: {folder} holds audio without a folder, and so without a split")
+    split_of = {top: splits.get(top, top) for top in tops}
+    for split, count in Counter(split_of.values()).items():
+        if count > 1:
+            same = " and ".join(top for top in tops if split_of[top] == split)
+            raise UserError(f"{folder} holds {same}, which both mean the split {split}; join or rename them")
+    return split_of
+
+
+def rows_from_fsd50k(inputs: list[Path], options: SourceOptions) -> Listing:
+    """List the clips of an FSD50K folder, unpacked as it is published: train, val, and test, which is its eval."""
+    folder = only_input(inputs, "fsd50k")
+    tables = {name: folder / "FSD50K.ground_truth" / f"{name}.csv" for name in (*FSD50K_TABLES, "vocabulary")}
+    if lost := [str(table) for table in tables.values() if not table.is_file()]:
+        raise UserError(f"--input {folder} has no {lost[0]}, as the folder of FSD50K has; unpack FSD50K.ground_truth")
+    vocabulary = tuple(cells[1] for _, cells in read_cells(tables["vocabulary"]) if len(cells) > 1)
+    rows: list[Row] = []
+    for name, wanted in FSD50K_TABLES.items():
+        require_columns(tables[name], header_of(tables[name]), wanted)
+        for where, record in records_of(tables[name]):
+            clip, labels, split = (str(record.get(column, "test")) for column in ("fname", "labels", "split"))
+            relative = f"FSD50K.{name}_audio/{clip}.wav"
+            names = tuple(label for label in labels.split(",") if label) if options.use_labels else ()
+            if unknown := set(names) - set(vocabulary):
+                raise UserError(f"{where}: {min(unknown)!r} is not in {tables['vocabulary']}; unpack the archive again")
+            rows.append(Row(Place(f"{folder}/{relative}"), relative, names, split, where))
+    return Listing(rows, vocabulary=vocabulary if options.use_labels else None, table=str(tables["dev"].parent))
 
 
 def rows_from_speechcommands(inputs: list[Path], options: SourceOptions) -> Listing:
@@ -63,9 +121,9 @@ def rows_from_speechcommands(inputs: list[Path], options: SourceOptions) -> List
     return Listing(rows, left_out, tuple(sorted({n.split("/")[0] for n in words})) if options.use_labels else None)
 
 
-def _row_in_folder(folder: Path, name: str, group: str, labelled: bool) -> Row:
+def _row_in_folder(folder: Path, name: str, group: str, labelled: bool, depth: int = 0) -> Row:
     path = f"{folder}/{name}"
-    return Row(Place(path), name, (name.split("/")[0],) if labelled else (), group, path)
+    return Row(Place(path), name, (name.split("/")[depth],) if labelled else (), group, path)
 
 
 def _word_splits(folder: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import codecs
 import csv
+import unicodedata
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -13,6 +14,11 @@ from asda.errors import UserError
 from asda.sharding.audio_ref import Place
 
 MAX_NAMED = 3  # examples in a sentence
+SPLIT_FOLDERS = {  # names of folders and of archives that mean a split, in any case
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("valid", "validation", "val", "dev"), "valid"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +134,13 @@ class Classes:
                 raise UserError(f"{where}: {what}; correct it, or give the table that has it as --class-labels")
             labels = self._labels[mids] = tuple(dict.fromkeys(self._names[mid] for mid in wanted))
         return labels
+
+
+def alike(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Return pairs of names that differ only in case, space or Unicode form, each with the first of its kind."""
+    first: dict[str, str] = {}
+    plain = ((name, " ".join(unicodedata.normalize("NFKC", name).casefold().split())) for name in names)
+    return [(first[folded], name) for name, folded in plain if first.setdefault(folded, name) != name]
 
 
 def examples(names: Collection[str]) -> str:
