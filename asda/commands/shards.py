@@ -21,6 +21,7 @@ from asda.data.labels import read_labels
 from asda.data.shards.index import DATASET_FILE, FORMAT_VERSION, MAX_SAMPLE_BYTES, DatasetIndex, Duplicates
 from asda.data.shards.read import load_dataset
 from asda.errors import UserError
+from asda.sharding.cut import cut_recordings, with_channel
 from asda.sharding.duplicates import Pair, find_pairs
 from asda.sharding.journal import (
     DUPLICATES_FILE,
@@ -41,6 +42,7 @@ from asda.sharding.writer import WrittenShard, check_space, summarize_split, wri
 from asda.system import FileLock, write_whole_file
 
 LONGEST_CLIP_S = MAX_SAMPLE_BYTES // (2 * SAMPLE_RATE_HZ) - 1  # what a reader accepts as one sample
+SHORTEST_CUT_S = 0.1
 NOT_IN_COMMAND = {"--out", "--workers", "--part", "--merge", "--overwrite"}  # they change no byte of the shards
 
 EXAMPLES = """examples
@@ -111,7 +113,8 @@ def parse_part(text: str) -> tuple[int, int]:
 def make_shards(args: argparse.Namespace) -> None:
     """List the clips, plan the shards, write them, and report. Raises UserError."""
     labels = read_labels(args.labels) if args.labels else None
-    listing = list_source(args.source, args.input, options_from(args, labels))
+    listing = with_channel(list_source(args.source, args.input, options_from(args, labels)), args.channel)
+    listing = cut_recordings(listing, args.cut, args.workers)
     plan = plan_shards(args, listing, labels or listing.vocabulary)
     shards = range(0) if args.merge else plan.part(*args.part)
     if not shards and not args.merge:
@@ -147,6 +150,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.labels and args.no_labels:
         raise UserError("--labels and --no-labels contradict each other; give one of them")
     check_range("--clips-per-shard", args.clips_per_shard, 1)
+    if args.cut is not None and not SHORTEST_CUT_S <= args.cut <= args.max_seconds:
+        raise UserError(f"--cut {args.cut:g} must be from {SHORTEST_CUT_S} to --max-seconds {args.max_seconds:g}")
+    if args.channel is not None:
+        check_range("--channel", args.channel, 0)
     if not 0 < args.max_seconds <= LONGEST_CLIP_S:
         raise UserError(f"--max-seconds {args.max_seconds:g} must be above 0 and at most {LONGEST_CLIP_S}")
 

@@ -61,6 +61,11 @@ class Place:
         return replace(self, start_s=start_s, stop_s=stop_s, exact=True)
 
     @property
+    def in_pack(self) -> bool:
+        """Whether it lies in an HDF5 pack."""
+        return bool(self.entry) and not self.path.endswith(PARQUET_EXTENSION)
+
+    @property
     def recording(self) -> tuple:
         """What it is a segment of: equal for all segments of one recording."""
         return self.path, self.entry, self.row, self.first_byte
@@ -74,7 +79,7 @@ class Place:
 
 def read_place(place: Place, max_seconds: float = MAX_SECONDS) -> np.ndarray:
     """Read one clip as int16 samples [S] at 16 kHz, S >= 400, as read_audio does. Raises AudioError with the reason."""
-    if place.entry and not place.path.endswith(PARQUET_EXTENSION):
+    if place.in_pack:
         return _read_entry(place, max_seconds)
     segment = None if place.stop_s is None else (place.start_s, place.stop_s, place.exact)
     with audio_file(place) as path:
