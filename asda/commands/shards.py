@@ -8,7 +8,8 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -43,6 +44,7 @@ from asda.system import FileLock, write_whole_file
 
 LONGEST_CLIP_S = MAX_SAMPLE_BYTES // (2 * SAMPLE_RATE_HZ) - 1  # what a reader accepts as one sample
 SHORTEST_CUT_S = 0.1
+MOST_REJECTED_LINES = 10  # that are printed
 NOT_IN_COMMAND = {"--out", "--workers", "--part", "--merge", "--overwrite"}  # they change no byte of the shards
 
 EXAMPLES = """examples
@@ -190,14 +192,24 @@ def write_shards(plan: Plan, shards: range, journal: Journal, workers: Workers) 
     tasks = plan.tasks[shards.start : shards.stop]
     if num_finished := sum(map(journal.has_record, tasks)):
         print(f"resuming: {num_finished} of {len(tasks)} shards are finished", file=sys.stderr)
-    written = workers.run(journal.produce, tasks, [len(task.clips) for task in tasks], "clip", print_rejections)
+    written = workers.run(journal.produce, tasks, [len(task.clips) for task in tasks], "clip", rejection_printer())
     return dict(zip(shards, written, strict=True))
 
 
-def print_rejections(shard: WrittenShard) -> None:
-    """Print a line for every clip of a shard that could not be read."""
-    for source, reason in shard.rejected:
-        tqdm.write(f"rejected {source}: {reason}", file=sys.stderr)
+def rejection_printer() -> Callable[[WrittenShard], None]:
+    """Return a function that prints a line for each of the first clips that could not be read."""
+    num_told = 0
+
+    def tell(shard: WrittenShard) -> None:
+        nonlocal num_told
+        for source, reason in shard.rejected:
+            num_told += 1
+            if num_told <= MOST_REJECTED_LINES:
+                tqdm.write(f"rejected {source}: {reason}", file=sys.stderr)
+            elif num_told == MOST_REJECTED_LINES + 1:
+                tqdm.write(f"rejected: more clips, which {REJECTED_FILE} will list", file=sys.stderr)
+
+    return tell
 
 
 def finish(
@@ -241,6 +253,7 @@ def write_tables(plan: Plan, listing: Listing, written: Mapping[int, WrittenShar
             reason = shards[0].rejected[0]
             raise UserError(f"split {name}: none of its clips could be read; the first is {': '.join(reason)}")
     rejected += sorted(listing.missing)
+    refuse_lost_classes(plan, splits)
     clips = [(key, name) for name, shards in splits.items() for shard in shards for key in shard.keys]
     pairs = find_pairs([prints for shards in splits.values() for shard in shards for prints in shard.prints])
     write_table(plan.out / REJECTED_FILE, ("path", "reason"), rejected)
@@ -259,6 +272,20 @@ def write_tables(plan: Plan, listing: Listing, written: Mapping[int, WrittenShar
     )
     with writing(plan.out / DATASET_FILE):
         return write_dataset(dataset)
+
+
+def refuse_lost_classes(plan: Plan, splits: Mapping[str, Sequence[WrittenShard]]) -> None:
+    """Refuse a dataset that lacks a class of which clips were listed, because none of them could be read."""
+    found = {label for shards in splits.values() for shard in shards for ids in shard.labels for label in ids}
+    listed = Counter(label for task in plan.tasks for clip in task.clips for label in clip.label_ids)
+    lost = {plan.vocabulary[label]: count for label, count in sorted(listed.items()) if label not in found}
+    if lost:
+        first = next(clip for task in plan.tasks for clip in task.clips if set(clip.labels) & set(lost))
+        reasons = dict(clip for shards in splits.values() for shard in shards for clip in shard.rejected)
+        counts = examples([f"{name} ({count} clips)" for name, count in lost.items()])
+        what = f"{len(lost)} of {len(plan.vocabulary)} classes have no clip that could be read: {counts}"
+        fix = "repair the files or drop these classes, then run again with --overwrite"
+        raise UserError(f"{what}; the first is {first.source}: {reasons[first.source]}; {fix}")
 
 
 def count_pairs(pairs: Sequence[Pair], splits: Sequence[str]) -> Duplicates:

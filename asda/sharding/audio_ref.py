@@ -153,11 +153,15 @@ def _first_rows(path: str) -> list[int]:
 @lru_cache(maxsize=4)  # Hugging Face writes 100 MB or 100 rows a group; shuffled clips come from all of them
 def _row_group(path: str, number: int, column: str) -> "pyarrow.ChunkedArray":
     """Read the audio of a row group."""
+    with open_parquet(path) as file:
+        return struct_bytes(file.read_row_group(number, columns=[f"{column}.bytes"]).column(column))
+
+
+def struct_bytes(cells: "pyarrow.ChunkedArray") -> "pyarrow.ChunkedArray":
+    """Return the field `bytes` of a column of structs."""
     import pyarrow.compute
 
-    with open_parquet(path) as file:
-        values = file.read_row_group(number, columns=[f"{column}.bytes"]).column(column)
-        return pyarrow.compute.struct_field(values, "bytes")  # pyright: ignore[reportAttributeAccessIssue]
+    return pyarrow.compute.struct_field(cells, "bytes")  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def open_pack(path: str) -> "h5py.File":

@@ -13,6 +13,7 @@ from asda.data.audio.ffmpeg import EXTRA, has_pyav
 from asda.data.audio.find import is_hidden
 from asda.data.audio.waves import PYAV_EXTENSIONS
 from asda.errors import UserError
+from asda.sharding.sources.archives import rows_from_parquet, rows_from_tar
 from asda.sharding.sources.audioset import rows_from_audioset
 from asda.sharding.sources.files import rows_from_esc50, rows_from_folder, rows_from_fsd50k, rows_from_speechcommands
 from asda.sharding.sources.listing import Listing, Row, SourceOptions
@@ -27,7 +28,9 @@ SOURCES: dict[str, Callable[[list[Path], SourceOptions], Listing]] = {
     "folder": rows_from_folder,
     "fsd50k": rows_from_fsd50k,
     "hdf5": rows_from_hdf5,
+    "parquet": rows_from_parquet,
     "speechcommands": rows_from_speechcommands,
+    "tar": rows_from_tar,
 }
 
 # Options that only some sources understand, and what to say to the others.

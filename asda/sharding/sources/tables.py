@@ -102,6 +102,11 @@ def _column(table: Table, names: Iterable[str], given: str | None = None, option
     return given or next((name if name in table.columns else folded[name] for name in names if name in folded), None)
 
 
+def find_label_column(table: Table) -> str | None:
+    """Return the column of a table that holds labels by its name, or None."""
+    return _column(table, LABEL_COLUMNS)
+
+
 def rows_from_csv(inputs: list[Path], options: SourceOptions) -> Listing:
     """List a table of paths: CSV, also with semicolons or tabs, or JSON lines. Raises UserError."""
     path = only_input(inputs, "csv")

@@ -1,0 +1,261 @@
+"""Sources of sounds inside archives: tars as webdataset reads them, and parquet files as Hugging Face writes them.
+
+    train-000000.tar                       key.flac beside key.json, key.cls or key.txt; a key ends at its first dot
+    train-00000-of-00004.parquet           a column struct<bytes, path>; names of labels that are numbers in the schema
+
+Nothing is unpacked: a clip is read from its place in the archive. A clip's name in the input is its name in the
+archive, so the shards are those of the same files in a folder, listed by a CSV.
+"""
+
+import json
+import os
+import re
+import tarfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from asda.data.audio.find import is_audio, is_hidden, walk
+from asda.errors import UserError
+from asda.sharding.audio_ref import PARQUET_EXTENSION, Place, open_parquet, struct_bytes
+from asda.sharding.sources.listing import SPLIT_FOLDERS, Listing, Row, SourceOptions
+from asda.sharding.sources.tables import Cell, Record, Table, as_cell, find_label_column, list_table
+
+if TYPE_CHECKING:
+    import pyarrow
+    import pyarrow.parquet
+
+LARGEST_GROUP_BYTES = 1 << 30  # of the audio in a row group, which is read whole
+MEMBER = "\0member"  # cells of a tar's records that no user's column can be
+CLASS, TEXT = "cls", "txt"
+Names = tuple[str, ...] | None  # of labels that are numbers
+
+
+def _archives(inputs: list[Path], ending: str) -> dict[Path, str]:
+    """Return archive -> split for files as given and all in folders. Raises UserError."""
+    paths: list[Path] = []
+    for given in inputs:
+        below = sorted(n for n in walk(given) if n.endswith(ending) and not is_hidden(n)) if given.is_dir() else ()
+        if given.is_dir() and not below:
+            raise UserError(f"--input {given} holds no *{ending}")
+        paths += [given / name for name in below] or [given]
+    split_of = {path: _split_of(path) for path in paths}
+    named = [path for path, split in split_of.items() if split]
+    if named and len(named) < len(paths):
+        other = next(path for path, split in split_of.items() if not split)
+        raise UserError(f"{named[0]} is named for a split and {other} is not; rename one, or run once for each")
+    return split_of
+
+
+def _split_of(path: Path) -> str:
+    """Return the split that a file's first word means, or its folder's name, or ""."""
+    word = re.match(r"[A-Za-z]*", path.name)
+    names = (word[0] if word else "", path.absolute().parent.name)
+    return next((SPLIT_FOLDERS[name.casefold()] for name in names if name.casefold() in SPLIT_FOLDERS), "")
+
+
+def _joined(parts: list[tuple[Path, str, Listing]], vocabulary: Names = None) -> Listing:
+    """Join the listings of several archives; clips whose name is in two of them get the archive's before it."""
+    times = Counter(row.relative for _, _, listing in parts for row in listing.rows)
+    rows: list[Row] = []
+    left_out: Counter[str] = Counter()
+    notes: dict[str, None] = {}
+    for path, split, listing in parts:
+        left_out.update(listing.left_out)
+        notes |= dict.fromkeys(note.replace(str(path), str(path.parent)) for note in listing.notes)
+        for row in listing.rows:
+            relative = row.relative if times[row.relative] == 1 else f"{path.stem}/{row.relative}"
+            rows.append(replace(row, relative=relative, group=split or row.group))
+    return Listing(rows, dict(left_out), vocabulary, notes=list(notes))
+
+
+def _named(value: object, names: Names, where: str) -> Cell:
+    """Return a label as text: numbers by their names. Raises UserError if a number has none."""
+    if isinstance(value, list):
+        return tuple(str(_named(item, names, where)) for item in value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        return as_cell(value)
+    if names is None:
+        raise UserError(f"{where}: the label {value} is a number; give a file of names as --labels, or --no-labels")
+    if not 0 <= value < len(names):
+        raise UserError(f"{where}: the label {value} is not one of 0 to {len(names) - 1}, which are named")
+    return names[value]
+
+
+# tar
+
+
+def rows_from_tar(inputs: list[Path], options: SourceOptions) -> Listing:
+    """List the sounds in tars, or in all of a folder, with the labels of the .json, .cls or .txt beside them."""
+    parts = []
+    for path, split in _archives(inputs, ".tar").items():
+        samples = _samples(path)
+        records = list(_records_of(path, samples, options))
+        columns = list(dict.fromkeys(column for _, record in records for column in record))
+        whole = [(where, {c: record.get(c, "") for c in columns}) for where, record in records]
+        if not records:
+            raise UserError(f"{path} holds no audio file")
+        table = Table(str(path), columns, whole)
+        places = {member.name: member for members in samples.values() for member in members}
+        label = options.label_column or find_label_column(table) or next((c for c in (CLASS, TEXT) if c in columns), "")
+
+        def locate(_where: str, record: Record, path: Path = path, places: dict = places) -> tuple[str, Place]:
+            member = places[str(record[MEMBER])]
+            relative = os.path.normpath(member.name)
+            return relative, Place(str(path), first_byte=member.offset_data, num_bytes=member.size)
+
+        listing = list_table(table, replace(options, label_column=label or None), locate, {MEMBER})
+        alone = sum(not any(is_audio(member.name) for member in members) for members in samples.values())
+        parts.append((path, split, replace(listing, left_out=listing.left_out | {"samples without a sound": alone})))
+    return _joined(parts)
+
+
+def _samples(path: Path) -> dict[str, list[tarfile.TarInfo]]:
+    """Return key -> the files of a tar that are not hidden. Raises UserError."""
+    samples: dict[str, list[tarfile.TarInfo]] = defaultdict(list)
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                folder, _, name = member.name.rpartition("/")
+                if member.isreg() and not is_hidden(member.name):
+                    samples[f"{folder}/{name.partition('.')[0]}"].append(member)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except tarfile.TarError as error:
+        raise UserError(f"{path} is not an uncompressed tar, or is cut short: {error}; unpack a .gz or .zst") from None
+    return samples
+
+
+def _records_of(
+    path: Path, samples: dict[str, list[tarfile.TarInfo]], options: SourceOptions
+) -> Iterator[tuple[str, Record]]:
+    """Yield (place for messages, cells) for every sound: its member's name, and what lies beside it."""
+    with path.open("rb") as archive:
+        for members in samples.values():
+            record: Record = {}
+            for member in members:
+                kind = member.name.rpartition(".")[2].lower()
+                if kind in ("json", CLASS, TEXT):
+                    archive.seek(member.offset_data)
+                    where = f"{path}: {member.name}"
+                    record |= _cells(kind, archive.read(member.size), options, where)
+            for member in members:
+                if is_audio(member.name):
+                    yield f"{path}: {member.name}", {MEMBER: member.name, **record}
+
+
+def _cells(kind: str, content: bytes, options: SourceOptions, where: str) -> Record:
+    """Return the cells that a file beside a sound holds. Raises UserError."""
+    try:
+        text = content.decode("utf-8-sig").strip()
+        if kind == "json":
+            cells = json.loads(text)
+            if not isinstance(cells, dict):
+                raise ValueError("no object")
+        elif kind == CLASS:
+            cells = {CLASS: int(text) if re.fullmatch(r"\d+", text, re.ASCII) else text}
+        else:
+            cells = {TEXT: text}
+    except ValueError as error:
+        raise UserError(f"{where} is not UTF-8 {kind}: {error}") from None
+    label = options.label_column or find_label_column(Table(where, list(cells), ())) or CLASS
+    names, labelled = options.label_names, options.use_labels
+    return {c: _named(value, names, where) if c == label and labelled else as_cell(value) for c, value in cells.items()}
+
+
+# parquet
+
+
+def rows_from_parquet(inputs: list[Path], options: SourceOptions) -> Listing:
+    """List the rows of parquet files, or of all in a folder; train-00000-of-00004.parquet belongs to train."""
+    parts, vocabularies = [], set()
+    for path, split in _archives(inputs, PARQUET_EXTENSION).items():
+        with open_parquet(str(path)) as file:
+            schema = file.schema_arrow
+            table = Table(str(path), schema.names, ())
+            audio = _audio_column(path, schema)
+            label = (options.label_column or find_label_column(table)) if options.use_labels else None
+            names = _names_in(schema, label) if label else None
+            vocabularies.add(names)
+            in_cell = _has_bytes(file, audio)
+            records = _rows_in(file, path, audio, label, names or options.label_names)
+
+            def locate(where: str, record: Record, path=path, audio=audio, in_cell=in_cell) -> tuple[str, Place]:
+                number, name = int(str(record[MEMBER])), str(record[audio])
+                if in_cell[number]:
+                    return name or f"{path.stem}/{number}", Place(str(path), entry=audio, row=number)
+                if not name:
+                    raise UserError(f"{where}: {audio} has neither bytes nor a path")
+                return os.path.normpath(name), Place(os.path.join(path.parent, name))
+
+            listing = list_table(table._replace(records=records), options, locate, {audio})
+        parts.append((path, split, listing))
+    if len(vocabularies) > 1:
+        raise UserError(f"the parquet files in {inputs[0]} name different classes; run once for each")
+    return _joined(parts, vocabularies.pop())
+
+
+def _audio_column(path: Path, schema: "pyarrow.Schema") -> str:
+    import pyarrow
+
+    found = [
+        f.name for f in schema if pyarrow.types.is_struct(f.type) and {"bytes", "path"} <= {p.name for p in f.type}
+    ]
+    if len(found) > 1 and "audio" in found:
+        return "audio"
+    if len(found) != 1:
+        what = f"has {len(found)} columns struct<bytes, path> of sounds"
+        raise UserError(
+            f"{path} {what}; one is read, or the one named audio; its columns are {', '.join(schema.names)}"
+        )
+    return found[0]
+
+
+def _names_in(schema: "pyarrow.Schema", label: str) -> Names:
+    """Return the names of a column's numbers, which Hugging Face keeps in the schema, or None."""
+    try:
+        feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label]
+    except (KeyError, ValueError, TypeError):
+        return None
+    feature = feature[0] if isinstance(feature, list) and feature else feature
+    feature = feature.get("feature", feature) if isinstance(feature, dict) else {}
+    names = feature.get("names") if isinstance(feature, dict) else None
+    return tuple(map(str, names)) if names else None
+
+
+def _has_bytes(file: "pyarrow.parquet.ParquetFile", audio: str) -> list[bool]:
+    """Return for every row whether its sound lies in its cell; its bytes are read only if the file does not tell."""
+    found: list[bool] = []
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        columns = [group.column(i) for i in range(group.num_columns)]
+        column = next(column for column in columns if column.path_in_schema == f"{audio}.bytes")
+        if column.total_uncompressed_size > LARGEST_GROUP_BYTES:
+            size = f"a row group with {column.total_uncompressed_size >> 20} MiB of audio"
+            raise UserError(f"the parquet file has {size}, and at most 1024 are read; write it with row_group_size=100")
+        nulls = column.statistics.null_count if column.statistics and column.statistics.has_null_count else None
+        if nulls in (0, group.num_rows):
+            found += [nulls == 0] * group.num_rows
+        else:
+            cells = file.read_row_group(number, columns=[f"{audio}.bytes"]).column(audio)
+            found += struct_bytes(cells).is_valid().to_pylist()
+    return found
+
+
+def _rows_in(
+    file: "pyarrow.parquet.ParquetFile", path: Path, audio: str, label: str | None, names: Names
+) -> Iterator[tuple[str, Record]]:
+    """Yield (place for messages, cells) of the rows, without the bytes of their sounds."""
+    others = [name for name in file.schema_arrow.names if name != audio]
+    number = 0
+    for batch in file.iter_batches(columns=[*others, f"{audio}.path"]):
+        for values in batch.to_pylist():
+            where = f"{path} row {number}"
+            record: Record = {column: as_cell(values[column]) for column in others if column != label}
+            if label:
+                record[label] = _named(values[label], names, where)
+            name = (values[audio] or {}).get("path")
+            yield where, record | {MEMBER: str(number), audio: name or ""}
+            number += 1
