@@ -123,7 +123,7 @@ def _parquet_bytes(place: Place) -> bytes:
         firsts = _first_rows(place.path)
         group = bisect_right(firsts, row) - 1
         content = _row_group(place.path, group, place.entry)[row - firsts[group]].as_py()
-    except (ValueError, IndexError) as error:  # pyarrow's errors are such, or OSErrors
+    except (ValueError, LookupError, UserError) as error:  # what pyarrow raises are such, or OSErrors
         raise AudioError(f"parquet: {error}") from error
     if content is None:
         raise AudioError("its cell is empty")
