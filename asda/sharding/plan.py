@@ -176,9 +176,8 @@ def _refuse_alike(num_clips: Counter[str], split_of: dict[str, str], chosen: boo
     for one, other in alike(sorted(num_clips)):
         if (one in split_of) + (other in split_of) == 1 or (one in split_of and not chosen):
             both = f"{one!r} ({num_clips[one]} clips) and {other!r} ({num_clips[other]} clips)"
-            raise UserError(
-                f"the splits {both} differ only in case, space or Unicode form; give --split {other}={one},{other} to join them"
-            )
+            join = f"give --split {other}={one},{other} to join them"
+            raise UserError(f"the splits {both} differ only in case, space or Unicode form; {join}")
 
 
 def _by_shares(keys: dict[str, Row], rules: list[SplitRule]) -> dict[str, dict[str, Row]]:

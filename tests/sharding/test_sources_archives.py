@@ -157,7 +157,7 @@ def test_archives_of_some_splits_are_refused_beside_others(tmp_path):
 
 def parquet(path: Path, cells: list, group_rows: int = 3, names: tuple[str, ...] = (), **columns: list) -> Path:
     """Write cells of sounds, dictionaries of bytes and path, as Hugging Face does."""
-    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow")
     import pyarrow.parquet
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -234,14 +234,14 @@ def test_labels_that_are_not_clear_are_refused_in_one_sentence(tmp_path, argumen
 
 
 def test_a_bad_parquet_file_is_refused_in_one_sentence(tmp_path, monkeypatch):
-    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow")
     import pyarrow.parquet
 
     path = tmp_path / "x.parquet"
     path.write_bytes(b"no parquet")
     assert "x.parquet cannot be opened as parquet: " in refusal("parquet", path)
     pyarrow.parquet.write_table(pyarrow.table({"a": [1], "b": [2]}), path)
-    assert "has 0 columns struct<bytes, path>, where one holds the sounds" in refusal("parquet", path)
+    assert "has 0 columns struct<bytes, path>; one is read" in refusal("parquet", path)
     rows = listed("parquet", parquet(path, CELLS[:2], label=["a", "b"])).rows
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(AudioError, match=r"parquet: .*cannot be opened as parquet"):

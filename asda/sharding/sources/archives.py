@@ -206,10 +206,8 @@ def _audio_column(path: Path, schema: "pyarrow.Schema") -> str:
     if len(found) > 1 and "audio" in found:
         return "audio"
     if len(found) != 1:
-        what = f"has {len(found)} columns struct<bytes, path> of sounds"
-        raise UserError(
-            f"{path} {what}; one is read, or the one named audio; its columns are {', '.join(schema.names)}"
-        )
+        what = f"has {len(found)} columns struct<bytes, path>; one is read, or the one that is named audio"
+        raise UserError(f"{path} {what}; its columns are {', '.join(schema.names)}")
     return found[0]
 
 
