@@ -12,22 +12,34 @@ sources: what --input is, and how the splits are named
   audioset        segments CSVs, or a folder with *_segments.csv. --audio holds Y<id>.wav, <id>.m4a,
                   <id>_<start in ms>.flac or the like, in any subfolders; longer files are whole videos and are cut.
                   Segments without a file are counted. Splits: balanced_train, unbalanced_train, eval
-  csv             a table with columns, below
+  csv             a table with columns, below; also with semicolons or tabs, in UTF-16, or JSON lines (.jsonl, .ndjson)
   eat             train.tsv (root, then file<TAB>samples; also pack.h5/key), train.lbl (id<TAB>MIDs),
                   label_descriptors.csv beside them, or their folder. --audio replaces the root.
                   Splits: stems of the tsv
   esc50           the folder with meta/esc50.csv and audio/; --where esc10=True for ESC-10. Splits: fold1 to fold5
-  folder          a folder with one subfolder per class, or with files only, which get no labels
+  folder          a folder with one subfolder per class, or with files only, which get no labels. Folders such as
+                  train/, val/ and test/ on top are the splits train, valid and test, with the classes below them
+  fsd50k          the unpacked archive with FSD50K.ground_truth/. Splits: train, val, test (its eval)
   hdf5            PANNs' packs of waveforms, or a folder of them. Splits: their stems without _part00
+  parquet         files with a column struct<bytes, path>, as Hugging Face writes them, or a folder of them; other
+                  columns as in a table. Splits: train-00000-of-00004.parquet and the like, or a folder's name
   speechcommands  the unpacked archive, v0.01 or v0.02; _background_noise_ is left out. Splits: train, valid, test
+  tar             webdataset tars, or a folder of them: key.flac beside key.json, key.cls or key.txt with the labels;
+                  a key ends at its first dot. Splits: train-000000.tar and the like, or a folder's name
 
 audio files: what libsndfile reads (WAV, FLAC, Ogg, Opus, MP3, AIFF ...); M4A, AAC, MP4 and WebM with asda[m4a],
-HDF5 packs with asda[hdf5].
+HDF5 packs with asda[hdf5], parquet with asda[parquet]. Hidden files (.x, ._x, __MACOSX) are left out.
 
-columns of a CSV
-  path            absolute, or relative to the CSV
-  label, labels or tags (the first present)   class names, several separated by ";"
-  split or fold (the first present)
+columns of a table, in any case; others are named and not used
+  path, file_name, filename, file, filepath, audio, wav ...   absolute, or relative to the table; no addresses
+  label, labels, tags, category, class, species ...           class names, several separated by ";" or as a list:
+                                                              dog;barks or ["dog", "barks"]
+  split or fold                                               the first present
+  start and end, onset and offset, start and duration ...     in seconds: the clip is this part of the file
+
+cutting and channels
+  --cut 10 makes of rec.wav, 25 s long, the clips rec_0-10, rec_10-20 and rec_20-25, of the labels of rec.wav, all in
+  one split. Recordings may have any length. --channel 0 takes the left channel of stereo, if both cancel each other.
 """
 
 

@@ -67,7 +67,7 @@ class Place:
 
     @property
     def recording(self) -> tuple:
-        """What it is a segment of: equal for all segments of one recording."""
+        """Its recording: equal for all segments of one."""
         return self.path, self.entry, self.row, self.first_byte
 
     @property
