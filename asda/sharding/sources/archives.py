@@ -21,14 +21,14 @@ from asda.data.audio.find import is_audio, is_hidden, walk
 from asda.errors import UserError
 from asda.sharding.audio_ref import PARQUET_EXTENSION, Place, open_parquet, struct_bytes
 from asda.sharding.sources.listing import SPLIT_FOLDERS, Listing, Row, SourceOptions
-from asda.sharding.sources.tables import Cell, Record, Table, as_cell, find_label_column, list_table
+from asda.sharding.sources.tables import LABEL_COLUMNS, Cell, Record, Table, as_cell, find_column, list_table
 
 if TYPE_CHECKING:
     import pyarrow
     import pyarrow.parquet
 
 LARGEST_GROUP_BYTES = 1 << 30  # of the audio in a row group, which is read whole
-MEMBER = "\0member"  # cells of a tar's records that no user's column can be
+MEMBER = "__member__"  # where a sound lies in its archive: a cell of ours
 CLASS, TEXT = "cls", "txt"
 Names = tuple[str, ...] | None  # of labels that are numbers
 
@@ -99,14 +99,14 @@ def rows_from_tar(inputs: list[Path], options: SourceOptions) -> Listing:
             raise UserError(f"{path} holds no audio file")
         table = Table(str(path), columns, whole)
         places = {member.name: member for members in samples.values() for member in members}
-        label = options.label_column or find_label_column(table) or next((c for c in (CLASS, TEXT) if c in columns), "")
+        label = find_column(table, (*LABEL_COLUMNS, CLASS, TEXT), options.label_column, "--label-column")
 
         def locate(_where: str, record: Record, path: Path = path, places: dict = places) -> tuple[str, Place]:
             member = places[str(record[MEMBER])]
             relative = os.path.normpath(member.name)
             return relative, Place(str(path), first_byte=member.offset_data, num_bytes=member.size)
 
-        listing = list_table(table, replace(options, label_column=label or None), locate, {MEMBER})
+        listing = list_table(table, replace(options, label_column=label), locate, {MEMBER})
         alone = sum(not any(is_audio(member.name) for member in members) for members in samples.values())
         parts.append((path, split, replace(listing, left_out=listing.left_out | {"samples without a sound": alone})))
     return _joined(parts)
@@ -160,7 +160,7 @@ def _cells(kind: str, content: bytes, options: SourceOptions, where: str) -> Rec
             cells = {TEXT: text}
     except ValueError as error:
         raise UserError(f"{where} is not UTF-8 {kind}: {error}") from None
-    label = options.label_column or find_label_column(Table(where, list(cells), ())) or CLASS
+    label = options.label_column or find_column(Table(where, list(cells), ()), LABEL_COLUMNS) or CLASS
     names, labelled = options.label_names, options.use_labels
     return {c: _named(value, names, where) if c == label and labelled else as_cell(value) for c, value in cells.items()}
 
@@ -176,7 +176,7 @@ def rows_from_parquet(inputs: list[Path], options: SourceOptions) -> Listing:
             schema = file.schema_arrow
             table = Table(str(path), schema.names, ())
             audio = _audio_column(path, schema)
-            label = (options.label_column or find_label_column(table)) if options.use_labels else None
+            label = (options.label_column or find_column(table, LABEL_COLUMNS)) if options.use_labels else None
             names = _names_in(schema, label) if label else None
             vocabularies.add(names)
             in_cell = _has_bytes(file, audio)

@@ -13,6 +13,7 @@ from asda.data.audio.find import is_hidden
 from asda.errors import UserError
 from asda.sharding.audio_ref import Place
 
+MAX_STOP_S = 10.0**6  # 11 days; a larger number is not in seconds
 MAX_NAMED = 3  # examples in a sentence
 SPLIT_FOLDERS = {  # names of folders and of archives that mean a split, in any case
     **dict.fromkeys(("train", "training"), "train"),
@@ -103,6 +104,17 @@ def require_columns(table: Path, columns: list[str], wanted: Iterable[str]) -> N
     for column in wanted:
         if column not in columns:
             raise UserError(f"{table} has no column {column!r}; its columns are {', '.join(columns)}")
+
+
+def segment_of(where: str, start: str, stop: str, *, duration: bool = False) -> tuple[float, float]:
+    """Return start and end in seconds; `stop` may be a duration. Raises UserError if they are not a segment."""
+    try:
+        start_s, stop_s = float(start), float(stop) + (float(start) if duration else 0)
+    except ValueError:
+        raise UserError(f"{where}: start {start.strip()!r} and end {stop.strip()!r} must be seconds") from None
+    if not 0 <= start_s < stop_s < MAX_STOP_S:
+        raise UserError(f"{where}: start {start_s:g} s and end {stop_s:g} s must be 0 <= start < end, in seconds")
+    return start_s, stop_s
 
 
 class Classes:

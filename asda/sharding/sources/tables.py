@@ -5,10 +5,8 @@ Nothing is guessed: a column that is not used is named, and a cell that may mean
 
 import ast
 import json
-import math
 import os
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -28,6 +26,7 @@ from asda.sharding.sources.listing import (
     examples,
     read_cells,
     require_columns,
+    segment_of,
 )
 
 # Names of columns, without regard to case; the first that is present counts.
@@ -52,11 +51,10 @@ JSON_LINES = (".jsonl", ".ndjson")
 
 SEPARATOR = ";"  # of labels, unless the user gives another
 OTHER_SEPARATORS = ",|/"  # which may part labels too
-ITEM = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|-?\d+)"""
+ITEM = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|-?\d{1,18})"""
 LIST = re.compile(rf"\[\s*(?:{ITEM}(?:\s*,\s*{ITEM})*\s*,?)?\s*\]", re.ASCII)
-LIKE_A_LIST = re.compile(r"""\[\s*['"].*\]""", re.DOTALL)
+LIKE_A_LIST = re.compile(r"""\[\s*(?:['"\d].*)?\]""", re.DOTALL)
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://", re.ASCII)
-LONGEST_S = 10.0**6  # 11 days; a larger time is not in seconds
 MISSING_SHARE = 0.9  # of a table's files: then the paths are wrong, or the files are elsewhere
 
 Cell = str | tuple[str, ...]  # a tuple: a list of labels
@@ -82,9 +80,9 @@ class Columns:
     @classmethod
     def of(cls, table: Table, options: SourceOptions, segments: bool) -> "Columns":
         """Choose the columns of a table. Raises UserError if a given one is missing, or a start has no end."""
-        label = _column(table, LABEL_COLUMNS, options.label_column, "--label-column")
-        group = _column(table, SPLIT_COLUMNS)
-        pairs = [tuple(_column(table, (name,)) for name in pair) for pair in SEGMENT_COLUMNS] if segments else []
+        label = find_column(table, LABEL_COLUMNS, options.label_column, "--label-column")
+        group = find_column(table, SPLIT_COLUMNS)
+        pairs = [tuple(find_column(table, (name,)) for name in pair) for pair in SEGMENT_COLUMNS] if segments else []
         segment = next(((start, end) for start, end in pairs if start and end), None)
         alone = next((c for c in table.columns if c.casefold() in SEGMENT_WORDS), None)
         if segments and alone and not segment:
@@ -93,7 +91,7 @@ class Columns:
         return cls(label if options.use_labels else None, group, segment)
 
 
-def _column(table: Table, names: Iterable[str], given: str | None = None, option: str = "") -> str | None:
+def find_column(table: Table, names: Iterable[str], given: str | None = None, option: str = "") -> str | None:
     """Return the given column, else the first of `names` that is present in any case, else None."""
     known = ", ".join(table.columns)
     if given is not None and given not in table.columns:
@@ -102,19 +100,18 @@ def _column(table: Table, names: Iterable[str], given: str | None = None, option
     return given or next((name if name in table.columns else folded[name] for name in names if name in folded), None)
 
 
-def find_label_column(table: Table) -> str | None:
-    """Return the column of a table that holds labels by its name, or None."""
-    return _column(table, LABEL_COLUMNS)
-
-
 def rows_from_csv(inputs: list[Path], options: SourceOptions) -> Listing:
     """List a table of paths: CSV, also with semicolons or tabs, or JSON lines. Raises UserError."""
     path = only_input(inputs, "csv")
     if not path.is_file():
         raise UserError(f"--input {path} is not a CSV file; --source csv wants a table with a column 'path'")
     table = read_table(path, options)
-    column = _column(table, PATH_COLUMNS, options.path_column, "--path-column")
-    assert column is not None  # read_table has looked for it
+    column = find_column(table, PATH_COLUMNS, options.path_column, "--path-column")
+    if not table.columns:
+        raise UserError(f"{path} has no rows below its header")
+    if column is None:
+        known = ", ".join(table.columns)
+        raise UserError(f"{path} has no column 'path'; its columns are {known}; name it by --path-column")
     locate = partial(_located, path.parent, _folder_of(path), column)
     listing = list_table(table, options, locate, {column}, segments=options.use_segments)
     _refuse_two_names(listing.rows)
@@ -132,30 +129,21 @@ def only_input(inputs: list[Path], source: str) -> Path:
 
 
 def read_table(path: Path, options: SourceOptions) -> Table:
-    """Open a table that has a column of paths. Raises UserError if it has none, or its header fits two separators."""
+    """Open a table with the separator that makes a column of paths. Raises UserError if two separators do."""
     if path.suffix.lower() in JSON_LINES:
         columns = list(dict.fromkeys(column for _, record in _json_lines(path) for column in record))
-        return _with_path(Table(str(path), columns, _json_records(path, columns)), options)
+        cells = ((where, {c: as_cell(record.get(c)) for c in columns}) for where, record in _json_lines(path))
+        return Table(str(path), columns, cells)
     headers = {delimiter: Table(str(path), _header(path, delimiter), ()) for delimiter in DELIMITERS}
     wanted = PATH_COLUMNS if options.path_column is None else (options.path_column.casefold(),)
-    fitting = [delimiter for delimiter, table in headers.items() if _column(table, wanted)]
+    fitting = [delimiter for delimiter, table in headers.items() if find_column(table, wanted)]
     if len(fitting) > 1 and any(len(headers[delimiter].columns) > 1 for delimiter in fitting):
         two = " and ".join(DELIMITERS[delimiter] for delimiter in fitting)
         raise UserError(f"{path}: the header names a column of paths with {two} between its cells; give --path-column")
     if not fitting:
         next(read_cells(path), None)  # raises UserError if its text cannot be read
     delimiter = fitting[0] if fitting else max(headers, key=lambda each: len(headers[each].columns))
-    table = Table(str(path), headers[delimiter].columns, records_of(path, delimiter))
-    return _with_path(table, options)
-
-
-def _with_path(table: Table, options: SourceOptions) -> Table:
-    if not table.columns:
-        raise UserError(f"{table.name} has no rows below its header")
-    if options.path_column is None and not _column(table, PATH_COLUMNS):
-        known = ", ".join(table.columns)
-        raise UserError(f"{table.name} has no column 'path'; its columns are {known}; name it by --path-column")
-    return table
+    return Table(str(path), headers[delimiter].columns, records_of(path, delimiter))
 
 
 def _header(path: Path, delimiter: str) -> list[str]:
@@ -195,13 +183,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict]]:
                 if not isinstance(record, dict):
                     raise ValueError("no object")
                 yield f"{path} line {number}", record
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not UTF-8 with one JSON object a line, near line {number}: {error}") from None
-
-
-def _json_records(path: Path, columns: list[str]) -> Iterator[tuple[str, Record]]:
-    for where, record in _json_lines(path):
-        yield where, {column: as_cell(record.get(column)) for column in columns}
 
 
 def as_cell(value: object) -> Cell:
@@ -294,14 +277,10 @@ def _located(parent: Path, folder: str, column: str, where: str, record: Record)
     given = relative = os.path.normpath(cell)
     if os.path.isabs(relative) and Path(relative).is_relative_to(folder):
         relative = os.path.relpath(relative, folder)
-    path = os.path.join(parent, given)
-    if not os.path.lexists(path) and not path.isascii():
-        for form in ("NFC", "NFD"):
-            other = os.path.join(parent, unicodedata.normalize(form, given))
-            if os.path.lexists(other):
-                return unicodedata.normalize(form, relative), Place(other)
-        path = str(existing(Path(path)))
-    return relative, Place(path)
+    path = Path(parent, given)
+    if not given.isascii() and (found := existing(path)) != path:
+        return str(Path(*found.parts[-len(Path(relative).parts) :])), Place(str(found))
+    return relative, Place(os.path.join(parent, given))
 
 
 def _folder_of(table: Path) -> str:
@@ -339,18 +318,7 @@ def times_of(where: str, record: Record, columns: tuple[str, str]) -> tuple[floa
     start, stop = (record[column] for column in columns)
     if not start and not stop:
         return None
-    try:
-        start_s, stop_s = float(str(start)), float(str(stop))
-    except ValueError:
-        raise UserError(f"{where}: {columns[0]} {start!r} and {columns[1]} {stop!r} must be seconds") from None
-    return checked_times(where, start_s, stop_s + start_s if columns[1].casefold().startswith("duration") else stop_s)
-
-
-def checked_times(where: str, start_s: float, stop_s: float) -> tuple[float, float]:
-    """Return both times. Raises UserError if they are not a segment in seconds."""
-    if not (0 <= start_s < stop_s < LONGEST_S and math.isfinite(stop_s)):
-        raise UserError(f"{where}: start {start_s:g} s and end {stop_s:g} s must be 0 <= start < end, in seconds")
-    return start_s, stop_s
+    return segment_of(where, str(start), str(stop), duration=columns[1].casefold().startswith("duration"))
 
 
 def cut_row(relative: str, place: Place, times: tuple[float, float] | None) -> tuple[str, Place]:
@@ -375,11 +343,12 @@ class Labels:
 
     def of(self, cell: Cell, where: str) -> tuple[str, ...]:
         """Return the names in a cell, each once. Raises UserError for a broken list."""
-        if isinstance(cell, str) and LIST.fullmatch(cell):
-            cell = tuple(str(name).strip() for name in ast.literal_eval(cell))
+        if isinstance(cell, str) and LIKE_A_LIST.fullmatch(cell):
+            try:
+                cell = as_cell(ast.literal_eval(LIST.fullmatch(cell)[0]))  # pyright: ignore[reportOptionalSubscript]
+            except (TypeError, ValueError, SyntaxError):
+                raise UserError(f'{where}: {cell} is not a list of labels; write ["a", "b"] or a;b') from None
         if isinstance(cell, str):
-            if LIKE_A_LIST.fullmatch(cell):
-                raise UserError(f'{where}: {cell} is not a list of labels; write ["a", "b"] or a{SEPARATOR}b')
             if self._first is not None:
                 self._first.setdefault(cell, where)
             cell = tuple(name.strip() for name in cell.split(self._separator))
