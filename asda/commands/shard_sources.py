@@ -58,7 +58,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="COLUMN=VALUE",
-        help="csv, esc50: only rows with this value; repeatable",
+        help="csv, esc50, parquet, tar: only rows with this value; repeatable",
     )
     add("--no-labels", action="store_true", help="write clips without labels")
     add = parser.add_argument_group("how tables and folders are read").add_argument

@@ -541,7 +541,7 @@ def test_a_bad_folder_of_speechcommands_is_refused_in_one_sentence(tmp_path):
 
 def test_options_that_a_source_does_not_know_are_refused(tmp_path):
     assert "use it with --source audioset or eat" in refusal("folder", tmp_path, audio=tmp_path)
-    assert "use it with --source csv or esc50" in refusal("hdf5", tmp_path, where=(("a", "b"),))
+    assert "use it with --source csv or esc50 or parquet or tar" in refusal("hdf5", tmp_path, where=(("a", "b"),))
     assert "use it with --source audioset or eat or hdf5" in refusal("csv", tmp_path, class_labels=tmp_path)
     assert "use it with --source eat or hdf5" in refusal("csv", tmp_path, sample_rate_hz=1)
     assert "--source csv takes one --input and got 2" in refusal("csv", tmp_path, tmp_path)

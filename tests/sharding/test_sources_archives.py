@@ -119,7 +119,7 @@ def test_a_sound_of_a_tar_may_be_cut(tmp_path):
     [
         ("a.tar", b"no tar", "a.tar is not an uncompressed tar, or is cut short"),
         ("a.tar", b"\x1f\x8b", "unpack a .gz or .zst"),
-        ("a.tar", {"a.txt": b"x"}, "a.tar holds no audio file"),
+        ("a.tar", {"a.txt": b"x"}, "holds no audio file in 1 samples"),
         ("a.tar", {"a.wav": SOUNDS[0], "a.json": b"[1]"}, "a.json is not UTF-8 json: no object"),
         ("a.tar", {"a.wav": SOUNDS[0], "a.json": b"{"}, "a.json is not UTF-8 json: "),
         ("a.tar", {"a.wav": SOUNDS[0], "a.txt": b"\xff"}, "a.txt is not UTF-8 txt: "),
@@ -252,7 +252,15 @@ def test_a_bad_parquet_file_is_refused_in_one_sentence(tmp_path, monkeypatch):
 
 
 def test_options_of_tables_hold_for_archives_too(tmp_path):
-    path = parquet(tmp_path / "x.parquet", CELLS[:3], word=["a|b", "b", "a"], lang=["ar", "ar", "en"])
-    listing = list_source("parquet", [path], SourceOptions(label_column="word", label_separator="|"))
-    assert list(labels_of(listing).values()) == [("a", "b"), ("b",), ("a",)]
-    assert listing.notes == [f"not used: the columns lang of {tmp_path}"]
+    for number, languages in enumerate((["ar", "ar", "en"], ["fr", "fr", "fr"])):
+        words = ["a|b", "b", "a"]
+        cells = CELLS[3 * number :][:3]
+        parquet(tmp_path / f"{number}.parquet", cells, word=words, lang=languages, speaker=words)
+    listing = list_source("parquet", [tmp_path], SourceOptions(label_column="word", label_separator="|"))
+    assert list(labels_of(listing).values()) == [("a", "b"), ("b",), ("a",)] * 2
+    assert listing.notes == [f"not used: the columns lang, speaker of {tmp_path}"]
+    arabic = SourceOptions(label_column="word", label_separator="|", where=(("lang", "ar"),))
+    assert len(list_source("parquet", [tmp_path], arabic).rows) == 2
+    assert "give --label-separator '|'" in refusal("parquet", tmp_path, label_column="word")
+    parquet(tmp_path / "2.parquet", CELLS[6:7], label=["a"])
+    assert "differ in their column of labels, or its names; run apart" in refusal("parquet", tmp_path)

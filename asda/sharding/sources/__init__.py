@@ -35,7 +35,7 @@ SOURCES: dict[str, Callable[[list[Path], SourceOptions], Listing]] = {
 
 # Options that only some sources understand, and what to say to the others.
 OPTIONS: dict[str, tuple[set[str], str]] = {
-    "where": ({"csv", "esc50"}, "--where needs a table's columns"),
+    "where": ({"csv", "esc50", "parquet", "tar"}, "--where needs a table's columns"),
     "audio": ({"audioset", "eat"}, "--audio names the folder of the files that a table lists without paths"),
     "class_labels": ({"audioset", "eat", "hdf5"}, "--class-labels names classes by their index and MID"),
     "sample_rate_hz": ({"eat", "hdf5"}, "--sample-rate is that of HDF5 packs"),

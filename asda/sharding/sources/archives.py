@@ -12,10 +12,10 @@ import os
 import re
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from asda.data.audio.find import is_audio, is_hidden, walk
 from asda.errors import UserError
@@ -28,9 +28,17 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 LARGEST_GROUP_BYTES = 1 << 30  # of the audio in a row group, which is read whole
-MEMBER = "__member__"  # where a sound lies in its archive: a cell of ours
-CLASS, TEXT = "cls", "txt"
+CLASS, TEXT, SPLIT = "cls", "txt", "split"  # columns
 Names = tuple[str, ...] | None  # of labels that are numbers
+
+
+class Clip(NamedTuple):
+    """One sound in an archive."""
+
+    where: str  # for messages
+    record: Record
+    relative: str  # its name in the archive
+    place: Place
 
 
 def _archives(inputs: list[Path], ending: str) -> dict[Path, str]:
@@ -56,19 +64,24 @@ def _split_of(path: Path) -> str:
     return next((SPLIT_FOLDERS[name.casefold()] for name in names if name.casefold() in SPLIT_FOLDERS), "")
 
 
-def _joined(parts: list[tuple[Path, str, Listing]], vocabulary: Names = None) -> Listing:
-    """Join the listings of several archives; clips whose name is in two of them get the archive's before it."""
-    times = Counter(row.relative for _, _, listing in parts for row in listing.rows)
-    rows: list[Row] = []
-    left_out: Counter[str] = Counter()
-    notes: dict[str, None] = {}
-    for path, split, listing in parts:
-        left_out.update(listing.left_out)
-        notes |= dict.fromkeys(note.replace(str(path), str(path.parent)) for note in listing.notes)
-        for row in listing.rows:
-            relative = row.relative if times[row.relative] == 1 else f"{path.stem}/{row.relative}"
-            rows.append(replace(row, relative=relative, group=split or row.group))
-    return Listing(rows, dict(left_out), vocabulary, notes=list(notes))
+def _list(clips: Iterable[Clip], columns: Iterable[str], options: SourceOptions, used: set[str], name: str) -> Listing:
+    """List clips as the rows of one table; those whose name is in two archives get the archive's before it."""
+    now: Clip
+
+    def records() -> Iterator[tuple[str, Record]]:
+        nonlocal now
+        for now in clips:
+            yield now.where, now.record
+
+    columns = list(dict.fromkeys(columns))
+    listing = list_table(Table(name, columns, records()), options, lambda *_: (now.relative, now.place), used)
+    times = Counter(row.relative for row in listing.rows)
+    rows = [replace(row, relative=_unique(row)) if times[row.relative] > 1 else row for row in listing.rows]
+    return replace(listing, rows=rows)
+
+
+def _unique(row: Row) -> str:
+    return f"{Path(row.place.path).stem}/{row.relative}"
 
 
 def _named(value: object, names: Names, where: str) -> Cell:
@@ -89,27 +102,19 @@ def _named(value: object, names: Names, where: str) -> Cell:
 
 def rows_from_tar(inputs: list[Path], options: SourceOptions) -> Listing:
     """List the sounds in tars, or in all of a folder, with the labels of the .json, .cls or .txt beside them."""
-    parts = []
+    clips: list[Clip] = []
+    num_alone = 0
     for path, split in _archives(inputs, ".tar").items():
         samples = _samples(path)
-        records = list(_records_of(path, samples, options))
-        columns = list(dict.fromkeys(column for _, record in records for column in record))
-        whole = [(where, {c: record.get(c, "") for c in columns}) for where, record in records]
-        if not records:
-            raise UserError(f"{path} holds no audio file")
-        table = Table(str(path), columns, whole)
-        places = {member.name: member for members in samples.values() for member in members}
-        label = find_column(table, (*LABEL_COLUMNS, CLASS, TEXT), options.label_column, "--label-column")
-
-        def locate(_where: str, record: Record, path: Path = path, places: dict = places) -> tuple[str, Place]:
-            member = places[str(record[MEMBER])]
-            relative = os.path.normpath(member.name)
-            return relative, Place(str(path), first_byte=member.offset_data, num_bytes=member.size)
-
-        listing = list_table(table, replace(options, label_column=label), locate, {MEMBER})
-        alone = sum(not any(is_audio(member.name) for member in members) for members in samples.values())
-        parts.append((path, split, replace(listing, left_out=listing.left_out | {"samples without a sound": alone})))
-    return _joined(parts)
+        clips += _clips_of_tar(path, split, samples, options)
+        num_alone += sum(not any(is_audio(member.name) for member in members) for members in samples.values())
+    if not clips:
+        raise UserError(f"{inputs[0]} holds no audio file in {num_alone} samples")
+    columns = list(dict.fromkeys(column for clip in clips for column in clip.record))
+    label = find_column(Table(str(inputs[0]), columns, ()), (*LABEL_COLUMNS, CLASS, TEXT), options.label_column)
+    whole = (clip._replace(record={c: clip.record.get(c, "") for c in columns}) for clip in clips)
+    listing = _list(whole, columns, replace(options, label_column=label), set(), str(inputs[0]))
+    return replace(listing, left_out=listing.left_out | {"samples without a sound": num_alone})
 
 
 def _samples(path: Path) -> dict[str, list[tarfile.TarInfo]]:
@@ -128,10 +133,10 @@ def _samples(path: Path) -> dict[str, list[tarfile.TarInfo]]:
     return samples
 
 
-def _records_of(
-    path: Path, samples: dict[str, list[tarfile.TarInfo]], options: SourceOptions
-) -> Iterator[tuple[str, Record]]:
-    """Yield (place for messages, cells) for every sound: its member's name, and what lies beside it."""
+def _clips_of_tar(
+    path: Path, split: str, samples: dict[str, list[tarfile.TarInfo]], options: SourceOptions
+) -> Iterator[Clip]:
+    """Yield the sounds of a tar, each with what lies beside it."""
     with path.open("rb") as archive:
         for members in samples.values():
             record: Record = {}
@@ -139,11 +144,12 @@ def _records_of(
                 kind = member.name.rpartition(".")[2].lower()
                 if kind in ("json", CLASS, TEXT):
                     archive.seek(member.offset_data)
-                    where = f"{path}: {member.name}"
-                    record |= _cells(kind, archive.read(member.size), options, where)
+                    record |= _cells(kind, archive.read(member.size), options, f"{path}: {member.name}")
+            record |= {SPLIT: split} if split else {}
             for member in members:
                 if is_audio(member.name):
-                    yield f"{path}: {member.name}", {MEMBER: member.name, **record}
+                    place = Place(str(path), first_byte=member.offset_data, num_bytes=member.size)
+                    yield Clip(f"{path}: {member.name}", record, os.path.normpath(member.name), place)
 
 
 def _cells(kind: str, content: bytes, options: SourceOptions, where: str) -> Record:
@@ -170,31 +176,26 @@ def _cells(kind: str, content: bytes, options: SourceOptions, where: str) -> Rec
 
 def rows_from_parquet(inputs: list[Path], options: SourceOptions) -> Listing:
     """List the rows of parquet files, or of all in a folder; train-00000-of-00004.parquet belongs to train."""
-    parts, vocabularies = [], set()
-    for path, split in _archives(inputs, PARQUET_EXTENSION).items():
+    split_of = _archives(inputs, PARQUET_EXTENSION)
+    columns: dict[str, None] = {}
+    sounds: dict[Path, str] = {}
+    kinds: set[tuple[str | None, Names]] = set()  # column of labels, and names of its numbers
+    for path, split in split_of.items():
         with open_parquet(str(path)) as file:
             schema = file.schema_arrow
-            table = Table(str(path), schema.names, ())
-            audio = _audio_column(path, schema)
-            label = (options.label_column or find_column(table, LABEL_COLUMNS)) if options.use_labels else None
-            names = _names_in(schema, label) if label else None
-            vocabularies.add(names)
-            in_cell = _has_bytes(file, audio)
-            records = _rows_in(file, path, audio, label, names or options.label_names)
-
-            def locate(where: str, record: Record, path=path, audio=audio, in_cell=in_cell) -> tuple[str, Place]:
-                number, name = int(str(record[MEMBER])), str(record[audio])
-                if in_cell[number]:
-                    return name or f"{path.stem}/{number}", Place(str(path), entry=audio, row=number)
-                if not name:
-                    raise UserError(f"{where}: {audio} has neither bytes nor a path")
-                return os.path.normpath(name), Place(os.path.join(path.parent, name))
-
-            listing = list_table(table._replace(records=records), options, locate, {audio})
-        parts.append((path, split, listing))
-    if len(vocabularies) > 1:
-        raise UserError(f"the parquet files in {inputs[0]} name different classes; run once for each")
-    return _joined(parts, vocabularies.pop())
+        columns |= dict.fromkeys(schema.names + ([SPLIT] if split else []))
+        sounds[path] = _audio_column(path, schema)
+        label = find_column(Table(str(path), schema.names, ()), LABEL_COLUMNS, options.label_column, "--label-column")
+        kinds.add((label, _names_in(schema, label) if label else None) if options.use_labels else (None, None))
+    if len(kinds) > 1:
+        raise UserError(f"the parquet files in {inputs[0]} differ in their column of labels, or its names; run apart")
+    label, names = kinds.pop()
+    clips = (
+        clip._replace(record={c: clip.record.get(c, "") for c in columns})
+        for path, split in split_of.items()
+        for clip in _clips_of_parquet(path, split, sounds[path], (label, names or options.label_names))
+    )
+    return replace(_list(clips, columns, options, set(sounds.values()), str(inputs[0])), vocabulary=names)
 
 
 def _audio_column(path: Path, schema: "pyarrow.Schema") -> str:
@@ -242,18 +243,21 @@ def _has_bytes(file: "pyarrow.parquet.ParquetFile", audio: str) -> list[bool]:
     return found
 
 
-def _rows_in(
-    file: "pyarrow.parquet.ParquetFile", path: Path, audio: str, label: str | None, names: Names
-) -> Iterator[tuple[str, Record]]:
-    """Yield (place for messages, cells) of the rows, without the bytes of their sounds."""
-    others = [name for name in file.schema_arrow.names if name != audio]
-    number = 0
-    for batch in file.iter_batches(columns=[*others, f"{audio}.path"]):
-        for values in batch.to_pylist():
+def _clips_of_parquet(path: Path, split: str, audio: str, numbered: tuple[str | None, Names]) -> Iterator[Clip]:
+    """Yield the rows, without the bytes of their sounds; `numbered` is the column of labels, and their names."""
+    with open_parquet(str(path)) as file:
+        in_cell = _has_bytes(file, audio)
+        others = [name for name in file.schema_arrow.names if name != audio]
+        batches = file.iter_batches(columns=[*others, f"{audio}.path"])
+        for number, values in enumerate(values for batch in batches for values in batch.to_pylist()):
             where = f"{path} row {number}"
-            record: Record = {column: as_cell(values[column]) for column in others if column != label}
-            if label:
-                record[label] = _named(values[label], names, where)
-            name = (values[audio] or {}).get("path")
-            yield where, record | {MEMBER: str(number), audio: name or ""}
-            number += 1
+            cells = {c: _named(values[c], numbered[1], where) if c == numbered[0] else values[c] for c in others}
+            record = {column: as_cell(value) for column, value in cells.items()} | ({SPLIT: split} if split else {})
+            name = (values[audio] or {}).get("path") or ""
+            if in_cell[number]:
+                relative, place = name or f"{path.stem}/{number}", Place(str(path), entry=audio, row=number)
+            elif name:
+                relative, place = os.path.normpath(name), Place(os.path.join(path.parent, name))
+            else:
+                raise UserError(f"{where}: {audio} has neither bytes nor a path")
+            yield Clip(where, record, relative, place)
