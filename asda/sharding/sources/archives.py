@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from asda.data.audio.find import is_audio, is_hidden, walk
 from asda.errors import UserError
 from asda.sharding.audio_ref import PARQUET_EXTENSION, Place, open_parquet, struct_bytes
-from asda.sharding.sources.listing import SPLIT_FOLDERS, Listing, Row, SourceOptions
+from asda.sharding.sources.listing import SPLIT_FOLDERS, Listing, SourceOptions
 from asda.sharding.sources.tables import LABEL_COLUMNS, Cell, Record, Table, as_cell, find_column, list_table
 
 if TYPE_CHECKING:
@@ -76,12 +76,10 @@ def _list(clips: Iterable[Clip], columns: Iterable[str], options: SourceOptions,
     columns = list(dict.fromkeys(columns))
     listing = list_table(Table(name, columns, records()), options, lambda *_: (now.relative, now.place), used)
     times = Counter(row.relative for row in listing.rows)
-    rows = [replace(row, relative=_unique(row)) if times[row.relative] > 1 else row for row in listing.rows]
-    return replace(listing, rows=rows)
-
-
-def _unique(row: Row) -> str:
-    return f"{Path(row.place.path).stem}/{row.relative}"
+    double = {relative for relative, count in times.items() if count > 1}
+    longer = (f"{Path(row.place.path).stem}/{row.relative}" for row in listing.rows)
+    rows = zip(listing.rows, longer, strict=True)
+    return replace(listing, rows=[replace(r, relative=name) if r.relative in double else r for r, name in rows])
 
 
 def _named(value: object, names: Names, where: str) -> Cell:
@@ -160,11 +158,9 @@ def _cells(kind: str, content: bytes, options: SourceOptions, where: str) -> Rec
             cells = json.loads(text)
             if not isinstance(cells, dict):
                 raise ValueError("no object")
-        elif kind == CLASS:
-            cells = {CLASS: int(text) if re.fullmatch(r"\d+", text, re.ASCII) else text}
         else:
-            cells = {TEXT: text}
-    except ValueError as error:
+            cells = {kind: int(text) if kind == CLASS and re.fullmatch(r"\d{1,18}", text, re.ASCII) else text}
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not UTF-8 {kind}: {error}") from None
     label = options.label_column or find_column(Table(where, list(cells), ()), LABEL_COLUMNS) or CLASS
     names, labelled = options.label_names, options.use_labels

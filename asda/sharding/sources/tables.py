@@ -207,15 +207,7 @@ def list_table(
     *,
     segments: bool = False,
 ) -> Listing:
-    """List the rows of a table that --where selects. Raises UserError.
-
-    Args:
-        table: it is read to its end.
-        options: the user's.
-        locate: (place for messages, cells) -> the row's name in the input, and its audio.
-        used: columns that `locate` needs.
-        segments: whether columns for start and end cut the clips.
-    """
+    """List the rows that --where selects; `locate` tells name and audio of a row, from the columns `used`."""
     left_out: dict[str, int] = {}
     columns = Columns.of(table, options, segments)
     labels = Labels(options.label_separator)
