@@ -266,6 +266,15 @@ def test_columns_of_start_and_end_cut_the_clip(folder, header):
     assert len(listed("csv", table(folder, f"path,{header}", "0.wav,0.25,0.5"), use_segments=False).notes) == 2
 
 
+def test_the_table_in_the_docs_is_read_as_it_says(tmp_path):
+    docs = (Path(__file__).resolve().parents[2] / "docs/data.md").read_text()
+    sound(tmp_path / "day1/a.wav", 0, 10 * RATE)
+    listing = listed("csv", table(tmp_path, docs.split("### Tables")[1].split("```")[1].strip()))
+    assert labels_of(listing) == {"day1/a:3.5-5.wav": ("dog",), "day1/a:7-9.25.wav": ("cat", "purr")}
+    assert set(keyed(listing.rows)) == {"day1_a_3_5-5", "day1_a_7-9_25"}
+    assert [len(read_place(row.place)) for row in listing.rows] == [24_000, 36_000]
+
+
 @pytest.mark.parametrize("header", ["start,duration", "onset,duration", "offset,duration", "start_time,duration"])
 def test_a_start_may_have_a_duration(folder, header):
     listing = listed("csv", table(folder, f"path,{header}", "0.wav,0.25,0.5"))
