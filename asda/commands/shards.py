@@ -8,7 +8,8 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,6 +22,7 @@ from asda.data.labels import read_labels
 from asda.data.shards.index import DATASET_FILE, FORMAT_VERSION, MAX_SAMPLE_BYTES, DatasetIndex, Duplicates
 from asda.data.shards.read import load_dataset
 from asda.errors import UserError
+from asda.sharding.cut import cut_recordings, with_channel
 from asda.sharding.duplicates import Pair, find_pairs
 from asda.sharding.journal import (
     DUPLICATES_FILE,
@@ -34,13 +36,15 @@ from asda.sharding.journal import (
 )
 from asda.sharding.plan import Plan, assign_splits, choose_vocabulary, keyed, parse_split, plan_split
 from asda.sharding.sources import list_source
-from asda.sharding.sources.listing import Listing, examples
+from asda.sharding.sources.listing import Listing, alike, examples
 from asda.sharding.verify import verify_dataset
 from asda.sharding.workers import Workers, worker_pool
 from asda.sharding.writer import WrittenShard, check_space, summarize_split, write_dataset, writing
 from asda.system import FileLock, write_whole_file
 
 LONGEST_CLIP_S = MAX_SAMPLE_BYTES // (2 * SAMPLE_RATE_HZ) - 1  # what a reader accepts as one sample
+SHORTEST_CUT_S = 0.1
+MOST_REJECTED_LINES = 10  # that are printed
 NOT_IN_COMMAND = {"--out", "--workers", "--part", "--merge", "--overwrite"}  # they change no byte of the shards
 
 EXAMPLES = """examples
@@ -111,7 +115,8 @@ def parse_part(text: str) -> tuple[int, int]:
 def make_shards(args: argparse.Namespace) -> None:
     """List the clips, plan the shards, write them, and report. Raises UserError."""
     labels = read_labels(args.labels) if args.labels else None
-    listing = list_source(args.source, args.input, options_from(args))
+    listing = with_channel(list_source(args.source, args.input, options_from(args, labels)), args.channel)
+    listing = cut_recordings(listing, args.cut, args.workers)
     plan = plan_shards(args, listing, labels or listing.vocabulary)
     shards = range(0) if args.merge else plan.part(*args.part)
     if not shards and not args.merge:
@@ -136,6 +141,7 @@ def make_shards(args: argparse.Namespace) -> None:
                 dataset = finish(plan, listing, written, journal, lock, args)
     if dataset:
         report(dataset, time.monotonic() - started, args.workers, left_out(listing, plan))
+        print("\n".join(listing.notes), end="\n" if listing.notes else "")
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -146,6 +152,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.labels and args.no_labels:
         raise UserError("--labels and --no-labels contradict each other; give one of them")
     check_range("--clips-per-shard", args.clips_per_shard, 1)
+    if args.cut is not None and not SHORTEST_CUT_S <= args.cut <= args.max_seconds:
+        raise UserError(f"--cut {args.cut:g} must be from {SHORTEST_CUT_S} to --max-seconds {args.max_seconds:g}")
+    if args.channel is not None:
+        check_range("--channel", args.channel, 0)
     if not 0 < args.max_seconds <= LONGEST_CLIP_S:
         raise UserError(f"--max-seconds {args.max_seconds:g} must be above 0 and at most {LONGEST_CLIP_S}")
 
@@ -182,14 +192,24 @@ def write_shards(plan: Plan, shards: range, journal: Journal, workers: Workers) 
     tasks = plan.tasks[shards.start : shards.stop]
     if num_finished := sum(map(journal.has_record, tasks)):
         print(f"resuming: {num_finished} of {len(tasks)} shards are finished", file=sys.stderr)
-    written = workers.run(journal.produce, tasks, [len(task.clips) for task in tasks], "clip", print_rejections)
+    written = workers.run(journal.produce, tasks, [len(task.clips) for task in tasks], "clip", rejection_printer())
     return dict(zip(shards, written, strict=True))
 
 
-def print_rejections(shard: WrittenShard) -> None:
-    """Print a line for every clip of a shard that could not be read."""
-    for source, reason in shard.rejected:
-        tqdm.write(f"rejected {source}: {reason}", file=sys.stderr)
+def rejection_printer() -> Callable[[WrittenShard], None]:
+    """Return a function that prints a line for each of the first clips that could not be read."""
+    num_told = 0
+
+    def tell(shard: WrittenShard) -> None:
+        nonlocal num_told
+        for source, reason in shard.rejected:
+            num_told += 1
+            if num_told <= MOST_REJECTED_LINES:
+                tqdm.write(f"rejected {source}: {reason}", file=sys.stderr)
+            elif num_told == MOST_REJECTED_LINES + 1:
+                tqdm.write(f"rejected: more clips, which {REJECTED_FILE} will list", file=sys.stderr)
+
+    return tell
 
 
 def finish(
@@ -233,6 +253,7 @@ def write_tables(plan: Plan, listing: Listing, written: Mapping[int, WrittenShar
             reason = shards[0].rejected[0]
             raise UserError(f"split {name}: none of its clips could be read; the first is {': '.join(reason)}")
     rejected += sorted(listing.missing)
+    refuse_lost_classes(plan, splits)
     clips = [(key, name) for name, shards in splits.items() for shard in shards for key in shard.keys]
     pairs = find_pairs([prints for shards in splits.values() for shard in shards for prints in shard.prints])
     write_table(plan.out / REJECTED_FILE, ("path", "reason"), rejected)
@@ -251,6 +272,20 @@ def write_tables(plan: Plan, listing: Listing, written: Mapping[int, WrittenShar
     )
     with writing(plan.out / DATASET_FILE):
         return write_dataset(dataset)
+
+
+def refuse_lost_classes(plan: Plan, splits: Mapping[str, Sequence[WrittenShard]]) -> None:
+    """Refuse a dataset that lacks a class of which clips were listed, because none of them could be read."""
+    found = {label for shards in splits.values() for shard in shards for ids in shard.labels for label in ids}
+    listed = Counter(label for task in plan.tasks for clip in task.clips for label in clip.label_ids)
+    lost = {plan.vocabulary[label]: count for label, count in sorted(listed.items()) if label not in found}
+    if lost:
+        first = next(clip for task in plan.tasks for clip in task.clips if set(clip.labels) & set(lost))
+        reasons = dict(clip for shards in splits.values() for shard in shards for clip in shard.rejected)
+        counts = examples([f"{name} ({count} clips)" for name, count in lost.items()])
+        what = f"{len(lost)} of {len(plan.vocabulary)} classes have no clip that could be read: {counts}"
+        fix = "repair the files or drop these classes, then run again with --overwrite"
+        raise UserError(f"{what}; the first is {first.source}: {reasons[first.source]}; {fix}")
 
 
 def count_pairs(pairs: Sequence[Pair], splits: Sequence[str]) -> Duplicates:
@@ -287,21 +322,21 @@ def report(dataset: DatasetIndex, seconds: float, num_workers: int, not_in: Mapp
     print(f"{num_clips} clips in {seconds:.1f} s: {num_clips / seconds:.0f} clips/s with {num_workers} workers")
     table = f", listed in {dataset.folder / REJECTED_FILE}" if dataset.rejected else ""
     print(f"rejected: {dataset.rejected} clips{table}")
-    report_alike(dataset.vocabulary)
+    report_alike(dataset)
     report_duplicates(dataset.duplicates, Path(f"{dataset.folder}") / DUPLICATES_FILE)
     for reason, count in not_in.items():
         if count:
             print(f"left out: {count} {reason}")
 
 
-def report_alike(vocabulary: Sequence[str]) -> None:
+def report_alike(dataset: DatasetIndex) -> None:
     """Warn of names that may mean one class."""
-    first: dict[str, str] = {}
-    folded = [(name, " ".join(name.casefold().split())) for name in vocabulary]
-    pairs = [f"{first[plain]!r} and {name!r}" for name, plain in folded if first.setdefault(plain, name) != name]
-    if pairs:
-        shown = examples(pairs)
-        print(f"WARNING: {len(pairs)} pairs of class names differ only in case or space: {shown}; are they one class?")
+    counts = [sum(of_splits) for of_splits in zip(*(s.class_counts for s in dataset.splits.values()), strict=True)]
+    num_clips = dict(zip(dataset.vocabulary, counts, strict=True))
+    named = [f"{a!r} ({num_clips[a]} clips) and {b!r} ({num_clips[b]})" for a, b in alike(dataset.vocabulary)]
+    if named:
+        what = f"{len(named)} pairs of class names differ only in case, space or Unicode form"
+        print(f"WARNING: {what}: {examples(named)}; are they one class?")
 
 
 def report_duplicates(duplicates: Duplicates, table: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
@@ -19,7 +19,7 @@ import asda
 from asda.data.shards.index import SHARD_SUFFIX
 from asda.errors import UserError
 from asda.sharding.audio_ref import Place
-from asda.sharding.sources.listing import Row
+from asda.sharding.sources.listing import Row, alike
 
 MAX_KEY_CHARS = 95  # a ustar header has 100 bytes for "<key>.json"
 KEY_HASH_CHARS = 8  # hex digits that tell colliding keys apart
@@ -66,10 +66,7 @@ class Plan:
         """
         state = xxh3_128(json.dumps([asda.__version__, self.vocabulary]).encode())
         for task in self.tasks:
-            places = (astuple(replace(clip.place, path="")) for clip in task.clips)
-            clips = [
-                (c.key, c.source, c.labels, c.label_ids, place) for c, place in zip(task.clips, places, strict=True)
-            ]
+            clips = [(c.key, c.source, c.labels, c.label_ids, c.place.identity) for c in task.clips]
             state.update(json.dumps([task.path.name, task.max_seconds, clips]).encode())
         return state.hexdigest()
 
@@ -142,7 +139,9 @@ def assign_splits(keys: dict[str, Row], rules: list[SplitRule]) -> dict[str, dic
         raise UserError(f"--split names a split twice in {', '.join(names)}; list its values in one, as in train=1,2")
     if kinds == {"percentages"}:
         return _by_shares(keys, rules)
-    split_of = _split_of_group({row.group for row in keys.values()}, rules)
+    num_clips = Counter(row.group for row in keys.values())
+    split_of = _split_of_group(set(num_clips), rules)
+    _refuse_alike(num_clips, split_of, bool(rules))
     splits: dict[str, dict[str, Row]] = {name: {} for name in sorted(set(split_of.values()))}
     for key, row in keys.items():
         if row.group in split_of:
@@ -172,23 +171,37 @@ def _split_of_group(groups: set[str], rules: list[SplitRule]) -> dict[str, str]:
     return split_of
 
 
+def _refuse_alike(num_clips: Counter[str], split_of: dict[str, str], chosen: bool) -> None:
+    """Refuse splits such as Train and train, unless --split names both or neither."""
+    for one, other in alike(sorted(num_clips)):
+        if (one in split_of) + (other in split_of) == 1 or (one in split_of and not chosen):
+            both = f"{one!r} ({num_clips[one]} clips) and {other!r} ({num_clips[other]} clips)"
+            join = f"give --split {other}={one},{other} to join them"
+            raise UserError(f"the splits {both} differ only in case, space or Unicode form; {join}")
+
+
 def _by_shares(keys: dict[str, Row], rules: list[SplitRule]) -> dict[str, dict[str, Row]]:
     """Deal the clips, class after class, always to the split that is furthest below its share.
 
     A class is a set of labels. The dealing does not restart with each class, so the whole is divided as exactly as each
-    class, even if most sets of labels are unique.
+    class, even if most sets of labels are unique. All segments of one recording go to one split.
     """
     if (total := sum(rule.share for rule in rules)) != 1:
         percent = float(100 * total)
         raise UserError(f"the percentages of --split add up to {percent:g}, not 100; name a split for the rest too")
     rules = sorted(rules, key=lambda rule: rule.name)
-    by_class = sorted(keys, key=lambda key: sorted(keys[key].labels))  # stable: by key hash within a class
+    recordings: dict[tuple, list[str]] = {}  # all cuts of one stay together
+    for key, row in keys.items():
+        recordings.setdefault(row.place.recording, []).append(key)
+    # Stable: by the hash of the first key within a class.
+    by_class = sorted(recordings.values(), key=lambda cuts: sorted({n for key in cuts for n in keys[key].labels}))
     chosen: dict[str, str] = {}
     num_clips = Counter({rule.name: 0 for rule in rules})
-    for number, key in enumerate(by_class, start=1):
+    for cuts in by_class:
+        number = len(chosen) + len(cuts)
         lagging = max(rules, key=lambda rule: rule.share * number - num_clips[rule.name])
-        num_clips[lagging.name] += 1
-        chosen[key] = lagging.name
+        num_clips[lagging.name] += len(cuts)
+        chosen |= dict.fromkeys(cuts, lagging.name)
     if empty := [name for name, count in num_clips.items() if count == 0]:
         raise UserError(f"--split {empty[0]} gets no clip of {len(keys)}; raise its percentage")
     return {rule.name: {key: row for key, row in keys.items() if chosen[key] == rule.name} for rule in rules}

@@ -235,8 +235,8 @@ def test_classes_that_differ_only_in_case_or_white_space_are_said(tmp_path):
         clip(tmp_path / "in" / name / "a.wav", number)
     out, _ = make("--source", "folder", "--input", tmp_path / "in", "--out", tmp_path / "out")
     (line,) = [line for line in out.splitlines() if line.startswith("WARNING: ")]
-    assert line.startswith("WARNING: 4 pairs of class names differ only in case or space: 'Cat' and 'cat ', ")
-    assert "'Dog' and 'dog', 'Owl' and 'owl' and 1 more" in line
+    assert line.startswith("WARNING: 4 pairs of class names differ only in case, space or Unicode form: 'Cat' (1 ")
+    assert "'Dog' (1 clips) and 'dog' (1), 'Owl' (1 clips) and 'owl' (1) and 1 more" in line
     (tmp_path / "one/Dog").mkdir(parents=True)
     shutil.copytree(tmp_path / "in/bee", tmp_path / "one/bee")
     out, _ = make("--source", "folder", "--input", tmp_path / "one", "--out", tmp_path / "out2")
@@ -323,7 +323,7 @@ def refusal(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("rows", "args", "words"),
     [
-        (("file,label", "a.wav,x"), (), "t.csv has no column 'path'; its columns are file, label"),
+        (("name,label", "a.wav,x"), (), "t.csv has no column 'path'; its columns are name, label; name it by --path"),
         (("path",), (), "t.csv has no rows below its header"),
         ((), (), "t.csv has no rows below its header"),
         (("path,label", "a.wav,x", "b.wav,x,y"), (), "t.csv line 3 has 3 cells, its header has 2"),
@@ -395,6 +395,58 @@ def test_when_no_clip_is_readable_nothing_is_written(tmp_path, refusal):
     assert lines[0] == "rejected a.wav: libsndfile: Format not recognised"
     assert lines[-1].startswith("error: split train: none of its clips could be read; the first is a.wav: libsndfile")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_class_without_a_clip_that_could_be_read_ends_the_run_with_one_summary(tmp_path, refusal):
+    for number in range(20):
+        table(tmp_path / f"in/cat/{number:02d}.wav", "no audio")
+    clip(tmp_path / "in/dog/a.wav")
+    lines = refusal("--source", "folder", "--input", "in").splitlines()
+    assert len([line for line in lines if line.startswith("rejected cat/")]) == 10
+    assert "rejected: more clips, which rejected.csv will list" in lines
+    what = "error: 1 of 2 classes have no clip that could be read: cat (20 clips); the first is cat/"
+    assert lines[-1].startswith(what)
+    assert lines[-1].endswith(
+        ": libsndfile: Format not recognised; repair the files or drop these classes, then run again with --overwrite"
+    )
+
+
+def test_a_table_of_missing_files_ends_the_run_at_once_with_one_summary(tmp_path, refusal):
+    table(tmp_path / "t.csv", "path", *(f"gone/{number}.wav" for number in range(1000)))
+    (line,) = refusal("--source", "csv", "--input", "t.csv").splitlines()
+    assert line.startswith("error: 1000 of 1000 files do not exist, such as gone/0.wav, gone/1.wav, gone/2.wav and 997")
+
+
+def test_what_is_not_used_is_said_once_and_recordings_are_cut(tmp_path):
+    clip(tmp_path / "a.wav", num_samples=40_000)
+    path = table(tmp_path / "t.csv", "file_name;Category;n", "a.wav;dog,tame;1")
+    out, _ = make("--source", "csv", "--input", path, "--out", tmp_path / "out", "--cut", 1, "--channel", 0)
+    assert out.count(f"not used: the columns n of {path}") == 1
+    dataset = verified(tmp_path / "out")
+    labels = {key: labels for key, (_, labels) in contents(dataset, "train").items()}
+    assert labels == dict.fromkeys(("a_0-1", "a_1-2", "a_2-2_5"), ("dog,tame",))
+    assert dataset.command.endswith("--cut 1 --channel 0 --out .")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--cut", "0"), "--cut 0 must be from 0.1 to --max-seconds 600"),
+        (("--cut", "nan"), "--cut nan must be from 0.1"),
+        (("--cut", "20", "--max-seconds", "10"), "--cut 20 must be from 0.1 to --max-seconds 10"),
+        (("--channel", "-1"), "--channel -1 must be at least 0"),
+        (("--label-separator", ""), "--label-separator is empty"),
+        (
+            ("--label-column", "x"),
+            "--label-column names a column of a table; use it with --source csv or parquet or tar",
+        ),
+    ],
+)
+def test_bad_options_of_reading_are_refused_in_one_sentence(tmp_path, refusal, args, words):
+    clip(tmp_path / "in/a.wav")
+    assert re.fullmatch(
+        rf"error: [^\n]*{re.escape(words)}[^\n]*\n", refusal("--source", "folder", "--input", "in", *args)
+    )
 
 
 def test_an_unknown_source_is_answered_by_argparse(refusal):

@@ -541,7 +541,7 @@ def test_a_bad_folder_of_speechcommands_is_refused_in_one_sentence(tmp_path):
 
 def test_options_that_a_source_does_not_know_are_refused(tmp_path):
     assert "use it with --source audioset or eat" in refusal("folder", tmp_path, audio=tmp_path)
-    assert "use it with --source csv or esc50" in refusal("hdf5", tmp_path, where=(("a", "b"),))
+    assert "use it with --source csv or esc50 or parquet or tar" in refusal("hdf5", tmp_path, where=(("a", "b"),))
     assert "use it with --source audioset or eat or hdf5" in refusal("csv", tmp_path, class_labels=tmp_path)
     assert "use it with --source eat or hdf5" in refusal("csv", tmp_path, sample_rate_hz=1)
     assert "--source csv takes one --input and got 2" in refusal("csv", tmp_path, tmp_path)
@@ -574,3 +574,32 @@ def alac(path: Path, samples_S: np.ndarray) -> None:
         frame = av.AudioFrame.from_ndarray(samples_S[None], format="s16p", layout="mono")
         frame.sample_rate = RATE
         container.mux([*stream.encode(frame), *stream.encode(None)])
+
+
+@pytest.mark.parametrize("hidden", ["._{}", "__MACOSX/._{}", ".trash/{}"])
+def test_hidden_files_are_no_input_in_any_source(audioset, tmp_path, hidden):
+    def hide(name: str) -> None:
+        folder, _, file = name.rpartition("/")
+        text(tmp_path / folder / hidden.format(file), "\0macOS")
+
+    manifest(tmp_path / "eat", root=str(tmp_path / "audio"))
+    panns(tmp_path / "packs/a.h5", ["Ya.wav"], [[]], sample_rate=RATE)
+    text(tmp_path / "sc/validation_list.txt", "yes/a.wav")
+    text(tmp_path / "sc/testing_list.txt")
+    sound(tmp_path / "sc/yes/a.wav")
+    sound(tmp_path / "esc/audio/a.wav")
+    text(tmp_path / "esc/meta/esc50.csv", ESC50, "a.wav,1,0,dog,True,1,A", "._a.wav,1,0,dog,True,1,A")
+    for name in ("Ya.wav", "deep/Yb.wav", "Yc.flac", "Yd.flac"):
+        sound(tmp_path / "audio" / name)
+    for name in ("csv/eval_segments.csv", "eat/train.tsv", "packs/a.h5", "sc/yes/a.wav", "audio/Y--PJHxphWEs.wav"):
+        hide(name)
+    options = SourceOptions(audio=tmp_path / "audio")
+    counts = {
+        "audioset": (tmp_path / "csv", 3, options),
+        "eat": (tmp_path / "eat", 4, SourceOptions()),
+        "hdf5": (tmp_path / "packs", 1, SourceOptions()),
+        "speechcommands": (tmp_path / "sc", 1, SourceOptions()),
+        "esc50": (tmp_path / "esc", 1, SourceOptions()),
+    }
+    found = {name: len(list_source(name, [path], some).rows) for name, (path, _, some) in counts.items()}
+    assert found == {name: count for name, (_, count, _) in counts.items()}

@@ -65,13 +65,11 @@ def unread_in_words(names: Iterable[str]) -> str:
 
 def existing(path: Path) -> Path:
     """Return the path as the disk has it, if only its Unicode form differs (é as one character or two), or as given."""
-    if os.path.lexists(path):
-        return path
-    for form in ("NFC", "NFD"):
-        other = Path(unicodedata.normalize(form, str(path)))
-        if os.path.lexists(other):
-            return other
-    return path
+    found = Path(path.anchor)
+    for part in path.parts[len(found.parts) :]:
+        forms = (found / unicodedata.normalize(form, part) for form in ("NFC", "NFD"))
+        found = next((each for each in (found / part, *forms) if os.path.lexists(each)), found / part)
+    return found if os.path.lexists(found) else path
 
 
 def walk(folder: Path) -> Iterator[str]:

@@ -41,8 +41,8 @@ WAV_HEADER_BYTES = 44  # RIFF, fmt and data headers, and nothing else
 LOUDEST = 100.0  # float audio may pass full scale, but not by 40 dB: then it is integers turned into floats
 CUT_SLACK_S = 0.5  # a file that is longer than a segment by this much still is that segment: codecs pad, cutters round
 
-
-Segment = tuple[float, float]  # start and stop in a recording, seconds
+# Start and stop in a recording, in seconds; and whether it is cut even from a file that is no longer than the segment.
+Segment = tuple[float, float] | tuple[float, float, bool]
 
 
 class AudioError(UserError, ValueError):
@@ -61,13 +61,19 @@ def check_format(rate_hz: int, num_channels: int) -> None:
 def part_of(num_frames: int, rate_hz: int, segment: Segment | None) -> tuple[int, int]:
     """Return first frame and number of frames of a segment, which ends with the file at the latest.
 
-    A file that lasts no longer than the segment is read whole: somebody has cut the segment from the recording already.
+    A file that lasts no longer than the segment is read whole, unless it is exact: somebody has cut the segment from
+    the recording already. An exact segment may end behind the file by what tables round, half a second.
     """
-    if segment is None or num_frames <= (segment[1] - segment[0] + CUT_SLACK_S) * rate_hz:
+    if segment is None:
         return 0, num_frames
-    first, stop = (round(time_s * rate_hz) for time_s in segment)
+    start_s, stop_s, exact = (*segment, False)[:3]
+    if not exact and num_frames <= (stop_s - start_s + CUT_SLACK_S) * rate_hz:
+        return 0, num_frames
+    first, stop = round(start_s * rate_hz), round(stop_s * rate_hz)
     if first >= num_frames:
-        raise AudioError(f"lasts {num_frames / rate_hz:.1f} s and the clip begins at {segment[0]:g} s")
+        raise AudioError(f"lasts {num_frames / rate_hz:.1f} s and the clip begins at {start_s:g} s")
+    if exact and stop > num_frames + CUT_SLACK_S * rate_hz:
+        raise AudioError(f"lasts {num_frames / rate_hz:.1f} s and the clip ends at {stop_s:g} s")
     return first, min(stop, num_frames) - first
 
 

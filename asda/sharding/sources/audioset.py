@@ -24,13 +24,13 @@ from asda.sharding.sources.listing import (
     files_in,
     read_cells,
     require_columns,
+    segment_of,
 )
 
 COLUMNS = ("YTID", "start_seconds", "end_seconds", "positive_labels")
 VIDEO_ID = re.compile(r"[A-Za-z0-9_-]{11}", re.ASCII)
 TIME = r"_(\d+(?:\.\d+)?)"
 FILE_STEM = re.compile(rf"Y?({VIDEO_ID.pattern})(?:{TIME}(?:{TIME})?)?", re.ASCII)
-MAX_STOP_S = 10.0**6  # 11 days; a larger number is not in seconds
 Segment = tuple[str, str, float, float, str]  # place for messages, video, start and stop in s, MIDs
 
 
@@ -86,13 +86,7 @@ def _segment(where: str, video: str, start: str, stop: str, mids: str) -> Segmen
     video = video.strip()
     if not VIDEO_ID.fullmatch(video):
         raise UserError(f"{where}: {video!r} is not a YouTube id of 11 letters, digits, - and _")
-    try:
-        start_s, stop_s = float(start), float(stop)
-    except ValueError:
-        raise UserError(f"{where}: start {start.strip()!r} and end {stop.strip()!r} must be seconds") from None
-    if not 0 <= start_s < stop_s < MAX_STOP_S:
-        raise UserError(f"{where}: start {start_s:g} s and end {stop_s:g} s must be 0 <= start < end, in seconds")
-    return where, video, start_s, stop_s, mids
+    return where, video, *segment_of(where, start, stop), mids
 
 
 class AudioFolder:

@@ -1,43 +1,39 @@
-"""Sources of files that lie in one place: a folder, a CSV of paths, and the archives of ESC-50 and Speech Commands.
+"""Sources of files that lie in one place: a folder, and the archives of ESC-50, FSD50K and Speech Commands.
 
 Piczak, "ESC: Dataset for environmental sound classification", ACM Multimedia 2015.
+Fonseca et al., "FSD50K: an open dataset of human-labeled sound events", IEEE/ACM TASLP 2022.
 Warden, "Speech Commands: a dataset for limited-vocabulary speech recognition", 2018. The recordings in
 _background_noise_ are left out: they belong to no split, last minutes where words last a second, and the 35 classes
 (30 in v0.01) on which results are published have none for silence.
 """
 
 import os
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 
-from asda.data.audio.find import is_audio, walk
+from asda.data.audio.find import is_audio, unreadable, walk
 from asda.data.audio.waves import AUDIO_EXTENSIONS
 from asda.errors import UserError
 from asda.sharding.audio_ref import Place
 from asda.sharding.sources.listing import (
+    SPLIT_FOLDERS,
     Listing,
     Row,
     SourceOptions,
-    check_cells,
     examples,
     read_cells,
     require_columns,
 )
+from asda.sharding.sources.tables import Table, header_of, only_input, records_of, selected
 
 ESC50_COLUMNS = ("filename", "fold", "target", "category")
+FSD50K_TABLES = {"dev": ("fname", "labels", "split"), "eval": ("fname", "labels")}
 NOISE = "_background_noise_"
 WORD_LISTS = {"valid": "validation_list.txt", "test": "testing_list.txt"}
 
 
-def only_input(inputs: list[Path], source: str) -> Path:
-    """Return the one input of a source that takes one."""
-    if len(inputs) != 1:
-        raise UserError(f"--source {source} takes one --input and got {len(inputs)}; run once for each")
-    return inputs[0]
-
-
 def rows_from_folder(inputs: list[Path], options: SourceOptions) -> Listing:
-    """List a folder's audio: one class per first-level subfolder, or no labels if all files lie directly in it."""
+    """List a folder's audio: a class per subfolder, or no labels if it has none; train/ and test/ on top are splits."""
     folder = only_input(inputs, "folder")
     if not folder.is_dir():
         raise UserError(f"--input {folder} is not a folder; --source folder wants a folder of audio files")
@@ -46,13 +42,60 @@ def rows_from_folder(inputs: list[Path], options: SourceOptions) -> Listing:
     if not audio:
         known = " ".join(AUDIO_EXTENSIONS)
         raise UserError(f"{folder} holds no audio file among {len(files)} files; known extensions are {known}")
-    direct = [name for name in audio if "/" not in name]
+    split_of = _top_splits(folder, audio, options.top_folders)
+    depth = 1 if split_of else 0  # of the classes
+    direct = [name for name in audio if name.count("/") == depth]
     if options.use_labels and 0 < len(direct) < len(audio):
         mixed = f"audio both directly ({direct[0]}) and in subfolders, which would be classes"
         raise UserError(f"{folder} holds {mixed}; move one kind away, or give --no-labels")
     labelled = options.use_labels and not direct
-    rows = [_row_in_folder(folder, name, "", labelled) for name in audio]
-    return Listing(rows, {"files that are hidden or not audio": len(files) - len(audio)})
+    rows = [_row_in_folder(folder, n, split_of.get(n.split("/")[0], ""), labelled, depth) for n in audio]
+    notes = [f"splits: {', '.join(f'{top}/ is {split}' for top, split in split_of.items())}"] if split_of else []
+    unread = ", ".join(f"{count} {extension}" for extension, count in unreadable(files).items())
+    notes += [f"not read: sounds in formats without a decoder here: {unread}"] if unread else []
+    return Listing(rows, {"files that are hidden or not audio": len(files) - len(audio)}, notes=notes)
+
+
+def _top_splits(folder: Path, audio: list[str], given: str | None) -> dict[str, str]:
+    """Return folder on top -> split, or {} if those folders are classes. Raises UserError if they may be either."""
+    tops = sorted({name.split("/")[0] for name in audio if "/" in name})
+    direct = any("/" not in name for name in audio)
+    splits = {top: SPLIT_FOLDERS[top.casefold()] for top in tops if top.casefold() in SPLIT_FOLDERS}
+    if given == "classes" or (given is None and not splits):
+        return {}
+    others = [top for top in tops if top not in splits]
+    if given is None and (others or direct):
+        beside = f"{examples(others)}, which would be classes" if others else "audio without a folder"
+        what = f"{examples(list(splits))}, which would be splits, beside {beside}"
+        raise UserError(f"{folder} holds {what}; give --top-folders classes or --top-folders splits")
+    if direct or not tops:
+        raise UserError(f"--top-folders splits: {folder} holds audio without a folder, and so without a split")
+    split_of = {top: splits.get(top, top) for top in tops}
+    for split, count in Counter(split_of.values()).items():
+        if count > 1:
+            same = " and ".join(top for top in tops if split_of[top] == split)
+            raise UserError(f"{folder} holds {same}, which both mean the split {split}; join or rename them")
+    return split_of
+
+
+def rows_from_fsd50k(inputs: list[Path], options: SourceOptions) -> Listing:
+    """List the clips of an FSD50K folder, unpacked as it is published: train, val, and test, which is its eval."""
+    folder = only_input(inputs, "fsd50k")
+    tables = {name: folder / "FSD50K.ground_truth" / f"{name}.csv" for name in (*FSD50K_TABLES, "vocabulary")}
+    if lost := [str(table) for table in tables.values() if not table.is_file()]:
+        raise UserError(f"--input {folder} has no {lost[0]}, as the folder of FSD50K has; unpack FSD50K.ground_truth")
+    vocabulary = tuple(cells[1] for _, cells in read_cells(tables["vocabulary"]) if len(cells) > 1)
+    rows: list[Row] = []
+    for name, wanted in FSD50K_TABLES.items():
+        require_columns(tables[name], header_of(tables[name]), wanted)
+        for where, record in records_of(tables[name]):
+            clip, labels, split = (str(record.get(column, "test")) for column in ("fname", "labels", "split"))
+            relative = f"FSD50K.{name}_audio/{clip}.wav"
+            names = tuple(label for label in labels.split(",") if label) if options.use_labels else ()
+            if unknown := set(names) - set(vocabulary):
+                raise UserError(f"{where}: {min(unknown)!r} is not in {tables['vocabulary']}; unpack the archive again")
+            rows.append(Row(Place(f"{folder}/{relative}"), relative, names, split, where))
+    return Listing(rows, vocabulary=vocabulary if options.use_labels else None, table=str(tables["dev"].parent))
 
 
 def rows_from_speechcommands(inputs: list[Path], options: SourceOptions) -> Listing:
@@ -78,9 +121,9 @@ def rows_from_speechcommands(inputs: list[Path], options: SourceOptions) -> List
     return Listing(rows, left_out, tuple(sorted({n.split("/")[0] for n in words})) if options.use_labels else None)
 
 
-def _row_in_folder(folder: Path, name: str, group: str, labelled: bool) -> Row:
+def _row_in_folder(folder: Path, name: str, group: str, labelled: bool, depth: int = 0) -> Row:
     path = f"{folder}/{name}"
-    return Row(Place(path), name, (name.split("/")[0],) if labelled else (), group, path)
+    return Row(Place(path), name, (name.split("/")[depth],) if labelled else (), group, path)
 
 
 def _word_splits(folder: Path) -> dict[str, str]:
@@ -96,19 +139,6 @@ def _word_splits(folder: Path) -> dict[str, str]:
     return split_of
 
 
-def rows_from_csv(inputs: list[Path], options: SourceOptions) -> Listing:
-    """List a CSV with a column `path`; optional are `label`, `labels` or `tags`, and `split` or `fold`."""
-    table = only_input(inputs, "csv")
-    if not table.is_file():
-        raise UserError(f"--input {table} is not a CSV file; --source csv wants a table with a column 'path'")
-    folder = _folder_of(table)
-    left_out: dict[str, int] = {}
-    selected = _select(table, options, ("path",), left_out)
-    rows = [_row_of_csv(table, folder, where, record, options) for where, record in selected]
-    _refuse_two_names(rows)
-    return Listing(rows, left_out)
-
-
 def rows_from_esc50(inputs: list[Path], options: SourceOptions) -> Listing:
     """List the clips of an ESC-50 folder, their folds as fold1 to fold5, their classes in the order of `target`."""
     folder = only_input(inputs, "esc50")
@@ -118,8 +148,10 @@ def rows_from_esc50(inputs: list[Path], options: SourceOptions) -> Listing:
     rows: list[Row] = []
     category_of: dict[int, str] = {}
     left_out: dict[str, int] = {}
-    for where, record in _select(table, options, ESC50_COLUMNS, left_out):
-        name, fold, target, category = (record[column] for column in ESC50_COLUMNS)
+    columns = header_of(table)
+    require_columns(table, columns, ESC50_COLUMNS)
+    for where, record in selected(Table(str(table), columns, records_of(table)), options, left_out):
+        name, fold, target, category = (str(record[column]) for column in ESC50_COLUMNS)
         if not (name and fold and target and category) or not (fold + target).isdigit():
             raise UserError(f"{where}: {', '.join(ESC50_COLUMNS)} must not be empty, and fold and target are numbers")
         if (before := category_of.setdefault(int(target), category)) != category:
@@ -129,69 +161,5 @@ def rows_from_esc50(inputs: list[Path], options: SourceOptions) -> Listing:
     vocabulary = tuple(category for _, category in sorted(category_of.items()))
     if len(set(vocabulary)) < len(vocabulary):
         raise UserError(f"{table} gives one category two targets; each class has one")
-    return Listing(rows, left_out, vocabulary if options.use_labels else None)
-
-
-def _select(
-    table: Path, options: SourceOptions, wanted: tuple[str, ...], left_out: dict[str, int]
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (place for messages, column -> stripped cell) of the rows with the values of --where; count the others.
-
-    Raises UserError if the table lacks a column of `wanted` or of --where, or no row is left.
-    """
-    lines = read_cells(table)
-    columns = [name.strip() for name in next(lines, (0, []))[1]]
-    if len(set(columns)) != len(columns):
-        raise UserError(f"{table} names a column twice in its header: {', '.join(columns)}")
-    num_rows = num_kept = 0
-    for num_rows, (line, cells) in enumerate(lines, start=1):
-        where = f"{table} line {line}"
-        check_cells(where, cells, len(columns))
-        if num_rows == 1:
-            require_columns(table, columns, (*wanted, *(column for column, _ in options.where)))
-        record = dict(zip(columns, map(str.strip, cells), strict=True))
-        if all(record[column] == value for column, value in options.where):
-            num_kept += 1
-            yield where, record
-    left_out["rows without the --where values"] = num_rows - num_kept
-    if not num_rows:
-        raise UserError(f"{table} has no rows below its header")
-    if not num_kept:
-        raise UserError(f"no row of {table} has {' and '.join('='.join(pair) for pair in options.where)}")
-
-
-def _folder_of(table: Path) -> str:
-    """Return the table's folder without "..", so that names do not depend on the spelling of --input."""
-    plain = os.path.abspath(table.parent)  # wrong behind a link, where the folder is kept as it is
-    same = os.path.exists(plain) and os.path.samefile(plain, table.parent)
-    return plain if same else str(table.parent.absolute())
-
-
-def _row_of_csv(table: Path, folder: str, where: str, record: dict[str, str], options: SourceOptions) -> Row:
-    if not record["path"] or "\0" in record["path"]:
-        raise UserError(f"{where}: the cell 'path' is empty or holds a zero byte")
-    given = relative = os.path.normpath(record["path"])
-    if os.path.isabs(relative) and Path(relative).is_relative_to(folder):
-        relative = os.path.relpath(relative, folder)
-    column = next((name for name in ("label", "labels", "tags") if name in record), None)
-    names = record[column].split(";") if column and options.use_labels else ()
-    labels = tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
-    column = next((name for name in ("split", "fold") if name in record), None)
-    group = record[column] if column else ""
-    if column and not group:
-        raise UserError(f"{where}: the cell {column!r} is empty; every row needs one, or drop the column")
-    if column == "fold" and not group.startswith("fold"):
-        group = f"fold{group}"
-    return Row(Place(os.path.join(table.parent, given)), relative, labels, group, where)
-
-
-def _refuse_two_names(rows: list[Row]) -> None:
-    """Refuse a file outside the table's folder that is listed twice: relative to the folder and from the root."""
-    first_of: dict[str, Row] = {}
-    for row in rows:
-        if row.relative.startswith(("/", "..")):
-            path = os.path.abspath(row.place.path)
-            first = first_of.setdefault(path, row)
-            paths = first.place.path, row.place.path
-            if first.relative != row.relative and all(map(os.path.exists, paths)) and os.path.samefile(*paths):
-                raise UserError(f"{row.where} lists {path} again, after {first.where}; keep one of them")
+    where = f"{table}; they belong into {folder}/audio"
+    return Listing(rows, left_out, vocabulary if options.use_labels else None, table=where)

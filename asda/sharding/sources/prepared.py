@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from asda.data.audio.find import walk
+from asda.data.audio.find import is_hidden, walk
 from asda.errors import UserError
 from asda.sharding.audio_ref import Place, open_pack
 from asda.sharding.sources.listing import Classes, Listing, Row, SourceOptions, examples, files_in
@@ -53,7 +53,7 @@ def rows_from_hdf5(inputs: list[Path], options: SourceOptions) -> Listing:
 def _packs(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    found = [path / name for name in sorted(walk(path)) if name.endswith(PACK_EXTENSIONS)]
+    found = [path / name for name in sorted(walk(path)) if name.endswith(PACK_EXTENSIONS) and not is_hidden(name)]
     if not found:
         raise UserError(f"--input {path} holds no pack; they are named {' or '.join('*' + e for e in PACK_EXTENSIONS)}")
     return found
