@@ -66,7 +66,7 @@ class Reader:
 
 
 def _serve(pipe: Connection, seed: int) -> None:
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("a+b") as said:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as said:
         os.dup2(said.fileno(), 2)  # what a decoder writes to stderr is a finding
         _warm_up(Path(folder))
         pipe.send("ready")
@@ -89,6 +89,7 @@ def _outcome_of(number: int, seed: int, folder: Path, stderr: int) -> Outcome:
     path = folder / f"{number}.{its.extension}"  # a new name each time: the reader remembers files
     path.write_bytes(its.content)
     os.ftruncate(stderr, 0)
+    os.lseek(stderr, 0, os.SEEK_SET)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
     try:

@@ -251,7 +251,7 @@ FLAC_SIZES = {1: 192, **{n: 576 << n - 2 for n in range(2, 6)}, **{n: 256 << n -
 def _flac_parts(view: View) -> tuple[Part, ...]:
     starts = sorted(place for magic in STREAM_INFO for place in _places(view, magic))
     parts, mended = [], len(starts) > 1
-    for start, stop in zip(starts, [*starts[1:], len(view)], strict=True):
+    for start, stop in zip(starts, [*starts, len(view)][1:], strict=True):
         declared = int.from_bytes(view[start + 21 : start + 26], "big") & (1 << 36) - 1
         total = _flac_samples(view, start, stop, declared)
         if total is None or total == declared or (declared and total < declared):

@@ -19,7 +19,7 @@ READ_AT_ONCE = 1 << 20  # values of all channels, 4 MiB of float32
 # libsndfile shortens a truncated file's header to what is there; only its log knows: "data : 900 (should be 600)".
 SIZE_CORRECTION = re.compile(r": (\d+) \(should be (\d+)\)")
 SIZE_SLACK_BYTES = 8  # writers that forget a pad byte or count the RIFF header itself are off by this much at most
-MPEG_MESSAGES = (b"libmpg123", b"Xing stream size off")
+MPEG_MESSAGES = (b"[src/libmpg123", b"Note: ", b"Warning: ", b"\n")  # how lines of libmpg123 begin
 
 Dtype = Literal["float32", "int16"]
 
@@ -96,9 +96,9 @@ class SndfileSound:
 
 def _blocks(sound: soundfile.SoundFile, first: int, wanted: int, dtype: Dtype) -> Iterator[np.ndarray]:
     quiet = without_messages if sound.format == "MP3" else _nothing
-    with quiet():
-        sound.seek(first)
     size = max(1, READ_AT_ONCE // sound.channels)
+    with quiet():
+        _go_to(sound, first, size)
     for start in range(0, wanted, size):
         expected = min(size, wanted - start)
         with quiet():
@@ -107,6 +107,15 @@ def _blocks(sound: soundfile.SoundFile, first: int, wanted: int, dtype: Dtype) -
             there = first + start + len(audio_SC)
             raise AudioError(f"is truncated: its header declares {sound.frames} frames and {there} are there")
         yield audio_SC.T
+
+
+def _go_to(sound: soundfile.SoundFile, first: int, size: int) -> None:
+    """Move to a frame: GSM in WAV and some other codecs cannot seek, so what lies before it is decoded and dropped."""
+    if sound.seekable():
+        sound.seek(first)
+        return
+    for start in range(0, first, size):
+        sound.read(min(size, first - start))
 
 
 @contextmanager
@@ -126,5 +135,5 @@ def without_messages() -> Iterator[None]:
             os.dup2(real, 2)
             os.close(real)
             kept.seek(0)
-            if lines := [line for line in kept if not any(words in line for words in MPEG_MESSAGES)]:
+            if lines := [line for line in kept if not line.startswith(MPEG_MESSAGES)]:
                 os.write(2, b"".join(lines))
