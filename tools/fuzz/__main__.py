@@ -19,6 +19,7 @@ from queue import SimpleQueue
 
 from encoders import FORMATS
 from mutants import mutant
+from odd_files import KINDS, Count, counted
 from reading import READ, REFUSED, WRONG, Outcome, Reader
 from tqdm import tqdm
 
@@ -88,6 +89,25 @@ def try_mutants(args: argparse.Namespace) -> int:
     return num_wrong
 
 
+def try_kinds(_args: argparse.Namespace) -> int:
+    """Read files of every kind, print the table of docs/reliability.md and what was wrong; return how many were."""
+    counts = [counted(kind) for kind in tqdm(KINDS, unit="kind", leave=False)]
+    print("\n".join(table_of_kinds(counts)))
+    wrong = [f"wrong: {count.kind}: {line}" for count in counts for line in count.wrong]
+    print("\n".join(wrong), file=sys.stderr, end="\n" if wrong else "")
+    return len(wrong)
+
+
+def table_of_kinds(counts: Sequence[Count]) -> list[str]:
+    """Return lines of Markdown: kind, files tried, read whole, refused in a sentence, wrong, seconds lost."""
+    lines = ["| kind | files tried | read whole | refused | wrong | lost |", "|---|---|---|---|---|---|"]
+    for its in counts:
+        lines.append(
+            f"| {its.kind} | {its.tried} | {its.whole} | {its.refused} | {len(its.wrong)} | {its.lost_s:.1f} s |"
+        )
+    return lines
+
+
 def main() -> None:
     """Parse the command line, and try."""
     parser = argparse.ArgumentParser(
@@ -104,6 +124,8 @@ def main() -> None:
     add("--workers", type=int, default=2, metavar="N", help="processes (default: %(default)s)")
     add("--found", type=Path, default=Path("fuzz_found"), metavar="FOLDER", help="where findings go (%(default)s)")
     mutants.set_defaults(run=try_mutants)
+    kinds = commands.add_parser("kinds", help="read files that hold other than they declare, and print a table")
+    kinds.set_defaults(run=try_kinds)
     args = parser.parse_args()
     sys.exit(args.run(args) > 0)
 

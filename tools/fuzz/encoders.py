@@ -32,11 +32,12 @@ def by_ffmpeg(audio_SC: np.ndarray, rate_hz: int, container: str, codec: str, **
     file, layout = io.BytesIO(), LAYOUTS[audio_SC.shape[1]]
     with av.open(file, "w", format=container, options={"fflags": "+bitexact", **options}) as out:
         stream = out.add_stream(codec, rate=rate_hz, layout=layout)
+        assert isinstance(stream, av.AudioStream)
         stream.bit_rate = BIT_RATES.get(codec, 64_000)
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(audio_SC.T, np.float32), format="fltp", layout=layout)
         frame.sample_rate, frame.pts = rate_hz, 0
         for each in (frame, None):
-            out.mux(stream.encode(each))  # type: ignore[union-attr]
+            out.mux(stream.encode(each))
     return file.getvalue()
 
 

@@ -41,8 +41,8 @@ class Reader:
 
     def outcome(self, number: int) -> Outcome:
         """Read one mutant. What ends the process is a finding too."""
-        self._pipe.send(number)
-        with suppress(EOFError):
+        with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+            self._pipe.send(number)
             if self._pipe.poll(LIMIT_S):
                 return self._pipe.recv()
             self._lose()

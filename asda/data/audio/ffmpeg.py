@@ -187,5 +187,6 @@ def _declared(container: "InputContainer", stream: "AudioStream") -> tuple[int |
     if stream.duration and stream.time_base:
         return round(stream.duration * stream.time_base * stream.rate), TRACK_SLACK_FRAMES
     if container.duration:
-        return round(container.duration * stream.rate / MICROSECONDS), round(CONTAINER_SLACK_S * stream.rate)
+        slack = round(CONTAINER_SLACK_S * stream.rate) if len(container.streams) > 1 else TRACK_SLACK_FRAMES
+        return round(container.duration * stream.rate / MICROSECONDS), slack
     return None, 0

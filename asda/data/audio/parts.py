@@ -111,7 +111,8 @@ def _parts(path: Path, size: int, _modified_ns: int) -> tuple[Part, ...]:
             return _ogg_parts(view)
         if view[(place := _behind_tags(view, 0)) : place + 4] == b"fLaC":
             return _flac_parts(view)
-        return _mpeg_parts(view) if head[:3] == b"ID3" or not any(head) or mpeg_frame(head) else ()
+        may_be_mpeg = head[:3] == b"ID3" or head.lstrip(b"\0")[:1] in (b"", b"\xff")  # zeros may stand before it
+        return _mpeg_parts(view) if may_be_mpeg else ()
 
 
 # ---- WAV and AIFF
