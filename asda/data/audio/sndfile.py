@@ -112,6 +112,10 @@ def _blocks(sound: soundfile.SoundFile, first: int, wanted: int, dtype: Dtype) -
 def _go_to(sound: soundfile.SoundFile, first: int, size: int) -> None:
     """Move to a frame: GSM in WAV and some other codecs cannot seek, so what lies before it is decoded and dropped."""
     if sound.seekable():
+        if first and sound.format == "OGG":  # libsndfile crashes where it seeks in a Vorbis of damaged headers
+            sound.seek(0)
+            if not len(sound.read(1)):
+                raise AudioError("holds no samples that can be decoded")
         sound.seek(first)
         return
     for start in range(0, first, size):

@@ -1,12 +1,15 @@
 """Odd files by the hundred: the short half of `make fuzz`. Nothing crashes, hangs, grows or is lost in silence."""
 
 import importlib.util
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from encoders import FORMATS, by_ffmpeg, by_sndfile, sound
+from encoders import FORMATS, by_ffmpeg, by_sndfile, sound, with_checksums
 from mutants import fields_of, mutant, original
 from odd_files import KINDS, counted
 from reading import READ, REFUSED, WRONG, Reader, read_in_all_ways
@@ -111,6 +114,22 @@ def test_flac_in_ogg_is_read_bit_for_bit(tmp_path, rate, channels):
     assert count_frames(tmp_path / "clip.oga") == (2 * rate, rate)
     difference_S = read_wave(tmp_path / "clip.oga")[0] - read_wave(tmp_path / "clip.flac")[0]
     assert np.abs(difference_S).max() <= 2**-15  # FFmpeg rounds the floats that it is given by itself
+
+
+@pytest.mark.parametrize(("rate", "seconds"), [(22_050, 0.6), (44_100, 2), (16_000, 5)])
+def test_a_part_of_a_vorbis_whose_setup_is_damaged_is_refused(tmp_path, rate, seconds):
+    content = bytearray(by_sndfile(sound(seconds, rate), rate, "OGG", "VORBIS"))
+    place = content.index(b"\x05vorbis")
+    content[place + 200 : place + 240] = bytes(40)
+    (tmp_path / "clip.ogg").write_bytes(with_checksums(bytes(content)))
+    code = (
+        "import sys; from pathlib import Path; from asda.data.audio.read import read_wave\n"
+        "try: read_wave(Path(sys.argv[1]), segment=(0.1, 0.2))\n"
+        "except ValueError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "clip.ogg"], capture_output=True, text=True)
+    assert done.returncode == 0, "libsndfile has ended the process"
+    assert re.match(r"holds no samples|is truncated|libsndfile", done.stdout)
 
 
 @pytest.mark.parametrize("magic", [b"fLaC\x00\x00\x00\x21", b"fLaC\x04\x00\x00\x22", b"fLaC" + bytes(60)])
