@@ -42,6 +42,7 @@ SIGNATURES = (  # first bytes, where they stand, and FFmpeg's name of the format
     (b"\x7fFLAC", 28, "ogg"),  # FLAC in Ogg: the libsndfile of soundfile's wheels cannot read it
 )
 HEAD_BYTES = 64  # of a file, that hold any of these
+SEEKING = {"mov", "matroska", "wv", "tta"}  # whose time stamps are right; others are decoded from their beginning
 NO_LENGTH = {"aac", "ac3", "eac3", "amr", "mp3"}  # FFmpeg guesses one from the first bit rates
 
 
@@ -149,7 +150,7 @@ class FfmpegSound:
     def _from(self, first: int) -> Iterator[np.ndarray]:
         """Decode from frame `first` to the end, float32 [C, S] a piece."""
         with _open_track(self._path, self._demuxer) as (container, stream):
-            seeks = bool(first and self.num_frames is not None)
+            seeks = bool(first and self._demuxer in SEEKING)
             if seeks and stream.time_base:
                 offset = max(0, int((first / self.rate_hz - PREROLL_S) / stream.time_base))
                 container.seek(offset, stream=stream)

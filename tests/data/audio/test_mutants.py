@@ -116,6 +116,39 @@ def test_flac_in_ogg_is_read_bit_for_bit(tmp_path, rate, channels):
     assert np.abs(difference_S).max() <= 2**-15  # FFmpeg rounds the floats that it is given by itself
 
 
+SMALL_SEEKS = [its for its in FORMATS if its.encode is by_ffmpeg or its.extension in ("ogg", "opus", "mp3")]
+
+
+@pytest.mark.parametrize("its", SMALL_SEEKS, ids=lambda its: its.name)
+def test_a_part_lies_where_it_lies_in_the_whole(tmp_path, its):
+    path, time_S = tmp_path / "clip", np.arange(6 * its.rate_hz) / its.rate_hz
+    tone_S = 0.3 * np.sin(2 * np.pi * (200 + 150 * time_S) * time_S)  # rising, so that it is alike nowhere
+    path.write_bytes(its.bytes_of(np.stack([tone_S] * its.channels, 1)))
+    whole_S, rate = read_wave(path)
+    slack = rate // 1000 if its.extension in ("webm", "mka") else 0  # Matroska's time stamps are milliseconds
+    for start_s in (0.3, 1.7, 3.33, 5.2):
+        part_S, _ = read_wave(path, segment=(start_s, start_s + 0.25))
+        first = round(start_s * rate)
+        assert len(part_S) == round((start_s + 0.25) * rate) - first
+        errors = [
+            np.abs(whole_S[first + shift : first + shift + len(part_S)] - part_S).max()
+            for shift in range(-slack, slack + 1)
+        ]
+        assert min(errors) < 0.01  # codecs with noise of their own
+
+
+@pytest.mark.parametrize(("rate", "seconds"), [(8_000, 10), (16_000, 3), (44_100, 10)])
+def test_parts_of_a_vorbis_are_those_of_the_whole_to_the_bit(tmp_path, rate, seconds):
+    rng = np.random.default_rng(3)
+    loudness_S = np.repeat([0.2, 0.001, 0.1], seconds * rate // 3)
+    content = by_sndfile((rng.normal(0, 1, len(loudness_S)) * loudness_S)[:, None], rate, "OGG", "VORBIS")
+    (tmp_path / "clip.ogg").write_bytes(content)
+    whole_S, _ = read_wave(tmp_path / "clip.ogg")
+    for first in rng.integers(0, len(whole_S) - rate // 2, 30):
+        part_S, _ = read_wave(tmp_path / "clip.ogg", segment=(first / rate, first / rate + 0.1))
+        np.testing.assert_array_equal(part_S, whole_S[first : first + len(part_S)])
+
+
 @pytest.mark.parametrize(("rate", "seconds"), [(22_050, 0.6), (44_100, 2), (16_000, 5)])
 def test_a_part_of_a_vorbis_whose_setup_is_damaged_is_refused(tmp_path, rate, seconds):
     content = bytearray(by_sndfile(sound(seconds, rate), rate, "OGG", "VORBIS"))
