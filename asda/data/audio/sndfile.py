@@ -29,10 +29,26 @@ Dtype = Literal["float32", "int16"]
 _stderr_lock = threading.Lock()
 
 
+class _Forward(soundfile.SoundFile):
+    """A file whose reads follow each other.
+
+    soundfile seeks behind every read if a file is seekable, to where it already is. Behind a seek, libmpg123 lacks what
+    the next frames refer to: the first 0.1 s of every block of an MP3 would be wrong.
+    """
+
+    def seekable(self) -> bool:
+        """Return False, so that soundfile does not seek by itself."""
+        return False
+
+    def can_seek(self) -> bool:
+        """Return whether libsndfile can seek."""
+        return super().seekable()
+
+
 @contextmanager
 def open_by_sndfile(path: Path) -> Iterator["SndfileSound"]:
     """Open a file, or the parts that it is made of. Errors of libsndfile in the block become AudioError."""
-    opened: list[soundfile.SoundFile] = []
+    opened: list[_Forward] = []
     try:
         with path.open("rb") as file:
             try:
@@ -47,11 +63,11 @@ def open_by_sndfile(path: Path) -> Iterator["SndfileSound"]:
         raise AudioError(f"cannot be read: {error.strerror}") from error
 
 
-def _open(file: BinaryIO, part: Part | None) -> soundfile.SoundFile:
+def _open(file: BinaryIO, part: Part | None) -> _Forward:
     # By descriptor, because soundfile decides by the extension of a path.
     source: Any = file.fileno() if part is None else PartFile(part, file)
     with without_messages():
-        sound = soundfile.SoundFile(source, closefd=False)
+        sound = _Forward(source, closefd=False)
     check_format(sound.samplerate, sound.channels)
     for declared, present in SIZE_CORRECTION.findall(sound.extra_info):
         if int(present) + SIZE_SLACK_BYTES < int(declared) < UNKNOWN_SIZE_BYTES:
@@ -69,7 +85,7 @@ class SndfileSound:
         exact: whether its samples are 16 kHz, mono, int16.
     """
 
-    def __init__(self, sounds: list[soundfile.SoundFile]):
+    def __init__(self, sounds: list[_Forward]):
         first = sounds[0]
         for sound in sounds[1:]:
             if (sound.samplerate, sound.channels) != (first.samplerate, first.channels):
@@ -97,7 +113,7 @@ class SndfileSound:
             yield from _blocks(sound, skipped, wanted, dtype)
 
 
-def _blocks(sound: soundfile.SoundFile, first: int, wanted: int, dtype: Dtype) -> Iterator[np.ndarray]:
+def _blocks(sound: _Forward, first: int, wanted: int, dtype: Dtype) -> Iterator[np.ndarray]:
     quiet = without_messages if sound.format == "MP3" else _nothing
     size = max(1, READ_AT_ONCE // sound.channels)
     with quiet():
@@ -112,9 +128,9 @@ def _blocks(sound: soundfile.SoundFile, first: int, wanted: int, dtype: Dtype) -
         yield audio_SC.T
 
 
-def _go_to(sound: soundfile.SoundFile, first: int, size: int) -> None:
+def _go_to(sound: _Forward, first: int, size: int) -> None:
     """Move to a frame: GSM in WAV and some other codecs cannot seek, so what lies before it is decoded and dropped."""
-    if sound.seekable():
+    if sound.can_seek():
         if first and sound.format == "OGG":  # libsndfile crashes if it seeks in a Vorbis of damaged headers
             sound.seek(0)
             if not len(sound.read(1)):

@@ -1,6 +1,7 @@
 """Odd files by the hundred: the short half of `make fuzz`. Nothing crashes, hangs, grows or is lost in silence."""
 
 import importlib.util
+import io
 import re
 import subprocess
 import sys
@@ -9,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from encoders import FORMATS, by_ffmpeg, by_sndfile, sound, with_checksums
+from encoders import CONSTANT, FORMATS, VARIABLE, by_ffmpeg, by_sndfile, sound, with_checksums
 from mutants import fields_of, mutant, original
 from odd_files import KINDS, counted
 from reading import READ, REFUSED, WRONG, Reader, read_in_all_ways
 
-from asda.data.audio import read
+from asda.data.audio import read, sndfile
 from asda.data.audio.read import count_frames, read_wave, wave_blocks
 from asda.data.audio.waves import AudioError
 
@@ -134,7 +135,21 @@ def test_a_part_lies_where_it_lies_in_the_whole(tmp_path, its):
             np.abs(whole_S[first + shift : first + shift + len(part_S)] - part_S).max()
             for shift in range(-slack, slack + 1)
         ]
-        assert min(errors) < 0.01  # codecs with noise of their own
+        assert min(errors) < 0.02, its.name  # AAC and AMR add noise of their own
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(16_000, 1), (44_100, 2), (48_000, 1)])
+@pytest.mark.parametrize("mode", [VARIABLE, CONSTANT], ids=["vbr", "cbr"])
+def test_an_mp3_read_in_blocks_is_that_read_at_once(tmp_path, monkeypatch, rate, channels, mode):
+    time_S = np.arange(8 * rate) / rate
+    tone_S = 0.3 * np.sin(2 * np.pi * (200 + 150 * time_S) * time_S)  # small frames that refer to those before
+    content = by_sndfile(np.stack([tone_S] * channels, 1), rate, "MP3", None, **mode)
+    (tmp_path / "clip.mp3").write_bytes(content)
+    at_once_SC = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)[0]
+    monkeypatch.setattr(sndfile, "READ_AT_ONCE", 7000)
+    np.testing.assert_allclose(read_wave(tmp_path / "clip.mp3")[0], at_once_SC.mean(1), atol=1e-6)
+    part_S, _ = read_wave(tmp_path / "clip.mp3", segment=(4, 6))
+    np.testing.assert_allclose(part_S, at_once_SC[4 * rate : 6 * rate].mean(1), atol=1e-6)
 
 
 @pytest.mark.parametrize(("rate", "seconds"), [(8_000, 10), (16_000, 3), (44_100, 10)])
