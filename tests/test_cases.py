@@ -203,7 +203,9 @@ def test_a_file_of_an_unknown_codec_costs_that_file(with_unknown_codec: Path, ta
 def test_folders_of_splits_are_splits(cases: Path, tmp_path: Path):
     done = shards(tmp_path / "shards", "folder", cases / "folders")
     assert done.code == 0, done.err
-    found = {split: Counter(labels for _, labels in each.values()) for split, each in clips(tmp_path / "shards").items()}
+    found = {
+        split: Counter(labels for _, labels in each.values()) for split, each in clips(tmp_path / "shards").items()
+    }
     assert found == {"train": Counter({("dog",): 1, ("cat",): 1}), "test": Counter({("dog",): 1})}
 
 
