@@ -28,7 +28,7 @@ class Odd(NamedTuple):
 
 
 class Count(NamedTuple):
-    """What became of the files of a kind."""
+    """A kind, and how many of its files were read or refused."""
 
     kind: str
     tried: int

@@ -20,7 +20,7 @@ from asda.data.audio.read import count_frames, read_wave, wave_blocks
 from asda.data.audio.waves import AudioError
 
 ROOT = Path(__file__).parents[3]
-MUTANTS = 40 * len(FORMATS)
+MUTANTS = 25 * len(FORMATS)
 
 
 def fuzz_command():
