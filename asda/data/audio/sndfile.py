@@ -20,7 +20,7 @@ READ_AT_ONCE = 1 << 20  # values of all channels, 4 MiB of float32
 SIZE_CORRECTION = re.compile(r": (\d+) \(should be (\d+)\)")
 SIZE_SLACK_BYTES = 8  # writers that forget a pad byte or count the RIFF header itself are off by this much at most
 # Decoded before a part and dropped: the first frames behind a seek lack what lies in those before, in MP3 and Opus.
-# GSM and a few others cannot seek, and in Vorbis libsndfile ends up elsewhere (its issue 885), or crashes if headers are
+# GSM and a few others cannot seek; in Vorbis libsndfile ends up elsewhere (its issue 885), or crashes if headers are
 # damaged: they are decoded from their beginning, at about 2000 times real time.
 PREROLL_FRAMES = 1 << 14
 MPEG_MESSAGES = (b"[src/libmpg123", b"Note: ", b"Warning: ", b"\n")  # how lines of libmpg123 begin
