@@ -152,6 +152,14 @@ def test_an_mp3_read_in_blocks_is_that_read_at_once(tmp_path, monkeypatch, rate,
     np.testing.assert_allclose(part_S, at_once_SC[4 * rate : 6 * rate].mean(1), atol=1e-6)
 
 
+@pytest.mark.parametrize("its", FORMATS, ids=lambda its: its.name)
+def test_small_blocks_give_what_large_ones_give(tmp_path, monkeypatch, its):
+    (tmp_path / "clip").write_bytes(its.bytes_of(sound(2, its.rate_hz, its.channels)))
+    large_S, _ = read_wave(tmp_path / "clip")
+    monkeypatch.setattr(sndfile, "READ_AT_ONCE", 3001)
+    np.testing.assert_allclose(read_wave(tmp_path / "clip")[0], large_S, atol=1e-6)
+
+
 @pytest.mark.parametrize(("rate", "seconds"), [(8_000, 10), (16_000, 3), (44_100, 10)])
 def test_parts_of_a_vorbis_are_those_of_the_whole_to_the_bit(tmp_path, rate, seconds):
     rng = np.random.default_rng(3)
