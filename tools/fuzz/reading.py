@@ -6,6 +6,7 @@ import resource
 import signal
 import sys
 import tempfile
+import time
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -14,7 +15,8 @@ import psutil
 from encoders import sound
 from mutants import mutant
 
-LIMIT_S = 10.0  # for one file, read in four ways
+LIMIT_S = 10.0  # of a processor, for one file that is read in four ways
+HANGS_S = 60.0  # by the clock: other programs may have the processor
 LIMIT_BYTES = 1 << 30  # resident, of the whole process
 LONGEST_SENTENCE = 400  # characters
 START_S = 120.0  # for a process to import torch on a busy machine
@@ -43,10 +45,10 @@ class Reader:
         """Read one mutant. What ends the process is a finding too."""
         with suppress(EOFError, BrokenPipeError, ConnectionResetError):
             self._pipe.send(number)
-            if self._pipe.poll(LIMIT_S):
+            if self._pipe.poll(HANGS_S):
                 return self._pipe.recv()
             self._lose()
-            return WRONG, f"is not done after {LIMIT_S:g} s"
+            return WRONG, f"is not done after {HANGS_S:g} s"
         code = self._lose()
         return WRONG, f"ends the process: {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
 
@@ -92,10 +94,13 @@ def _outcome_of(number: int, seed: int, folder: Path, stderr: int) -> Outcome:
     os.lseek(stderr, 0, os.SEEK_SET)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+    started_s = time.process_time()
     try:
         outcome = read_in_all_ways(path)
     finally:
         path.unlink()
+    if (seconds := time.process_time() - started_s) > LIMIT_S:
+        return WRONG, f"takes {seconds:.0f} s"
     sys.stderr.flush()
     if os.fstat(stderr).st_size:
         text = os.pread(stderr, 200, 0).decode(errors="replace")
