@@ -1,4 +1,5 @@
-"""Decode what only FFmpeg knows: AAC, ALAC or Opus in MP4, M4A, WebM, Matroska or ADTS, WMA, WavPack, AC-3, AMR.
+"""Decode what only FFmpeg knows: AAC, ALAC or Opus in MP4, M4A, WebM, Matroska or ADTS, WMA, WavPack, AC-3, AMR,
+and FLAC in Ogg.
 
 By PyAV, the extra `m4a`. Files are opened as the one format that their first bytes name, and through a file object:
 FFmpeg opens no other file and no address that a file may name. Containers only estimate lengths, so they are bounded
@@ -6,6 +7,8 @@ while decoding.
 """
 
 import importlib.util
+import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +39,10 @@ SIGNATURES = (  # first bytes, where they stand, and FFmpeg's name of the format
     (b"MP+", 0, "mpc"),
     (b"DSD ", 0, "dsf"),
     (b"#!AMR", 0, "amr"),
+    (b"\x7fFLAC", 28, "ogg"),  # FLAC in Ogg: the libsndfile of soundfile's wheels cannot read it
 )
+HEAD_BYTES = 64  # of a file, that hold any of these
+SEEKING = {"mov", "matroska", "wv", "tta"}  # whose time stamps are right; others are decoded from their beginning
 NO_LENGTH = {"aac", "ac3", "eac3", "amr", "mp3"}  # FFmpeg guesses one from the first bit rates
 
 
@@ -46,7 +52,7 @@ def has_pyav() -> bool:
 
 
 def demuxer_of(head: bytes) -> str:
-    """Return FFmpeg's name of the format of a file that only FFmpeg reads, by its first 12 bytes, else ""."""
+    """Return FFmpeg's name of the format of a file that only FFmpeg reads, by its first HEAD_BYTES, else ""."""
     for signature, place, demuxer in SIGNATURES:
         if head[place:].startswith(signature):
             return demuxer
@@ -58,6 +64,17 @@ def demuxer_of(head: bytes) -> str:
     return ""
 
 
+class _File(io.FileIO):
+    """A file that answers a wrong seek as FFmpeg expects it: PyAV would print the traceback of an exception."""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move; return the new place, or -1 if there is no such place."""
+        try:
+            return super().seek(offset, whence)
+        except (OSError, OverflowError):
+            return -1
+
+
 @contextmanager
 def _open_track(path: Path, demuxer: str) -> Iterator[tuple["InputContainer", "AudioStream"]]:
     """Open the first track that can be decoded. Errors of FFmpeg in the block become AudioError."""
@@ -65,7 +82,7 @@ def _open_track(path: Path, demuxer: str) -> Iterator[tuple["InputContainer", "A
     from av.error import FFmpegError
 
     try:
-        with path.open("rb") as file, av.open(file, "r", format=demuxer) as container:
+        with _File(path) as file, av.open(file, "r", format=demuxer) as container:
             yield container, _decodable(container)
     except (FFmpegError, OSError) as error:
         raise AudioError(f"FFmpeg: {error.strerror}") from error
@@ -133,7 +150,7 @@ class FfmpegSound:
     def _from(self, first: int) -> Iterator[np.ndarray]:
         """Decode from frame `first` to the end, float32 [C, S] a piece."""
         with _open_track(self._path, self._demuxer) as (container, stream):
-            seeks = bool(first and self.num_frames is not None)
+            seeks = bool(first and self._demuxer in SEEKING)
             if seeks and stream.time_base:
                 offset = max(0, int((first / self.rate_hz - PREROLL_S) / stream.time_base))
                 container.seek(offset, stream=stream)
@@ -171,5 +188,6 @@ def _declared(container: "InputContainer", stream: "AudioStream") -> tuple[int |
     if stream.duration and stream.time_base:
         return round(stream.duration * stream.time_base * stream.rate), TRACK_SLACK_FRAMES
     if container.duration:
-        return round(container.duration * stream.rate / MICROSECONDS), round(CONTAINER_SLACK_S * stream.rate)
+        slack = round(CONTAINER_SLACK_S * stream.rate) if len(container.streams) > 1 else TRACK_SLACK_FRAMES
+        return round(container.duration * stream.rate / MICROSECONDS), slack
     return None, 0

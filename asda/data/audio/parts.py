@@ -111,7 +111,8 @@ def _parts(path: Path, size: int, _modified_ns: int) -> tuple[Part, ...]:
             return _ogg_parts(view)
         if view[(place := _behind_tags(view, 0)) : place + 4] == b"fLaC":
             return _flac_parts(view)
-        return _mpeg_parts(view) if head[:3] == b"ID3" or not any(head) or mpeg_frame(head) else ()
+        may_be_mpeg = head[:3] == b"ID3" or head.lstrip(b"\0")[:1] in (b"", b"\xff")  # zeros may stand before it
+        return _mpeg_parts(view) if may_be_mpeg else ()
 
 
 # ---- WAV and AIFF
@@ -251,7 +252,7 @@ FLAC_SIZES = {1: 192, **{n: 576 << n - 2 for n in range(2, 6)}, **{n: 256 << n -
 def _flac_parts(view: View) -> tuple[Part, ...]:
     starts = sorted(place for magic in STREAM_INFO for place in _places(view, magic))
     parts, mended = [], len(starts) > 1
-    for start, stop in zip(starts, [*starts[1:], len(view)], strict=True):
+    for start, stop in zip(starts, [*starts, len(view)][1:], strict=True):
         declared = int.from_bytes(view[start + 21 : start + 26], "big") & (1 << 36) - 1
         total = _flac_samples(view, start, stop, declared)
         if total is None or total == declared or (declared and total < declared):

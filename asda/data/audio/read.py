@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from asda.data.audio.ffmpeg import FfmpegSound, demuxer_of
+from asda.data.audio.ffmpeg import HEAD_BYTES, FfmpegSound, demuxer_of
 from asda.data.audio.resampling import resample, resample_blocks
 from asda.data.audio.sndfile import SndfileSound, open_by_sndfile
 from asda.data.audio.waves import (
@@ -95,7 +95,7 @@ def _head(path: Path) -> bytes:
         if not path.is_file():
             raise AudioError("is not a regular file" if path.exists() else "no such file")
         with path.open("rb") as file:
-            head = file.read(12)
+            head = file.read(HEAD_BYTES)
     except OSError as error:
         raise AudioError(f"cannot be read: {error.strerror}") from error
     if not head:
