@@ -17,7 +17,7 @@ from typing import IO, BinaryIO
 import xxhash
 
 TEMPORARY_SUFFIX = ".tmp"
-MOST_NAME_BYTES = 255  # of a file, on every usual file system
+LONGEST_NAME_BYTES = 120  # of a file whose temporary name begins with it; a disk allows 255, an encrypted one 143
 BLOCK = 4096  # direct writes begin and end at multiples of it
 WRITE_BYTES = 32 << 20  # at once
 READ_BYTES = 4 << 20  # at once, to be hashed; hashing holds Python's lock, which other threads wait for
@@ -34,12 +34,12 @@ def write_whole_file(path: Path, content: bytes | str) -> None:
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file that gets its name at the end of the block, once its bytes are on the disk. Raises OSError.
 
-    Until then it is called NAME.<process id>.tmp, with a hash for a long NAME. It is removed if the block fails, or
+    Until then it is called NAME.<process id>.tmp, with a hash for a long name. It is removed if the block fails, or
     closes the file.
     """
-    suffix = f".{os.getpid()}{TEMPORARY_SUFFIX}"
-    is_long = len(os.fsencode(path.name + suffix)) > MOST_NAME_BYTES
-    temporary = path.with_name((hash_bytes(os.fsencode(path.name)) if is_long else path.name) + suffix)
+    name = os.fsencode(path.name)
+    beginning = path.name if len(name) <= LONGEST_NAME_BYTES else hash_bytes(name)
+    temporary = path.with_name(f"{beginning}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
         with temporary.open("wb") as file:
             yield file

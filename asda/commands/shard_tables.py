@@ -3,10 +3,12 @@
 Shapes: N clips.
 """
 
+import csv
 import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import numpy as np
 from asda.commands.text import bar, shortened
 from asda.data.audio.waves import SAMPLE_RATE_HZ
 from asda.data.shards.index import DatasetIndex, SplitIndex
+from asda.sharding.journal import SILENT_FILE
 
 MIB = 1 << 20
 BAR_CHARACTERS = 30  # in the longest bar of a histogram
@@ -95,6 +98,7 @@ def tables(figures: dict[str, Any], num_classes: float) -> list[str]:
     lines += [f"made by: {figures['command']}"] if figures["command"] else []
     lines += [f"rejected: {figures['rejected']:,} clips"] if figures["rejected"] else []
     lines += duplicate_lines(figures["duplicates"])
+    lines += silence_lines(figures["dataset"])
     lines += ["", *split_table(figures["splits"])]
     if figures["classes"]:
         absent = absent_table(figures["splits"], figures["classes"], all_names=num_classes == math.inf)
@@ -109,6 +113,17 @@ def duplicate_lines(counts: dict[str, int]) -> list[str]:
         for kind in ("exact", "near")
         if counts[kind]
     ]
+
+
+def silence_lines(folder: str) -> list[str]:
+    """Return a line about clips of digital silence, if the local folder of a dataset has a table of them."""
+    path = Path(folder, SILENT_FILE)
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = list(csv.DictReader(file))
+    are = "clip is" if len(rows) == 1 else "clips are"
+    return [f"WARNING: {len(rows):,} {are} digital silence, the first is {rows[0]['path']}; {path} lists them"]
 
 
 def split_table(splits: dict[str, dict[str, Any]]) -> list[str]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from asda.commands.parsing import check_range, make_parser
 from asda.commands.shard_sources import SOURCE_HELP, add_source_arguments, options_from
-from asda.commands.shard_tables import absent_table, split_figures, split_table
+from asda.commands.shard_tables import absent_table, silence_lines, split_figures, split_table
 from asda.data.audio.waves import MAX_SECONDS, SAMPLE_RATE_HZ
 from asda.data.labels import read_labels
 from asda.data.shards.index import DATASET_FILE, FORMAT_VERSION, MAX_SAMPLE_BYTES, DatasetIndex, Duplicates
@@ -28,6 +28,7 @@ from asda.sharding.journal import (
     DUPLICATES_FILE,
     MERGE,
     REJECTED_FILE,
+    SILENT_FILE,
     Journal,
     bytes_to_replace,
     claimed,
@@ -257,6 +258,8 @@ def write_tables(plan: Plan, listing: Listing, written: Mapping[int, WrittenShar
     clips = [(key, name) for name, shards in splits.items() for shard in shards for key in shard.keys]
     pairs = find_pairs([prints for shards in splits.values() for shard in shards for prints in shard.prints])
     write_table(plan.out / REJECTED_FILE, ("path", "reason"), rejected)
+    silent = [(*clip, name) for name, shards in splits.items() for shard in shards for clip in shard.silent]
+    write_table(plan.out / SILENT_FILE, ("key", "path", "split"), silent)
     header = ("kind", "key", "split", "other_key", "other_split", "differing_bits")
     rows = [(pair.kind, *clips[pair.first], *clips[pair.second], pair.differing_bits) for pair in pairs]
     write_table(plan.out / DUPLICATES_FILE, header, rows)
@@ -322,7 +325,9 @@ def report(dataset: DatasetIndex, seconds: float, num_workers: int, not_in: Mapp
     print(f"{num_clips} clips in {seconds:.1f} s: {num_clips / seconds:.0f} clips/s with {num_workers} workers")
     table = f", listed in {dataset.folder / REJECTED_FILE}" if dataset.rejected else ""
     print(f"rejected: {dataset.rejected} clips{table}")
-    report_alike(dataset)
+    report_alike(dataset.vocabulary)
+    for line in silence_lines(str(dataset.folder)):
+        print(line)
     report_duplicates(dataset.duplicates, Path(f"{dataset.folder}") / DUPLICATES_FILE)
     for reason, count in not_in.items():
         if count:

@@ -78,6 +78,7 @@ class WrittenClip(NamedTuple):
     labels: tuple[int, ...]
     log_mel: LogMelSums
     prints: bytes  # see asda/sharding/duplicates.py
+    is_silent: bool  # every sample is 0
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class WrittenShard:
     labels: list[list[int]]  # label ids of every clip
     prints: list[bytes]
     rejected: list[list[str]]  # [source, reason]
-    silent: list[str]  # sources of clips whose samples are all 0
+    silent: list[list[str]]  # [key, source] of clips whose samples are all 0
 
 
 def check_space(workers: Workers, out: Path, tasks: Sequence[ShardTask], freed_bytes: int) -> None:
@@ -120,29 +121,32 @@ def _size(num_bytes: float) -> str:
 def _compressed_bytes(clip: ClipTask, max_seconds: float) -> int:
     """Return the bytes that a clip takes in a shard; 0 if it cannot be read."""
     try:
-        samples_S = read_place(clip.place, max_seconds)
-    except Exception:  # it will be rejected
+        members = clip_members(clip, read_place(clip.place, max_seconds))
+    except Exception:  # writing its shard says why
         return 0
     members = clip_members(clip, samples_S)
     return len(zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compress(members))
 
 
 def write_shard(task: ShardTask, report: Callable[[int], None] = lambda num_clips: None) -> WrittenShard:
-    """Write the clips of a shard, then its index; call report(n) after the n-th clip. Raises UserError."""
+    """Write the clips of a shard, then its index; call report(n) after the n-th clip. Raises UserError.
+
+    A clip that cannot be read, for whatever reason, is rejected; the others are written.
+    """
     clips: list[WrittenClip] = []
     rejected: list[list[str]] = []
-    silent: list[str] = []
+    silent: list[list[str]] = []
     with writing(task.path), whole_file(task.path) as file:
         frames = FrameWriter(file)
         for number, clip in enumerate(task.clips, start=1):
             try:
-                samples_S = read_place(clip.place, task.max_seconds)
-            except Exception as error:  # one bad file costs one file
+                members, written = _read_clip(clip, task.max_seconds)
+            except Exception as error:
                 rejected.append([clip.source, failure_of(error)])
             else:
-                clips.append(_write_clip(frames, clip, samples_S))
-                if not samples_S.any():
-                    silent.append(clip.source)
+                offset, digest = frames.append(members)
+                clips.append(written._replace(offset=offset, hash=digest))
+                silent += [[clip.key, clip.source]] if written.is_silent else []
             report(number)
         entry = _finish(frames, task.path, clips) if clips else file.close()
     return WrittenShard(
@@ -184,16 +188,18 @@ class FrameWriter:
         return offset, xxh3_64_hexdigest(frame)
 
 
-def _write_clip(frames: FrameWriter, clip: ClipTask, samples_S: np.ndarray) -> WrittenClip:
+def _read_clip(clip: ClipTask, max_seconds: float) -> tuple[bytes, WrittenClip]:
+    """Return a clip's tar members and its row, whose offset and hash follow when they are written."""
     # Imported here because it brings numba, which takes seconds, and a process that only plans and waits needs none.
     from asda.data.features.fbank import log_mel
 
-    offset, digest = frames.append(clip_members(clip, samples_S))
+    samples_S = read_place(clip.place, max_seconds)
     mel_TM = log_mel(samples_S)
     values = mel_TM.astype(np.float64)
     sums = LogMelSums(len(values), values.size, float(values.sum()), float(np.square(values).sum()))
     prints = clip_prints(samples_S, mel_TM)
-    return WrittenClip(clip.key, offset, digest, len(samples_S), clip.label_ids, sums, prints)
+    row = WrittenClip(clip.key, 0, "", len(samples_S), clip.label_ids, sums, prints, not samples_S.any())
+    return clip_members(clip, samples_S), row
 
 
 def clip_members(clip: ClipTask, samples_S: np.ndarray) -> bytes:
