@@ -35,7 +35,7 @@ from asda.data.order import Draw
 from asda.data.shards.index import DATASET_FILE, SHARD_SUFFIX
 from asda.data.shards.read import ShardFile, load_dataset
 from asda.errors import UserError, failure_of, say
-from asda.system import MOST_NAME_BYTES, TEMPORARY_SUFFIX, hash_bytes, whole_file, write_whole_file
+from asda.system import TEMPORARY_SUFFIX, hash_bytes, whole_file, write_whole_file
 
 if TYPE_CHECKING:
     from asda.inference import Features, Model
@@ -46,6 +46,7 @@ METADATA = "metadata.json"  # in an .npz, beside the arrays; no clip of a shard 
 FILE_KEY = "features"  # the one array of an audio file
 SPOOL_BYTES = 64 << 20  # of features that wait in memory for the rest of their file; more wait on the disk
 COPY_BYTES = 4 << 20
+MOST_NAME_BYTES = 255  # of a file, on every usual file system
 CLIPS_AT_ONCE = 16  # in a shard; fixed, because the size of a batch changes the last bits of its features
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # the earliest date of a zip; bytes must not depend on the hour
 REPORT_EVERY_S = 10.0  # between lines of progress, if stderr is not a terminal
