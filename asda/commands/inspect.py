@@ -10,6 +10,7 @@ import os
 import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,12 +19,12 @@ from tqdm import tqdm
 
 from asda.commands.parsing import check_range, make_parser
 from asda.commands.shard_tables import dataset_figures, tables
-from asda.commands.text import aligned, shortened
+from asda.commands.text import aligned, on_one_line, shortened
 from asda.data.audio.waves import SAMPLE_RATE_HZ, decode_wav
 from asda.data.remote.cache import CacheConfig
 from asda.data.shards.index import REPAIR, DatasetIndex
 from asda.data.shards.read import ShardFile, load_dataset
-from asda.errors import UserError
+from asda.errors import UserError, failure_of
 from asda.sharding.verify import read_members, verify_dataset
 from asda.system import write_whole_file
 
@@ -244,9 +245,14 @@ def summarize(dataset: DatasetIndex, names: Iterable[str]) -> dict[str, Any]:
 
 
 def list_clips(dataset: DatasetIndex, clips: Iterable[Clip], columns: list[str]) -> None:
-    """Print a CSV, which asda shards can read; labels are separated by ";"."""
+    """Print a CSV, which asda shards can read; labels are separated by ";".
+
+    Raises:
+        UserError: clips could not be read for the column source, which is empty there.
+    """
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(columns)
+    failures = Failures()
     for clip in tqdm(clips, unit="clip", disable=sys.stdout.isatty() or not sys.stderr.isatty()):
         row = {
             "key": clip.key,
@@ -256,8 +262,31 @@ def list_clips(dataset: DatasetIndex, clips: Iterable[Clip], columns: list[str])
             "labels": ";".join(label_names(dataset, clip)),
         }
         if "source" in columns:
-            row["source"] = read_members(clip.shard, clip.number)[1].get("source", "")
-        table.writerow(row[column] for column in columns)
+            with failures.of_clip():
+                row["source"] = read_members(clip.shard, clip.number)[1].get("source", "")
+        table.writerow(row.get(column, "") for column in columns)
+    failures.tell(f"{dataset.folder}: {{}} clips cannot be read, and have no source in the list; {REPAIR}")
+
+
+class Failures:
+    """Clips of a loop that could not be read: each costs that clip alone."""
+
+    def __init__(self):
+        self._count = 0
+
+    @contextmanager
+    def of_clip(self) -> Iterator[None]:
+        """Print the exception that ends the block, if any, and count it."""
+        try:
+            yield
+        except Exception as error:
+            self._count += 1
+            tqdm.write(f"error: {on_one_line(failure_of(error))}", file=sys.stderr)
+
+    def tell(self, sentence: str) -> None:
+        """Raise a UserError with the number of failures, if there are any."""
+        if self._count:
+            raise UserError(sentence.format(self._count))
 
 
 def label_names(dataset: DatasetIndex, clip: Clip) -> list[str]:
@@ -312,9 +341,6 @@ def export(clip: Clip, out: Path) -> None:
     print(f"written {out}: {clip.num_samples / SAMPLE_RATE_HZ:.2f} s, {len(wav):,} bytes")
 
 
-# Verifying
-
-
 # Drawing a contact sheet
 
 
@@ -323,10 +349,16 @@ def draw_sheet(out: Path, clips: list[Clip], dataset: DatasetIndex) -> None:
     from asda.commands.pictures import draw_panels
 
     bar = tqdm(clips, unit="clip", disable=not sys.stderr.isatty(), leave=False)
-    panels = [clip_panel(dataset, clip) for clip in bar]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole_file(out, draw_panels(f"{dataset.folder}: {len(clips)} clips on one colour scale", panels))
-    print(f"written {out}: {len(clips)} clips")
+    panels: list[Panel] = []
+    failures = Failures()
+    for clip in bar:
+        with failures.of_clip():
+            panels.append(clip_panel(dataset, clip))
+    if panels:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole_file(out, draw_panels(f"{dataset.folder}: {len(panels)} clips on one colour scale", panels))
+        print(f"written {out}: {len(panels)} clips")
+    failures.tell(f"{dataset.folder}: {{}} clips cannot be read, and are not drawn; {REPAIR}")
 
 
 def clip_panel(dataset: DatasetIndex, clip: Clip) -> "Panel":

@@ -19,7 +19,7 @@ from asda.data.remote.cache import CacheConfig
 from asda.data.remote.storage import LocalFolder, open_storage
 from asda.data.shards.index import DATASET_FILE, MAX_SAMPLE_BYTES, REPAIR, SHARD_SUFFIX, TAR_END, ShardEntry
 from asda.data.shards.read import BadFrameError, ShardFile, decompress, load_dataset, load_shard_index, load_weights
-from asda.errors import UserError
+from asda.errors import UserError, failure_of
 from asda.sharding.workers import worker_pool
 from asda.system import hash_pieces
 
@@ -105,7 +105,7 @@ def _check_listed(
     problems = shard_problems(shard, vocabulary)
     try:
         return Checked(entry.name, problems, shard.index.keys)
-    except UserError:  # about the index, which is among the problems
+    except Exception:  # about the index, which is among the problems
         return Checked(entry.name, problems)
 
 
@@ -115,27 +115,30 @@ def _check_unlisted(_: int, path: Path) -> Checked:
 
 
 @contextmanager
-def _adding_to(problems: list[str]) -> Iterator[None]:
-    """Add the UserError that ends the block, if any."""
+def _adding_to(problems: list[str], where: str) -> Iterator[None]:
+    """Add the exception that ends the block, if any; a UserError says itself where it happened."""
     try:
         yield
     except UserError as error:
         problems.append(str(error))
+    except Exception as error:
+        problems.append(f"{where}: {failure_of(error)}")
 
 
 def shard_problems(shard: ShardFile, vocabulary: tuple[str, ...]) -> list[str]:
     """Return what is wrong with a shard: its index, its size, each clip, its end frame, the hash of the file."""
     problems: list[str] = []
     size = shard.entry.bytes
-    with _adding_to(problems):
+    where = f"shard {shard.path}"
+    with _adding_to(problems, where):
         end = load_shard_index(shard.storage, shard.entry).offsets[-1]
-        with _adding_to(problems):
+        with _adding_to(problems, where):
             shard.storage.check_sizes([shard.file])
         end_frame = shard.storage.read(shard.file, end, size)  # if this fails, nothing can be read
         for number in range(shard.entry.clips):
-            with _adding_to(problems):
+            with _adding_to(problems, f"{where}, clip {number}"):
                 _check_clip(shard, number, vocabulary)
-        with _adding_to(problems):
+        with _adding_to(problems, where):
             _check_end(shard, end_frame)
         pieces = ((start, min(start + READ_BYTES, size)) for start in range(0, size, READ_BYTES))
         if (found := hash_pieces(shard.storage.read(shard.file, *piece) for piece in pieces)) != shard.file.digest:
@@ -202,8 +205,9 @@ def tar_problems(path: Path) -> list[str]:
                     problems.append(f"{path}, key {key}: {name} is there twice")
                 seen[key].add(extension)
                 last = key
-    except (tarfile.TarError, zstandard.ZstdError, OSError) as error:
-        problems.append(f"{path} is damaged after key {last or '(none)'}: {error}")
+    except Exception as error:
+        reason = error if isinstance(error, (tarfile.TarError, zstandard.ZstdError, OSError)) else failure_of(error)
+        problems.append(f"{path} is damaged after key {last or '(none)'}: {reason}")
     for key, extensions in seen.items():
         if "json" not in extensions:
             problems.append(f"{path}, key {key}: half a clip, it has no {key}.json")

@@ -281,6 +281,47 @@ def test_tables_and_single_clips_need_no_intact_neighbours(damaged, tmp_path):
     assert not (tmp_path / "siren.wav").exists()
 
 
+def test_a_damaged_clip_costs_the_list_and_the_sheet_that_clip_alone(damaged, tmp_path):
+    before = rows(damaged, "--list")
+    for key in ("siren_003", "dog_001" if any(row["key"] == "dog_001" for row in before) else before[0]["key"]):
+        flip(damaged, key)
+    hit = {key for key in (row["key"] for row in before) if f"damaged at key {key} " in look(damaged, "--verify").out}
+    assert len(hit) == 2
+    done = look(damaged, "--list")
+    assert done.code == 2
+    assert done.out.splitlines()[1:] == [
+        ",".join(row.values() if row["key"] not in hit else [*list(row.values())[:-1], ""]) for row in before
+    ]
+    *errors, last = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert all("damaged at key" in line for line in errors)
+    assert last.startswith(f"error: {damaged}: 2 clips cannot be read, and have no source in the list; ")
+    done = look(damaged, "--sheet", tmp_path / "a.png", "--num", 64)
+    assert (done.code, "62 clips" in done.out) == (2, True)
+    assert "2 clips cannot be read, and are not drawn" in done.err
+    assert imread(tmp_path / "a.png").std() > 0.1
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), MemoryError()], ids=repr)
+def test_whatever_a_clip_raises_is_a_problem_of_that_clip(shards, monkeypatch, error):
+    from asda.sharding import verify
+
+    entry = load_dataset(shards).splits["test"].shards[0]
+    original = verify.decode_wav
+
+    def fails(wav: bytes) -> np.ndarray:
+        calls.append(wav)
+        if len(calls) == 3:
+            raise error
+        return original(wav)
+
+    calls: list[bytes] = []
+    monkeypatch.setattr(verify, "decode_wav", fails)
+    (problem,) = verify.shard_problems(ShardFile(shards, entry), load_dataset(shards).vocabulary)
+    assert problem.startswith(f"shard {shards / entry.name}, clip 1: {type(error).__name__}: ")
+    assert problem.endswith("(unexpected; please report it with this file)")
+
+
 def test_a_sheet_is_a_picture_of_the_clips_asked_for(mixed, tmp_path):
     args = ("--sheet", tmp_path / "a.png", "--num", 3)
     assert "3 clips" in shown(mixed, *args)
