@@ -8,7 +8,6 @@ Shapes: S samples, T time patches, F mel patches, D width.
 
 import argparse
 import json
-import math
 import os
 import sys
 import tempfile
@@ -18,16 +17,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 import numpy as np
 import xxhash
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import asda
 from asda import system
 from asda.commands.parsing import CHECKPOINT_HELP, make_parser
+from asda.commands.text import on_one_line
 from asda.data.audio.find import AudioFile, audio_files
 from asda.data.audio.waves import SAMPLE_RATE_HZ, AudioError
 from asda.data.clips import ClipDataset, read_clips
@@ -39,16 +39,14 @@ from asda.system import TEMPORARY_SUFFIX, hash_bytes, whole_file, write_whole_fi
 
 if TYPE_CHECKING:
     from asda.inference import Features, Model
+    from asda.inference.feature_files import Array
 
 FORMAT_VERSION = 1  # of the files of features
 SETTINGS_FILE = "features.json"
-METADATA = "metadata.json"  # in an .npz, beside the arrays; no clip of a shard has a dot in its key
 FILE_KEY = "features"  # the one array of an audio file
 SPOOL_BYTES = 64 << 20  # of features that wait in memory for the rest of their file; more wait on the disk
-COPY_BYTES = 4 << 20
 MOST_NAME_BYTES = 255  # of a file, on every usual file system
 CLIPS_AT_ONCE = 16  # in a shard; fixed, because the size of a batch changes the last bits of its features
-ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # the earliest date of a zip; bytes must not depend on the hour
 REPORT_EVERY_S = 10.0  # between lines of progress, if stderr is not a terminal
 
 EXAMPLES = """examples
@@ -104,18 +102,6 @@ class Embedded:
     labels: dict[str, list[str]]  # {"labels": [...]} of a shard's clip; an audio file has none
 
 
-class Array(NamedTuple):
-    """An array of float32 in a spool."""
-
-    shape: tuple[int, ...]
-    start: int  # byte
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the array."""
-        return 4 * math.prod(self.shape)
-
-
 @dataclass(frozen=True)
 class Task:
     """One file of features to write."""
@@ -148,7 +134,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--channel", type=int, metavar="N", help="take this channel of files, from 0 (default: the mean of all)")
     add("--weights", choices=("student", "teacher"), default="student", help="which network of a pre-training")
-    add("--format", choices=WRITERS, default="npz", help="format of the files (default: %(default)s)")
+    add("--format", choices=("npz", "safetensors"), default="npz", help="format of the files (default: %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network computes")
     return parser.parse_args(argv)
 
@@ -168,7 +154,7 @@ def extract(args: argparse.Namespace) -> None:
                 reason = failure_of(error)
                 failures.append(reason if task.source in reason else f"{task.source}: {reason}")
                 if len(tasks) > 1:
-                    tqdm.write(f"error: {failures[-1]}", file=sys.stderr)
+                    tqdm.write(f"error: {on_one_line(failures[-1])}", file=sys.stderr)
             progress.finish(task.num_clips)
     print(progress.summary(args.out))
     if failures:
@@ -299,6 +285,8 @@ def finish(task: Task, out: Path, settings: Settings, model: "Model", progress: 
         check_source(path, task)
         progress.kept += task.num_clips
         return
+    from asda.inference.feature_files import WRITERS  # brings torch
+
     place = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
     with tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=str(place)) as spool:
         arrays, metadata = features_of(task, settings, model, progress, spool)
@@ -312,8 +300,10 @@ def finish(task: Task, out: Path, settings: Settings, model: "Model", progress: 
 
 def features_of(
     task: Task, settings: Settings, model: "Model", progress: "ClipProgress", spool: IO[bytes]
-) -> tuple[dict[str, Array], dict[str, Any]]:
+) -> tuple[dict[str, "Array"], dict[str, Any]]:
     """Compute the arrays of one file into a spool; return where they lie, and the metadata. Raises UserError."""
+    from asda.inference.feature_files import to_spool
+
     arrays: dict[str, Array] = {}
     clips: dict[str, dict[str, Any]] = {}
     first_s = 0.0
@@ -327,79 +317,16 @@ def features_of(
     return arrays, {**settings.as_dict(), **times, "source": source, "clips": clips}
 
 
-def to_spool(spool: IO[bytes], parts: Iterable["Features"], granularity: str) -> tuple[Array, float]:
-    """Append the features of a clip, part by part; return where they lie, and the centre of the first in seconds."""
-    from asda.inference.results import mean_utterance  # brings torch
-
-    start, steps, chunks = spool.tell(), [], []
-    shape: tuple[int, ...] = ()
-    first_s = None
-    for part in parts:
-        first_s = float(part.times_s[0]) if first_s is None else first_s
-        steps.append(len(part.times_s))
-        if granularity == "utterance":
-            chunks.append(part.utterance)
-            continue
-        array = (part.frames if granularity == "frame" else part.patches).numpy()
-        shape = array.shape[1:]
-        spool.write(array.tobytes())
-    if granularity == "utterance":
-        utterance_D = mean_utterance(chunks, steps).numpy()
-        spool.write(utterance_D.tobytes())
-        return Array(utterance_D.shape, start), first_s or 0.0
-    return Array((sum(steps), *shape), start), first_s or 0.0
-
-
 def check_source(path: Path, task: Task) -> None:
     """Refuse a finished file that was made from another source. Raises UserError."""
+    from asda.inference.feature_files import read_metadata
+
     try:
         found = read_metadata(path)["source"]["hash"]
     except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, SafetensorError):
         raise UserError(f"its features {path} cannot be read; delete the file to make it again") from None
     if found != task.fingerprint():
         raise UserError(f"the features {path} were made from other audio; delete the file, or give another --out")
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """Read the metadata of a file of features."""
-    if path.suffix == ".npz":
-        with np.load(path) as arrays:
-            return json.loads(str(arrays[METADATA]))
-    with safe_open(path, "np") as tensors:
-        return json.loads(tensors.metadata()["metadata"])
-
-
-def write_npz(file: BinaryIO, spool: IO[bytes], arrays: dict[str, Array], metadata: str) -> None:
-    """Write an .npz like np.savez, but with a fixed date, and with any key."""
-    with zipfile.ZipFile(file, "w") as archive:
-        with archive.open(zipfile.ZipInfo(f"{METADATA}.npy", ZIP_DATE), "w", force_zip64=True) as member:
-            np.lib.format.write_array(member, np.array(metadata), allow_pickle=False)
-        for key, array in arrays.items():
-            with archive.open(zipfile.ZipInfo(f"{key}.npy", ZIP_DATE), "w", force_zip64=True) as member:
-                header = {"descr": "<f4", "fortran_order": False, "shape": array.shape}
-                np.lib.format.write_array_header_1_0(member, header)
-                copy(spool, array, member)
-
-
-def write_safetensors(file: BinaryIO, spool: IO[bytes], arrays: dict[str, Array], metadata: str) -> None:
-    """Write a .safetensors; its metadata is one string, because the order of several would be random."""
-    header: dict[str, Any] = {"__metadata__": {"metadata": metadata}}
-    end = 0
-    for key, array in sorted(arrays.items()):  # as the library sorts them
-        start, end = end, end + array.num_bytes
-        header[key] = {"dtype": "F32", "shape": array.shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for _, array in sorted(arrays.items()):
-        copy(spool, array, file)
-
-
-def copy(spool: IO[bytes], array: Array, file: IO[bytes]) -> None:
-    """Copy the bytes of an array out of the spool, in pieces."""
-    spool.seek(array.start)
-    for left in range(array.num_bytes, 0, -COPY_BYTES):
-        file.write(spool.read(min(left, COPY_BYTES)))
 
 
 class ClipProgress:
@@ -447,12 +374,6 @@ class ClipProgress:
             f"{self._made} clips in {seconds:.1f} s: {self._made / seconds:.1f} clips/s, "
             f"{self._audio_s / seconds:.0f} s of audio/s; {self.kept} clips were already extracted; {out}"
         )
-
-
-WRITERS: dict[str, Callable[[BinaryIO, IO[bytes], dict[str, Array], str], None]] = {
-    "npz": write_npz,
-    "safetensors": write_safetensors,
-}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import asda
 from asda.commands.parsing import CHECKPOINT_HELP, check_range, make_parser
-from asda.commands.text import bar
+from asda.commands.text import bar, on_one_line
 from asda.data.audio.find import audio_files
 from asda.errors import UserError, failure_of
 
@@ -79,8 +79,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def predict(args: argparse.Namespace) -> None:
     """Tag the files, and print. Raises UserError if a file cannot be used, after all others are done."""
-    from asda.commands.predict_events import event_tables  # brings torch
-    from asda.inference.events import EventRule
+    from asda.inference.events import EventRule  # brings torch
+    from asda.inference.tables import event_tables
 
     files = audio_files(args.inputs)
     if args.picture:
@@ -105,7 +105,7 @@ def predict(args: argparse.Namespace) -> None:
                 reason = failure_of(error)
                 failures.append(reason if isinstance(error, UserError) else f"{file.path}: {reason}")
                 if len(files) > 1:
-                    tqdm.write(f"error: {failures[-1]}", file=sys.stderr)
+                    tqdm.write(f"error: {on_one_line(failures[-1])}", file=sys.stderr)
     if failures:
         raise UserError(failures[0] if len(files) == 1 else f"{len(failures)} of {len(files)} files cannot be used")
 

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from tiny_tools import TINY, Done, noise, one_core, run, wav, write_broken, write_pretrained, write_tagger
 
 import asda
-from asda.commands.features import Array, write_npz, write_safetensors
 from asda.data.audio.waves import AudioError
 from asda.inference import Model
+from asda.inference.feature_files import Array, write_npz, write_safetensors
 
 pytestmark = pytest.mark.usefixtures(one_core.__name__)
 # Of the same clip in batches of other sizes: matrix products of other shapes round in another order. A sum of n
@@ -393,7 +393,7 @@ def test_features_of_a_long_file_go_through_the_disk_and_are_those_of_the_api(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_format: str, granularity: str
 ):
     monkeypatch.setattr("asda.commands.features.SPOOL_BYTES", 100)
-    monkeypatch.setattr("asda.commands.features.COPY_BYTES", 1000)
+    monkeypatch.setattr("asda.inference.feature_files.COPY_BYTES", 1000)
     path = wav(tmp_path / "long.wav", noise(40, rate_hz=22_050), rate_hz=22_050)
     options = ("--granularity", granularity, "--format", file_format)
     assert extract("--model", weights, "--out", tmp_path / "out", *options, path).code == 0
@@ -446,7 +446,7 @@ def test_an_error_that_nobody_expected_costs_one_file(weights: Path, tmp_path: P
     done = extract("--model", weights, "--out", tmp_path / "out", bad, good)
     assert done.code == 2
     assert (tmp_path / "out" / "b.npz").exists()
-    assert done.err.startswith(f"error: {bad}: {type(error).__name__}: ")
+    assert done.err.startswith(f"error: {bad}: {type(error).__name__}")
     assert "please report it" in done.err
 
 

@@ -313,7 +313,7 @@ def test_an_error_that_nobody_expected_costs_one_file(tagger: Path, tmp_path: Pa
     done = predict("--model", tagger, "--json", bad, good)
     assert done.code == 2
     assert [json.loads(line)["file"] for line in done.out.splitlines()] == [str(good)]
-    assert done.err.startswith(f"error: {bad}: {type(error).__name__}: ")
+    assert done.err.startswith(f"error: {bad}: {type(error).__name__}")
     assert "please report it" in done.err
 
 

@@ -28,11 +28,34 @@ from typing import BinaryIO, NamedTuple
 
 from asda.data.audio.waves import AudioError
 
-View = mmap.mmap
 LARGEST_SIZE = 1 << 32  # of a chunk in RIFF and AIFF
 UNKNOWN_SIZE_BYTES = 0x7FFF_0000  # from here on a declared size is a streaming writer's "unknown"
+STEP_BYTES = 1 << 24  # that are kept in memory while a file is looked through
 JUNK_BYTES = 1 << 16  # most that is skipped before the first frame of an MP3, and looked through between two
 RESYNC_BYTES = 1000  # libmpg123 finds the next frame by itself behind fewer bytes
+
+
+class View(mmap.mmap):
+    """The bytes of a file; those that were looked at leave memory when they are forgotten."""
+
+    _kept = 0  # bytes before it are forgotten
+
+    def forget(self, place: int) -> None:
+        """Release the memory of what lies before a place; it can be read again."""
+        begin = place // STEP_BYTES * STEP_BYTES
+        if begin > self._kept:
+            self.madvise(mmap.MADV_DONTNEED, self._kept, begin - self._kept)
+            self._kept = begin
+
+    def places(self, pattern: bytes) -> Iterator[int]:
+        """Yield every place of a pattern."""
+        for begin in range(0, len(self), STEP_BYTES):
+            end = begin + STEP_BYTES + len(pattern) - 1
+            place = self.find(pattern, begin, end)
+            while place >= 0:
+                yield place
+                place = self.find(pattern, place + 1, end)
+            self.madvise(mmap.MADV_DONTNEED, begin, min(STEP_BYTES, len(self) - begin))
 
 
 @dataclass(frozen=True)
@@ -97,7 +120,7 @@ def parts_of(path: Path) -> tuple[Part, ...]:
 def _parts(path: Path, size: int, _modified_ns: int) -> tuple[Part, ...]:
     if size < 12:
         return ()
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+    with path.open("rb") as file, View(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
         head = view[:4]
         if head in (b"RIFF", b"RF64", b"BW64"):
             return _wav_parts(view)
@@ -250,7 +273,7 @@ FLAC_SIZES = {1: 192, **{n: 576 << n - 2 for n in range(2, 6)}, **{n: 256 << n -
 
 
 def _flac_parts(view: View) -> tuple[Part, ...]:
-    starts = sorted(place for magic in STREAM_INFO for place in _places(view, magic))
+    starts = sorted(place for magic in STREAM_INFO for place in view.places(magic))
     parts, mended = [], len(starts) > 1
     for start, stop in zip(starts, [*starts, len(view)][1:], strict=True):
         declared = int.from_bytes(view[start + 21 : start + 26], "big") & (1 << 36) - 1
@@ -262,13 +285,6 @@ def _flac_parts(view: View) -> tuple[Part, ...]:
         field = (view[start + 21] & 0xF0 | total >> 32).to_bytes(1, "big") + (total & 0xFFFFFFFF).to_bytes(4, "big")
         parts.append(_patched({start + 21: field}, start, stop))
     return tuple(parts) if mended else ()
-
-
-def _places(view: View, pattern: bytes) -> Iterator[int]:
-    place = view.find(pattern)
-    while place >= 0:
-        yield place
-        place = view.find(pattern, place + 1)
 
 
 def _flac_samples(view: View, start: int, stop: int, declared: int) -> int | None:
@@ -335,7 +351,7 @@ def _ogg_parts(view: View) -> tuple[Part, ...]:
     """Split a chain at the pages that begin a stream; several streams side by side begin one right after another."""
     starts: list[int] = []
     follows = 0  # where the page after the last first page begins
-    for place in _places(view, b"OggS\x00\x02"):
+    for place in view.places(b"OggS\x00\x02"):
         if place != follows or not starts:
             starts.append(place)
         segments = view[place + 26] if place + 27 <= len(view) else 0
@@ -403,6 +419,7 @@ def mpeg_frames(view: View) -> Iterator[tuple[int, MpegFrame]]:
             return  # cut off
         yield place, frame
         place += frame.num_bytes
+        view.forget(place)
 
 
 def _is_frame(view: View, place: int, stream: int | None) -> bool:

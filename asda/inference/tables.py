@@ -1,4 +1,4 @@
-"""The tables of `asda predict --events`: one CSV file for all recordings, or a folder with a table for each."""
+"""Write tables of events: one CSV file for all recordings, or a folder with a table for each."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
