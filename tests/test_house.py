@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "asda"
 FILES_AT_THE_TOP = 9
 CORE_LINES = 4_200
-PACKAGE_LINES = 17_100  # without commands/; the house was to be 14,500 before issue 17 added the reader of odd files
+PACKAGE_LINES = 17_300  # without commands/; the house was to be 14,500 before issue 17 added the reader of odd files
 COMMAND_LINES = 3_800
 
 # From the ground up: a room imports only from rooms that stand before it.
