@@ -57,7 +57,7 @@ def failure_of(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    message = " ".join(str(error).split())
+    message = " ".join(str(error).split()) or "no message"
     return f"{type(error).__name__}: {message} (unexpected; please report it with this file)"
 
 

@@ -325,7 +325,7 @@ def report(dataset: DatasetIndex, seconds: float, num_workers: int, not_in: Mapp
     print(f"{num_clips} clips in {seconds:.1f} s: {num_clips / seconds:.0f} clips/s with {num_workers} workers")
     table = f", listed in {dataset.folder / REJECTED_FILE}" if dataset.rejected else ""
     print(f"rejected: {dataset.rejected} clips{table}")
-    report_alike(dataset.vocabulary)
+    report_alike(dataset)
     for line in silence_lines(str(dataset.folder)):
         print(line)
     report_duplicates(dataset.duplicates, Path(f"{dataset.folder}") / DUPLICATES_FILE)

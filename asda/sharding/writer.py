@@ -124,7 +124,6 @@ def _compressed_bytes(clip: ClipTask, max_seconds: float) -> int:
         members = clip_members(clip, read_place(clip.place, max_seconds))
     except Exception:  # writing its shard says why
         return 0
-    members = clip_members(clip, samples_S)
     return len(zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compress(members))
 
 

@@ -35,7 +35,9 @@ def test_a_record_is_read_back_whatever_bytes_the_names_of_files_have(readable: 
 def test_a_record_without_a_list_of_silent_clips_is_read_as_one_that_has_none(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(workers, "_counts", [0])
     (tmp_path / "a.wav").write_bytes(encode_wav(np.arange(800, dtype=np.int16)))
-    task = ShardTask(tmp_path / "train-000000.tar.zst", (ClipTask("a", Place(str(tmp_path / "a.wav")), "a", (), ()),), 1)
+    task = ShardTask(
+        tmp_path / "train-000000.tar.zst", (ClipTask("a", Place(str(tmp_path / "a.wav")), "a", (), ()),), 1
+    )
     journal = Journal(tmp_path, "digest")
     journal.folder.mkdir()
     shard = journal.produce(0, task)

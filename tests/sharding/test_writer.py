@@ -75,7 +75,7 @@ def test_a_full_disk_is_no_failure_of_a_clip(tmp_path: Path, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writer.FrameWriter, "append", full)
-    with pytest.raises(UserError, match="cannot write .*No space left"):
+    with pytest.raises(UserError, match=r"cannot write .*No space left"):
         writer.write_shard(shard_of(tmp_path, "a"))
 
 
@@ -83,3 +83,10 @@ def test_clips_whose_samples_are_all_zero_are_known(tmp_path: Path):
     shard = writer.write_shard(shard_of(tmp_path, "a", "silence", "b", "silence2"))
     assert shard.silent == [["silence", "silence.wav"], ["silence2", "silence2.wav"]]
     assert shard.keys == ["a", "silence", "b", "silence2"]
+
+
+def test_a_clip_that_cannot_be_read_needs_no_room_and_others_do(tmp_path: Path):
+    readable, missing = shard_of(tmp_path, "a", "b").clips
+    (tmp_path / "b.wav").unlink()
+    assert 8000 < writer._compressed_bytes(readable, 60.0) < 2 * 8000 * writer.LARGEST_RATIO + 4096
+    assert writer._compressed_bytes(missing, 60.0) == 0
