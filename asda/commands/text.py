@@ -19,6 +19,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def on_one_line(text: str) -> str:
+    """Write line breaks and other characters that do not print, which names of files may hold, as escapes."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 def shortened(text: str, most: int) -> str:
     """Put text on one line of at most `most` characters. It is cut in the middle: keys tend to differ at both ends."""
     text = " ".join(text.split())
