@@ -8,7 +8,6 @@ Shapes: S samples, T time patches, F mel patches, D width.
 
 import argparse
 import json
-import math
 import os
 import sys
 import tempfile
@@ -18,19 +17,21 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 import numpy as np
 import xxhash
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import asda
 from asda import system
-from asda.commands.parsing import CHECKPOINT_HELP, make_parser
+from asda.commands.parsing import CHECKPOINT_HELP, check_range, make_parser
+from asda.commands.text import on_one_line
 from asda.data.audio.find import AudioFile, audio_files
 from asda.data.audio.waves import SAMPLE_RATE_HZ, AudioError
 from asda.data.clips import ClipDataset, read_clips
+from asda.data.feature_files import WRITERS, Array, read_metadata
 from asda.data.order import Draw
 from asda.data.shards.index import DATASET_FILE, SHARD_SUFFIX
 from asda.data.shards.read import ShardFile, load_dataset
@@ -42,13 +43,10 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1  # of the files of features
 SETTINGS_FILE = "features.json"
-METADATA = "metadata.json"  # in an .npz, beside the arrays; no clip of a shard has a dot in its key
 FILE_KEY = "features"  # the one array of an audio file
 SPOOL_BYTES = 64 << 20  # of features that wait in memory for the rest of their file; more wait on the disk
-COPY_BYTES = 4 << 20
 MOST_NAME_BYTES = 255  # of a file, on every usual file system
 CLIPS_AT_ONCE = 16  # in a shard; fixed, because the size of a batch changes the last bits of its features
-ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # the earliest date of a zip; bytes must not depend on the hour
 REPORT_EVERY_S = 10.0  # between lines of progress, if stderr is not a terminal
 
 EXAMPLES = """examples
@@ -70,8 +68,13 @@ reading them
   The metadata holds model, weights, layer, granularity, hop_s, first_s, source, and under clips the shape, the seconds
   and (for shards) the labels of every array.
 
+names
+  The extension is replaced: dog/1.npz of dog/1.wav. It is kept where two inputs differ only by it: x.wav.npz and
+  x.flac.npz. A name that would be too long for a disk is cut, and ends with a hash of all of it.
+
 Finished files are kept: the same command resumes a stopped run. Only one process at a time may write to a folder.
-Many short clips are faster as shards, whose clips are encoded 16 at a time; audio files are encoded one by one.
+Many short clips are faster as shards, whose clips are encoded 16 at a time; audio files are encoded one by one. A
+recording may last for days: its features wait on the disk of --out, which needs room for them twice.
 Unreadable files are reported on stderr and skipped; the exit code is then 2.
 """
 
@@ -104,27 +107,17 @@ class Embedded:
     labels: dict[str, list[str]]  # {"labels": [...]} of a shard's clip; an audio file has none
 
 
-class Array(NamedTuple):
-    """An array of float32 in a spool."""
-
-    shape: tuple[int, ...]
-    start: int  # byte
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the array."""
-        return 4 * math.prod(self.shape)
-
-
 @dataclass(frozen=True)
 class Task:
     """One file of features to write."""
 
-    name: str  # in --out, without its extension
+    name: str  # in --out, without an extension
+    extension: str  # of the source
     source: str  # the path of the audio file or shard, for people
     num_clips: int
     fingerprint: Callable[[], str]  # hashes the source's bytes
-    embed: Callable[["Model", int], Iterator[Embedded]]  # takes a layer; raises UserError
+    # Takes a layer, and what is told the seconds that were read; raises UserError.
+    embed: Callable[["Model", int, Callable[[float], None]], Iterator[Embedded]]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -150,7 +143,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weights", choices=("student", "teacher"), default="student", help="which network of a pre-training")
     add("--format", choices=WRITERS, default="npz", help="format of the files (default: %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network computes")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.channel is not None:
+        check_range("--channel", args.channel, 0)
+    return args
 
 
 def extract(args: argparse.Namespace) -> None:
@@ -166,7 +162,7 @@ def extract(args: argparse.Namespace) -> None:
                 finish(task, args.out, settings, model, progress)
             except Exception as error:  # one bad file costs one file
                 reason = failure_of(error)
-                failures.append(reason if task.source in reason else f"{task.source}: {reason}")
+                failures.append(on_one_line(reason if task.source in reason else f"{task.source}: {reason}"))
                 if len(tasks) > 1:
                     tqdm.write(f"error: {failures[-1]}", file=sys.stderr)
             progress.finish(task.num_clips)
@@ -197,6 +193,8 @@ def tasks_of(text: str, channel: int | None) -> list[Task]:
         raise UserError(f"{text} is a dataset of shards; name its splits ({splits}), as in {text}:NAME")
     if os.path.exists(path) or ":" not in text:
         return [file_task(file, channel) for file in audio_files([path])]
+    if channel is not None:
+        raise UserError(f"--channel {channel} is for audio files, and {text} has clips of one channel; leave it out")
     dataset = ClipDataset(text, labelled=True)
     starts = np.cumsum([0, *(shard.entry.clips for shard in dataset.shards)]).tolist()
     return [shard_task(dataset, shard, start) for shard, start in zip(dataset.shards, starts, strict=False)]
@@ -205,27 +203,30 @@ def tasks_of(text: str, channel: int | None) -> list[Task]:
 def file_task(file: AudioFile, channel: int | None) -> Task:
     """Return the task of one audio file."""
 
-    def embed(model: "Model", layer: int) -> Iterator[Embedded]:
-        parts = model.feature_blocks(asda.File(file.path, channel), layer=layer)
+    def embed(model: "Model", layer: int, hear: Callable[[float], None]) -> Iterator[Embedded]:
+        parts = model.feature_blocks(asda.File(file.path, channel, hear), layer=layer)
         yield Embedded(FILE_KEY, model.duration_s(file.path), parts, labels={})
 
-    return Task(str(file.relative.with_suffix("")), str(file.path), 1, lambda: hash_file(file.path), embed)
+    name, extension = os.path.splitext(file.relative)
+    return Task(name, extension, str(file.path), 1, lambda: hash_file(file.path), embed)
 
 
 def shard_task(dataset: ClipDataset, shard: ShardFile, first_clip: int) -> Task:
     """Return the task of one shard, whose first clip has this number in the dataset."""
 
-    def embed(model: "Model", layer: int) -> Iterator[Embedded]:
+    def embed(model: "Model", layer: int, hear: Callable[[float], None]) -> Iterator[Embedded]:
         end = first_clip + shard.entry.clips
         for low in range(first_clip, end, CLIPS_AT_ONCE):
             clips = read_clips(dataset, [Draw(0, clip) for clip in range(low, min(low + CLIPS_AT_ONCE, end))])
             features = model.features([clip.samples for clip in clips], SAMPLE_RATE_HZ, layer)
             for clip, of_clip in zip(clips, features, strict=True):
                 names = [dataset.vocabulary[label] for label in clip.labels]
-                yield Embedded(clip.key, len(clip.samples) / SAMPLE_RATE_HZ, [of_clip], {"labels": names})
+                duration_s = len(clip.samples) / SAMPLE_RATE_HZ
+                hear(duration_s)
+                yield Embedded(clip.key, duration_s, [of_clip], {"labels": names})
 
-    name = shard.entry.name.removesuffix(SHARD_SUFFIX)
-    return Task(name, str(shard.path), shard.entry.clips, lambda: shard.entry.hash, embed)
+    name, source = shard.entry.name.removesuffix(SHARD_SUFFIX), str(shard.path)
+    return Task(name, SHARD_SUFFIX, source, shard.entry.clips, lambda: shard.entry.hash, embed)
 
 
 def hash_file(path: Path) -> str:
@@ -240,17 +241,19 @@ def hash_file(path: Path) -> str:
 
 def distinct(tasks: list[Task]) -> list[Task]:
     """Let files of one name, x.wav and x.flac, keep their extensions. Raises UserError if they are equal even so."""
-    times = Counter(task.name for task in tasks)
-    shared = [task for task in tasks if times[task.name] > 1]
-    tasks = [replace(task, name=task.name + Path(task.source).suffix) if task in shared else task for task in tasks]
+    whole = [task.name + task.extension for task in tasks]
     holder: dict[str, Task] = {}
-    for task in tasks:
-        if (first := holder.setdefault(task.name, task)) is not task:
-            both = f"{first.source} and {task.source}"
-            raise UserError(f"{both} would both become {task.name}; extract them to different --out folders")
-    if shared:
-        say(f"{shared[0].source} and {len(shared) - 1} more files share their name; their features keep the extension")
-    return tasks
+    for task, name in zip(tasks, whole, strict=True):
+        if (first := holder.setdefault(name, task)) is not task:
+            both = on_one_line(f"{first.source} and {task.source} would both become {name}")
+            raise UserError(f"{both}; extract them to different --out folders")
+    names = [task.name for task in tasks]
+    while equal := {name for name, times in Counter(names).items() if times > 1}:  # again: x.wav.wav may meet x.wav
+        names = [full if name in equal else name for name, full in zip(names, whole, strict=True)]
+    if kept := [task.source for task, name in zip(tasks, names, strict=True) if name != task.name]:
+        shared = f"{kept[0]} and {len(kept) - 1} more files share their name"
+        say(f"{on_one_line(shared)}; their features keep the extension")
+    return [replace(task, name=name) for task, name in zip(tasks, names, strict=True)]
 
 
 def path_of(out: Path, task: Task, suffix: str) -> Path:
@@ -317,11 +320,11 @@ def features_of(
     arrays: dict[str, Array] = {}
     clips: dict[str, dict[str, Any]] = {}
     first_s = 0.0
-    for embedded in task.embed(model, settings.layer):
+    for embedded in task.embed(model, settings.layer, progress.hear):
         arrays[embedded.key], first_s = to_spool(spool, embedded.parts, settings.granularity)
         shape = arrays[embedded.key].shape
         clips[embedded.key] = {"shape": shape, "duration_s": embedded.duration_s} | embedded.labels
-        progress.advance(embedded.duration_s)
+        progress.advance()
     source = {"path": task.source, "hash": task.fingerprint()}
     times = {"hop_s": model.hop_s, "first_s": first_s}
     return arrays, {**settings.as_dict(), **times, "source": source, "clips": clips}
@@ -360,48 +363,6 @@ def check_source(path: Path, task: Task) -> None:
         raise UserError(f"the features {path} were made from other audio; delete the file, or give another --out")
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """Read the metadata of a file of features."""
-    if path.suffix == ".npz":
-        with np.load(path) as arrays:
-            return json.loads(str(arrays[METADATA]))
-    with safe_open(path, "np") as tensors:
-        return json.loads(tensors.metadata()["metadata"])
-
-
-def write_npz(file: BinaryIO, spool: IO[bytes], arrays: dict[str, Array], metadata: str) -> None:
-    """Write an .npz like np.savez, but with a fixed date, and with any key."""
-    with zipfile.ZipFile(file, "w") as archive:
-        with archive.open(zipfile.ZipInfo(f"{METADATA}.npy", ZIP_DATE), "w", force_zip64=True) as member:
-            np.lib.format.write_array(member, np.array(metadata), allow_pickle=False)
-        for key, array in arrays.items():
-            with archive.open(zipfile.ZipInfo(f"{key}.npy", ZIP_DATE), "w", force_zip64=True) as member:
-                header = {"descr": "<f4", "fortran_order": False, "shape": array.shape}
-                np.lib.format.write_array_header_1_0(member, header)
-                copy(spool, array, member)
-
-
-def write_safetensors(file: BinaryIO, spool: IO[bytes], arrays: dict[str, Array], metadata: str) -> None:
-    """Write a .safetensors; its metadata is one string, because the order of several would be random."""
-    header: dict[str, Any] = {"__metadata__": {"metadata": metadata}}
-    end = 0
-    for key, array in sorted(arrays.items()):  # as the library sorts them
-        start, end = end, end + array.num_bytes
-        header[key] = {"dtype": "F32", "shape": array.shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for _, array in sorted(arrays.items()):
-        copy(spool, array, file)
-
-
-def copy(spool: IO[bytes], array: Array, file: IO[bytes]) -> None:
-    """Copy the bytes of an array out of the spool, in pieces."""
-    spool.seek(array.start)
-    for left in range(array.num_bytes, 0, -COPY_BYTES):
-        file.write(spool.read(min(left, COPY_BYTES)))
-
-
 class ClipProgress:
     """Counts clips, and shows progress on stderr: a bar on a terminal, otherwise a line now and then."""
 
@@ -420,17 +381,19 @@ class ClipProgress:
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
 
-    def advance(self, audio_s: float) -> None:
+    def advance(self) -> None:
         """Count one clip whose features were computed."""
         self._made += 1
-        self._audio_s += audio_s
         self._bar.update()
+
+    def hear(self, audio_s: float) -> None:
+        """Count seconds that were read."""
+        self._audio_s += audio_s
         now = time.monotonic()
         if self._bar.disable and now - self._reported > REPORT_EVERY_S:
-            rate = self._made / (now - self._started)
-            print(
-                f"{self._made} clips made, {self.kept} kept, of {self._num_clips}; {rate:.1f} clips/s", file=sys.stderr
-            )
+            rate = self._audio_s / (now - self._started)
+            counts = f"{self._made} clips made, {self.kept} kept, of {self._num_clips}"
+            print(f"{counts}; {self._audio_s:.0f} s of audio, {rate:.0f} s/s", file=sys.stderr)
             self._reported = now
 
     def finish(self, num_clips: int) -> None:
@@ -447,12 +410,6 @@ class ClipProgress:
             f"{self._made} clips in {seconds:.1f} s: {self._made / seconds:.1f} clips/s, "
             f"{self._audio_s / seconds:.0f} s of audio/s; {self.kept} clips were already extracted; {out}"
         )
-
-
-WRITERS: dict[str, Callable[[BinaryIO, IO[bytes], dict[str, Array], str], None]] = {
-    "npz": write_npz,
-    "safetensors": write_safetensors,
-}
 
 
 def main(argv: list[str] | None = None) -> None:
