@@ -57,8 +57,8 @@ def failure_of(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    message = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
-    return f"{message} (unexpected; please report it with this file)"
+    message = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {message} (unexpected; please report it with this file)"
 
 
 def say(line: str) -> None:

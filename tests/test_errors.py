@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from asda.errors import INTERRUPTED_EXIT, LOST_PEER_EXIT, UNREAD_EXIT, USER_ERROR_EXIT
+from asda.data.audio.waves import AudioError
+from asda.errors import INTERRUPTED_EXIT, LOST_PEER_EXIT, UNREAD_EXIT, USER_ERROR_EXIT, UserError, failure_of
 
 
 def run(raised: str, **environment: str) -> tuple[int, str]:
@@ -44,6 +45,32 @@ def test_an_expected_end_is_one_line(raised: str, exit_code: int, line: str) -> 
     assert code == exit_code
     assert text.startswith(f"[rank 1] {line}")
     assert text.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (UserError("a.wav is cut"), "a.wav is cut"),
+        (AudioError("is cut"), "is cut"),
+        (PermissionError(13, "Permission denied", "a.wav"), "Permission denied: a.wav"),
+        (OSError(5, "Input/output error"), "Input/output error"),
+        (OSError("odd"), "OSError: odd (unexpected; please report it with this file)"),
+        (ZeroDivisionError("division\nby zero"), "ZeroDivisionError: division by zero (unexpected; please report it"),
+        (MemoryError(), "MemoryError: no message (unexpected; please report it with this file)"),
+    ],
+    ids=repr,
+)
+def test_the_failure_of_a_file_is_one_line_and_names_what_nobody_expected(error: Exception, reason: str) -> None:
+    assert failure_of(error).startswith(reason)
+    assert "\n" not in failure_of(error)
+
+
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left on device")], ids=repr
+)
+def test_what_ends_a_run_is_no_failure_of_a_file(error: OSError) -> None:
+    with pytest.raises(type(error)):
+        failure_of(error)
 
 
 def test_our_own_mistakes_keep_their_traceback() -> None:

@@ -122,6 +122,16 @@ def test_a_whole_file_has_the_old_content_until_the_new_is_whole(tmp_path: Path)
 TAKES = "import sys; from asda.system import FileLock; f = open(sys.argv[1], 'a'); print(FileLock(f).take(range(3, 5)))"
 
 
+@pytest.mark.parametrize("name", ["x" * 255, "鳥" * 85, "\udce9" * 255, "x" * 121, "short"])
+def test_any_name_that_the_disk_allows_is_written_whole(name: str, tmp_path: Path):
+    with whole_file(tmp_path / name) as file:
+        file.write(b"content")
+        (temporary,) = tmp_path.iterdir()
+        assert temporary.name.endswith(f".{os.getpid()}.tmp")
+        assert len(os.fsencode(temporary.name)) < 143  # what an encrypted disk allows
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(name, b"content")]
+
+
 def test_a_range_that_is_locked_is_refused_to_other_processes_alone(tmp_path: Path):
     path = tmp_path / "lock"
     with path.open("a") as file:

@@ -26,11 +26,12 @@ from tqdm import tqdm
 
 import asda
 from asda import system
-from asda.commands.parsing import CHECKPOINT_HELP, make_parser
+from asda.commands.parsing import CHECKPOINT_HELP, check_range, make_parser
 from asda.commands.text import on_one_line
 from asda.data.audio.find import AudioFile, audio_files
 from asda.data.audio.waves import SAMPLE_RATE_HZ, AudioError
 from asda.data.clips import ClipDataset, read_clips
+from asda.data.feature_files import WRITERS, Array, read_metadata
 from asda.data.order import Draw
 from asda.data.shards.index import DATASET_FILE, SHARD_SUFFIX
 from asda.data.shards.read import ShardFile, load_dataset
@@ -68,8 +69,13 @@ reading them
   The metadata holds model, weights, layer, granularity, hop_s, first_s, source, and under clips the shape, the seconds
   and (for shards) the labels of every array.
 
+names
+  The extension is replaced: dog/1.npz of dog/1.wav. It is kept where two inputs differ only by it: x.wav.npz and
+  x.flac.npz. A name that would be too long for a disk is cut, and ends with a hash of all of it.
+
 Finished files are kept: the same command resumes a stopped run. Only one process at a time may write to a folder.
-Many short clips are faster as shards, whose clips are encoded 16 at a time; audio files are encoded one by one.
+Many short clips are faster as shards, whose clips are encoded 16 at a time; audio files are encoded one by one. A
+recording may last for days: its features wait on the disk of --out, which needs room for them twice.
 Unreadable files are reported on stderr and skipped; the exit code is then 2.
 """
 
@@ -106,11 +112,13 @@ class Embedded:
 class Task:
     """One file of features to write."""
 
-    name: str  # in --out, without its extension
+    name: str  # in --out, without an extension
+    extension: str  # of the source
     source: str  # the path of the audio file or shard, for people
     num_clips: int
     fingerprint: Callable[[], str]  # hashes the source's bytes
-    embed: Callable[["Model", int], Iterator[Embedded]]  # takes a layer; raises UserError
+    # Takes a layer, and what is told the seconds that were read; raises UserError.
+    embed: Callable[["Model", int, Callable[[float], None]], Iterator[Embedded]]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -136,7 +144,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weights", choices=("student", "teacher"), default="student", help="which network of a pre-training")
     add("--format", choices=("npz", "safetensors"), default="npz", help="format of the files (default: %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network computes")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.channel is not None:
+        check_range("--channel", args.channel, 0)
+    return args
 
 
 def extract(args: argparse.Namespace) -> None:
@@ -152,7 +163,7 @@ def extract(args: argparse.Namespace) -> None:
                 finish(task, args.out, settings, model, progress)
             except Exception as error:  # one bad file costs one file
                 reason = failure_of(error)
-                failures.append(reason if task.source in reason else f"{task.source}: {reason}")
+                failures.append(on_one_line(reason if task.source in reason else f"{task.source}: {reason}"))
                 if len(tasks) > 1:
                     tqdm.write(f"error: {on_one_line(failures[-1])}", file=sys.stderr)
             progress.finish(task.num_clips)
@@ -183,6 +194,8 @@ def tasks_of(text: str, channel: int | None) -> list[Task]:
         raise UserError(f"{text} is a dataset of shards; name its splits ({splits}), as in {text}:NAME")
     if os.path.exists(path) or ":" not in text:
         return [file_task(file, channel) for file in audio_files([path])]
+    if channel is not None:
+        raise UserError(f"--channel {channel} is for audio files, and {text} has clips of one channel; leave it out")
     dataset = ClipDataset(text, labelled=True)
     starts = np.cumsum([0, *(shard.entry.clips for shard in dataset.shards)]).tolist()
     return [shard_task(dataset, shard, start) for shard, start in zip(dataset.shards, starts, strict=False)]
@@ -191,27 +204,30 @@ def tasks_of(text: str, channel: int | None) -> list[Task]:
 def file_task(file: AudioFile, channel: int | None) -> Task:
     """Return the task of one audio file."""
 
-    def embed(model: "Model", layer: int) -> Iterator[Embedded]:
-        parts = model.feature_blocks(asda.File(file.path, channel), layer=layer)
+    def embed(model: "Model", layer: int, hear: Callable[[float], None]) -> Iterator[Embedded]:
+        parts = model.feature_blocks(asda.File(file.path, channel, hear), layer=layer)
         yield Embedded(FILE_KEY, model.duration_s(file.path), parts, labels={})
 
-    return Task(str(file.relative.with_suffix("")), str(file.path), 1, lambda: hash_file(file.path), embed)
+    name, extension = os.path.splitext(file.relative)
+    return Task(name, extension, str(file.path), 1, lambda: hash_file(file.path), embed)
 
 
 def shard_task(dataset: ClipDataset, shard: ShardFile, first_clip: int) -> Task:
     """Return the task of one shard, whose first clip has this number in the dataset."""
 
-    def embed(model: "Model", layer: int) -> Iterator[Embedded]:
+    def embed(model: "Model", layer: int, hear: Callable[[float], None]) -> Iterator[Embedded]:
         end = first_clip + shard.entry.clips
         for low in range(first_clip, end, CLIPS_AT_ONCE):
             clips = read_clips(dataset, [Draw(0, clip) for clip in range(low, min(low + CLIPS_AT_ONCE, end))])
             features = model.features([clip.samples for clip in clips], SAMPLE_RATE_HZ, layer)
             for clip, of_clip in zip(clips, features, strict=True):
                 names = [dataset.vocabulary[label] for label in clip.labels]
-                yield Embedded(clip.key, len(clip.samples) / SAMPLE_RATE_HZ, [of_clip], {"labels": names})
+                duration_s = len(clip.samples) / SAMPLE_RATE_HZ
+                hear(duration_s)
+                yield Embedded(clip.key, duration_s, [of_clip], {"labels": names})
 
-    name = shard.entry.name.removesuffix(SHARD_SUFFIX)
-    return Task(name, str(shard.path), shard.entry.clips, lambda: shard.entry.hash, embed)
+    name, source = shard.entry.name.removesuffix(SHARD_SUFFIX), str(shard.path)
+    return Task(name, SHARD_SUFFIX, source, shard.entry.clips, lambda: shard.entry.hash, embed)
 
 
 def hash_file(path: Path) -> str:
@@ -226,17 +242,19 @@ def hash_file(path: Path) -> str:
 
 def distinct(tasks: list[Task]) -> list[Task]:
     """Let files of one name, x.wav and x.flac, keep their extensions. Raises UserError if they are equal even so."""
-    times = Counter(task.name for task in tasks)
-    shared = [task for task in tasks if times[task.name] > 1]
-    tasks = [replace(task, name=task.name + Path(task.source).suffix) if task in shared else task for task in tasks]
+    whole = [task.name + task.extension for task in tasks]
     holder: dict[str, Task] = {}
-    for task in tasks:
-        if (first := holder.setdefault(task.name, task)) is not task:
-            both = f"{first.source} and {task.source}"
-            raise UserError(f"{both} would both become {task.name}; extract them to different --out folders")
-    if shared:
-        say(f"{shared[0].source} and {len(shared) - 1} more files share their name; their features keep the extension")
-    return tasks
+    for task, name in zip(tasks, whole, strict=True):
+        if (first := holder.setdefault(name, task)) is not task:
+            both = on_one_line(f"{first.source} and {task.source} would both become {name}")
+            raise UserError(f"{both}; extract them to different --out folders")
+    names = [task.name for task in tasks]
+    while equal := {name for name, times in Counter(names).items() if times > 1}:  # again: x.wav.wav may meet x.wav
+        names = [full if name in equal else name for name, full in zip(names, whole, strict=True)]
+    if kept := [task.source for task, name in zip(tasks, names, strict=True) if name != task.name]:
+        shared = f"{kept[0]} and {len(kept) - 1} more files share their name"
+        say(f"{on_one_line(shared)}; their features keep the extension")
+    return [replace(task, name=name) for task, name in zip(tasks, names, strict=True)]
 
 
 def path_of(out: Path, task: Task, suffix: str) -> Path:
@@ -307,11 +325,11 @@ def features_of(
     arrays: dict[str, Array] = {}
     clips: dict[str, dict[str, Any]] = {}
     first_s = 0.0
-    for embedded in task.embed(model, settings.layer):
+    for embedded in task.embed(model, settings.layer, progress.hear):
         arrays[embedded.key], first_s = to_spool(spool, embedded.parts, settings.granularity)
         shape = arrays[embedded.key].shape
         clips[embedded.key] = {"shape": shape, "duration_s": embedded.duration_s} | embedded.labels
-        progress.advance(embedded.duration_s)
+        progress.advance()
     source = {"path": task.source, "hash": task.fingerprint()}
     times = {"hop_s": model.hop_s, "first_s": first_s}
     return arrays, {**settings.as_dict(), **times, "source": source, "clips": clips}
@@ -347,17 +365,19 @@ class ClipProgress:
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
 
-    def advance(self, audio_s: float) -> None:
+    def advance(self) -> None:
         """Count one clip whose features were computed."""
         self._made += 1
-        self._audio_s += audio_s
         self._bar.update()
+
+    def hear(self, audio_s: float) -> None:
+        """Count seconds that were read."""
+        self._audio_s += audio_s
         now = time.monotonic()
         if self._bar.disable and now - self._reported > REPORT_EVERY_S:
-            rate = self._made / (now - self._started)
-            print(
-                f"{self._made} clips made, {self.kept} kept, of {self._num_clips}; {rate:.1f} clips/s", file=sys.stderr
-            )
+            rate = self._audio_s / (now - self._started)
+            counts = f"{self._made} clips made, {self.kept} kept, of {self._num_clips}"
+            print(f"{counts}; {self._audio_s:.0f} s of audio, {rate:.0f} s/s", file=sys.stderr)
             self._reported = now
 
     def finish(self, num_clips: int) -> None:

@@ -347,6 +347,41 @@ def test_a_checkpoint_in_fp16_becomes_fp32(shared: Path, tmp_path: Path):
     assert torch.equal(read_weights(tmp_path / "ours", "model")["encoder.blocks.0.attn.v.weight"], expected)
 
 
+def strided(tensor: Tensor) -> Tensor:
+    return torch.stack([tensor, tensor], dim=-1)[..., 0]
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
+
+def in_one_storage(tensor: Tensor) -> Tensor:
+    return torch.cat([torch.zeros(3, dtype=tensor.dtype), tensor.flatten()])[3:].view(tensor.shape)
+
+
+@pytest.mark.parametrize("laid_out", [strided, transposed, channels_last, in_one_storage])
+@pytest.mark.parametrize("kind", ["asda_pretrain", "eat_finetune"])
+def test_tensors_that_lie_in_memory_in_another_way_are_converted_bit_for_bit(
+    kind: str, laid_out: Callable[[Tensor], Tensor], weights: Path, shared: Path, tmp_path: Path
+):
+    def change(state: State) -> None:
+        for content in (state["model"], state["model"].get("_ema", {})):
+            content |= {key: laid_out(value) for key, value in content.items() if isinstance(value, Tensor)}
+
+    path = changed(shared, kind, change, tmp_path / "odd.pt")
+    found = tensors_of(torch.load(path, weights_only=True)).values()
+    assert laid_out not in (strided, transposed) or not all(tensor.is_contiguous() for tensor in found)
+    converted(path, "--out", tmp_path / "ours")
+    for stem in ("model", "teacher") if "pretrain" in kind else ("model",):
+        ours, expected = read_weights(tmp_path / "ours", stem), read_weights(weights / kind, stem)
+        assert ours.keys() == expected.keys()
+        assert all(torch.equal(ours[key], expected[key]) for key in ours)
+
+
 def test_parts_of_other_objectives_are_left_out_by_name(shared: Path, tmp_path: Path):
     def add(state: State) -> None:
         state["model"] |= {"recon_proj.weight": torch.ones(32, 96), "center": torch.ones(1, 1, 96)}

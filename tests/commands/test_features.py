@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from tiny_tools import TINY, Done, noise, one_core, run, wav, write_broken, writ
 
 import asda
 from asda.data.audio.waves import AudioError
+from asda.data.feature_files import Array, write_npz, write_safetensors
 from asda.inference import Model
 from asda.inference.feature_files import Array, write_npz, write_safetensors
 
@@ -337,6 +339,8 @@ def test_what_cannot_be_done_is_one_sentence(shards: Path, recordings: Path, wei
         "there is no checkpoint in": ("--model", tmp_path / "nowhere", sound),
         "--layer 4 must be from 0 to 3": ("--model", weights, "--layer", 4, sound),
         "would both become dog/a": ("--model", weights, recordings, tmp_path / "again"),
+        "--channel -1 must be at least 0": ("--model", weights, "--channel", -1, sound),
+        "has clips of one channel; leave it out": ("--model", weights, "--channel", 0, f"{shards}:test"),
         "name its splits (test, train)": ("--model", weights, shards),
         "has no split 'nope'": ("--model", weights, f"{shards}:nope"),
         "holds files but no features.json": ("--model", weights, "--out", recordings, sound),
@@ -393,7 +397,7 @@ def test_features_of_a_long_file_go_through_the_disk_and_are_those_of_the_api(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_format: str, granularity: str
 ):
     monkeypatch.setattr("asda.commands.features.SPOOL_BYTES", 100)
-    monkeypatch.setattr("asda.inference.feature_files.COPY_BYTES", 1000)
+    monkeypatch.setattr("asda.data.feature_files.COPY_BYTES", 1000)
     path = wav(tmp_path / "long.wav", noise(40, rate_hz=22_050), rate_hz=22_050)
     options = ("--granularity", granularity, "--format", file_format)
     assert extract("--model", weights, "--out", tmp_path / "out", *options, path).code == 0
@@ -458,3 +462,99 @@ def test_one_channel_is_chosen_and_is_a_setting_of_the_folder(weights: Path, tmp
     assert np.array_equal(read(tmp_path / "out" / "a.npz")[0]["features"], expected_D.numpy())
     done = extract("--model", weights, "--out", tmp_path / "out", path)
     assert (done.code, "channel 1, not None" in done.err) == (2, True)
+
+
+ODD_NAMES = (
+    "line\nbreak.wav", "-dash.wav", "'quotes\".wav", "caf\udce9.wav", "🐕.wav", " space .wav", "a..wav", "%s{}.wav",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("extension", ["npz", "safetensors"])
+def test_any_name_that_the_disk_allows_becomes_a_file(weights: Path, tmp_path: Path, extension: str):
+    sounds, out = tmp_path / "sounds", tmp_path / "out"
+    longest = ("x" * 251, "鳥" * 83 + "xx", "\udce9" * 251)  # of 251 bytes; and two that are cut to one beginning
+    names = [*ODD_NAMES, *(f"{name}.wav" for name in longest), f"{'x' * 250}y.wav"]
+    for number, name in enumerate(names):
+        wav(sounds / "plain.wav", noise(0.3, seed=number)).rename(sounds / name)
+    for again in range(2):
+        done = succeed("--model", weights, "--out", out, "--format", extension, sounds)
+        assert f"{len(names)} " in done.out, again
+        assert done.err == ""
+    found = {read(path)[1]["source"]["path"]: path for path in out.glob(f"*.{extension}")}
+    assert set(found) == {str(sounds / name) for name in names}
+    assert not list(out.glob("*.tmp"))
+    for name in ODD_NAMES:
+        assert found[str(sounds / name)].name == f"{name.removesuffix('.wav')}.{extension}"
+    assert max(len(os.fsencode(path.name)) for path in found.values()) <= 255
+
+
+def test_inputs_that_differ_only_in_their_extension_keep_it(recordings: Path, weights: Path, tmp_path: Path):
+    for name in ("a.flac", "a.wav.wav", "c.aiff"):
+        shutil.copy(recordings / "dog" / "a.wav", recordings / "dog" / name)
+    done = succeed("--model", weights, "--out", tmp_path / "out", recordings)
+    names = {"dog/a.wav.npz", "dog/a.flac.npz", "dog/a.wav.wav.npz", "dog/b.npz", "dog/c.npz", "rain.npz"}
+    assert set(files_of(tmp_path / "out")) == {"features.json", *names}
+    first = recordings / "dog" / "a.flac"
+    assert done.err == f"{first} and 2 more files share their name; their features keep the extension\n"
+    assert read(tmp_path / "out/dog/a.flac.npz")[1]["source"]["path"] == str(recordings / "dog/a.flac")
+    assert "6 of 6 clips are already" in succeed("--model", weights, "--out", tmp_path / "out", recordings).out
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "stop"])
+def test_a_full_disk_or_a_stop_ends_the_run(
+    recordings: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+):
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("asda.commands.features.finish", fails)
+    done = extract("--model", weights, "--out", tmp_path / "out", recordings)
+    assert done.code == (130 if isinstance(error, KeyboardInterrupt) else 2)
+    assert len(done.err.splitlines()) == 1
+
+
+def test_one_channel_is_taken_where_the_channels_cancel(weights: Path, model: Model, tmp_path: Path):
+    left = noise(0.8)
+    sound = wav(tmp_path / "sounds" / "anti.wav", np.stack([left, -left], axis=1))
+    arguments = ("--model", weights, "--out", tmp_path / "out", sound)
+    done = extract(*arguments)
+    assert done.code == 2
+    assert "cancel each other" in done.err
+    assert "--channel 0" in done.err
+    succeed(*arguments, "--channel", 0)
+    arrays, metadata = read(tmp_path / "out/anti.npz")
+    assert np.array_equal(arrays["features"], model.features(left, 16_000).utterance.numpy())
+    assert metadata["channel"] == 0
+    for channel in ([], ["--channel", 1]):
+        done = extract(*arguments, *channel)
+        assert f"holds features with channel 0, not {channel[1] if channel else None}" in done.err
+    (tmp_path / "new").mkdir()
+    done = extract("--model", weights, "--out", tmp_path / "new", sound, "--channel", 2)
+    assert "has 2 channels, counted from 0, and no channel 2" in done.err
+
+
+def test_sounds_that_are_not_read_are_named_once_with_their_count(recordings: Path, weights: Path, tmp_path: Path):
+    for name in ("a.mid", "dog/b.mid", "c.dss", "readme.txt", ".hidden.mid"):
+        (recordings / name).write_bytes(b"MThd")
+    done = succeed("--model", weights, "--out", tmp_path / "out", recordings)
+    assert done.err == f"{recordings}: passed over, because asda does not read these formats: 2 .mid, 1 .dss\n"
+
+
+def test_a_long_file_that_ends_early_leaves_no_half_file(weights: Path, tmp_path: Path):
+    sound = wav(tmp_path / "long.wav", noise(100))
+    sound.write_bytes(sound.read_bytes()[:-90_001])
+    done = extract("--model", weights, "--out", tmp_path / "out", "--granularity", "patch", sound)
+    assert done.code == 2
+    assert "truncated" in done.err
+    assert not (tmp_path / "out").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"long.wav"}, "what waited is gone"
+
+
+def test_a_failure_is_one_line_whatever_the_name(weights: Path, tmp_path: Path):
+    names = ("a\nb\x1b[0m\udce9.wav", "c.wav")
+    for name in names:
+        (tmp_path / name).write_text("no sound")
+    done = extract("--model", weights, "--out", tmp_path / "out", *(tmp_path / name for name in names))
+    first, second, _ = done.err.splitlines()
+    assert first.startswith(f"error: {tmp_path}/a\\nb\\x1b[0m\\udce9.wav: libsndfile: ")
+    assert second.startswith(f"error: {tmp_path}/c.wav: libsndfile: ")

@@ -187,6 +187,34 @@ def test_unreadable_clips_are_listed_and_the_rest_is_written(tmp_path):
     assert "rejected: 3 clips, listed in" in out
 
 
+def test_clips_of_digital_silence_are_named_once_and_listed(tmp_path):
+    clip(tmp_path / "good.wav")
+    for name, level in (("b.wav", 0.0), ("a.flac", 0.0), ("faint.wav", 0.4 / 32768)):  # rounded to zeros
+        soundfile.write(tmp_path / name, np.full(8000, level, np.float32), 16_000, subtype="PCM_24")
+    left = np.random.default_rng(0).normal(0, 0.1, 8000)
+    soundfile.write(tmp_path / "cancels.wav", np.stack([left, -left], axis=1), 16_000, subtype="FLOAT")
+    rows = ("path", "good.wav", "b.wav", "a.flac", "faint.wav", "cancels.wav")
+    args = ("--source", "csv", "--input", table(tmp_path / "t.csv", *rows), "--workers", 1, "--out", tmp_path / "out")
+    out, err = make(*args)
+    lines = [line for line in out.splitlines() if "digital silence" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("WARNING: 3 clips are digital silence, the first is ")
+    with (tmp_path / "out/silent.csv").open(newline="") as file:
+        silent = list(csv.DictReader(file))
+    assert {row["path"] for row in silent} == {"b.wav", "a.flac", "faint.wav"}
+    assert {row["split"] for row in silent} == {"train"}
+    assert "rejected cancels.wav: its channels cancel each other: their mean is silence" in err
+    assert verified(tmp_path / "out").splits["train"].clips == 4
+    shown = subprocess.run(
+        [sys.executable, "-m", "asda", "inspect", tmp_path / "out"], capture_output=True, text=True, check=True
+    )
+    assert lines[0] in shown.stdout.splitlines()
+    for name in ("b.wav", "a.flac", "faint.wav"):
+        clip(tmp_path / name, seed=ord(name[0]))
+    assert "digital silence" not in make(*args, "--overwrite")[0]
+    assert not (tmp_path / "out/silent.csv").exists()
+
+
 def test_overwrite_replaces_a_dataset_and_only_its_files(esc10_shards, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(esc10_shards, out)

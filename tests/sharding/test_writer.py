@@ -83,3 +83,10 @@ def test_clips_whose_samples_are_all_zero_are_known(tmp_path: Path):
     shard = writer.write_shard(shard_of(tmp_path, "a", "silence", "b", "silence2"))
     assert shard.silent == [["silence", "silence.wav"], ["silence2", "silence2.wav"]]
     assert shard.keys == ["a", "silence", "b", "silence2"]
+
+
+def test_a_clip_that_cannot_be_read_needs_no_room_and_others_do(tmp_path: Path):
+    readable, missing = shard_of(tmp_path, "a", "b").clips
+    (tmp_path / "b.wav").unlink()
+    assert 8000 < writer._compressed_bytes(readable, 60.0) < 2 * 8000 * writer.LARGEST_RATIO + 4096
+    assert writer._compressed_bytes(missing, 60.0) == 0
