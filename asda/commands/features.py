@@ -40,7 +40,6 @@ from asda.system import TEMPORARY_SUFFIX, hash_bytes, whole_file, write_whole_fi
 
 if TYPE_CHECKING:
     from asda.inference import Features, Model
-    from asda.inference.feature_files import Array
 
 FORMAT_VERSION = 1  # of the files of features
 SETTINGS_FILE = "features.json"
@@ -142,7 +141,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--channel", type=int, metavar="N", help="take this channel of files, from 0 (default: the mean of all)")
     add("--weights", choices=("student", "teacher"), default="student", help="which network of a pre-training")
-    add("--format", choices=("npz", "safetensors"), default="npz", help="format of the files (default: %(default)s)")
+    add("--format", choices=WRITERS, default="npz", help="format of the files (default: %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network computes")
     args = parser.parse_args(argv)
     if args.channel is not None:
@@ -165,7 +164,7 @@ def extract(args: argparse.Namespace) -> None:
                 reason = failure_of(error)
                 failures.append(on_one_line(reason if task.source in reason else f"{task.source}: {reason}"))
                 if len(tasks) > 1:
-                    tqdm.write(f"error: {on_one_line(failures[-1])}", file=sys.stderr)
+                    tqdm.write(f"error: {failures[-1]}", file=sys.stderr)
             progress.finish(task.num_clips)
     print(progress.summary(args.out))
     if failures:
@@ -303,8 +302,6 @@ def finish(task: Task, out: Path, settings: Settings, model: "Model", progress: 
         check_source(path, task)
         progress.kept += task.num_clips
         return
-    from asda.inference.feature_files import WRITERS  # brings torch
-
     place = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
     with tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=str(place)) as spool:
         arrays, metadata = features_of(task, settings, model, progress, spool)
@@ -318,10 +315,8 @@ def finish(task: Task, out: Path, settings: Settings, model: "Model", progress: 
 
 def features_of(
     task: Task, settings: Settings, model: "Model", progress: "ClipProgress", spool: IO[bytes]
-) -> tuple[dict[str, "Array"], dict[str, Any]]:
+) -> tuple[dict[str, Array], dict[str, Any]]:
     """Compute the arrays of one file into a spool; return where they lie, and the metadata. Raises UserError."""
-    from asda.inference.feature_files import to_spool
-
     arrays: dict[str, Array] = {}
     clips: dict[str, dict[str, Any]] = {}
     first_s = 0.0
@@ -335,10 +330,31 @@ def features_of(
     return arrays, {**settings.as_dict(), **times, "source": source, "clips": clips}
 
 
+def to_spool(spool: IO[bytes], parts: Iterable["Features"], granularity: str) -> tuple[Array, float]:
+    """Append the features of a clip, part by part; return where they lie, and the centre of the first in seconds."""
+    from asda.inference.results import mean_utterance  # brings torch
+
+    start, steps, chunks = spool.tell(), [], []
+    shape: tuple[int, ...] = ()
+    first_s = None
+    for part in parts:
+        first_s = float(part.times_s[0]) if first_s is None else first_s
+        steps.append(len(part.times_s))
+        if granularity == "utterance":
+            chunks.append(part.utterance)
+            continue
+        array = (part.frames if granularity == "frame" else part.patches).numpy()
+        shape = array.shape[1:]
+        spool.write(array.tobytes())
+    if granularity == "utterance":
+        utterance_D = mean_utterance(chunks, steps).numpy()
+        spool.write(utterance_D.tobytes())
+        return Array(utterance_D.shape, start), first_s or 0.0
+    return Array((sum(steps), *shape), start), first_s or 0.0
+
+
 def check_source(path: Path, task: Task) -> None:
     """Refuse a finished file that was made from another source. Raises UserError."""
-    from asda.inference.feature_files import read_metadata
-
     try:
         found = read_metadata(path)["source"]["hash"]
     except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, SafetensorError):

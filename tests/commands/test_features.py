@@ -20,7 +20,6 @@ import asda
 from asda.data.audio.waves import AudioError
 from asda.data.feature_files import Array, write_npz, write_safetensors
 from asda.inference import Model
-from asda.inference.feature_files import Array, write_npz, write_safetensors
 
 pytestmark = pytest.mark.usefixtures(one_core.__name__)
 # Of the same clip in batches of other sizes: matrix products of other shapes round in another order. A sum of n
@@ -450,7 +449,7 @@ def test_an_error_that_nobody_expected_costs_one_file(weights: Path, tmp_path: P
     done = extract("--model", weights, "--out", tmp_path / "out", bad, good)
     assert done.code == 2
     assert (tmp_path / "out" / "b.npz").exists()
-    assert done.err.startswith(f"error: {bad}: {type(error).__name__}")
+    assert done.err.startswith(f"error: {bad}: {type(error).__name__}: ")
     assert "please report it" in done.err
 
 

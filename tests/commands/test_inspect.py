@@ -318,7 +318,7 @@ def test_whatever_a_clip_raises_is_a_problem_of_that_clip(shards, monkeypatch, e
     calls: list[bytes] = []
     monkeypatch.setattr(verify, "decode_wav", fails)
     (problem,) = verify.shard_problems(ShardFile(shards, entry), load_dataset(shards).vocabulary)
-    assert problem.startswith(f"shard {shards / entry.name}, clip 1: {type(error).__name__}")
+    assert problem.startswith(f"shard {shards / entry.name}, clip 1: {type(error).__name__}: ")
     assert problem.endswith("(unexpected; please report it with this file)")
 
 

@@ -28,7 +28,7 @@ def shard_of(folder: Path, *names: str, name: str = "train") -> ShardTask:
     [
         (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero (unexpected; please report it"),
         (IndexError("list index\nout of range"), "IndexError: list index out of range (unexpected"),
-        (MemoryError(), "MemoryError"),
+        (MemoryError(), "MemoryError: "),
         (OSError(5, "Input/output error"), "Input/output error"),
         (UserError("has no plan"), "has no plan"),
         (AudioError("is too loud"), "is too loud"),
