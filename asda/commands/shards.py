@@ -17,6 +17,7 @@ from tqdm import tqdm
 from asda.commands.parsing import check_range, make_parser
 from asda.commands.shard_sources import SOURCE_HELP, add_source_arguments, options_from
 from asda.commands.shard_tables import absent_table, silence_lines, split_figures, split_table
+from asda.commands.text import on_one_line
 from asda.data.audio.waves import MAX_SECONDS, SAMPLE_RATE_HZ
 from asda.data.labels import read_labels
 from asda.data.shards.index import DATASET_FILE, FORMAT_VERSION, MAX_SAMPLE_BYTES, DatasetIndex, Duplicates
@@ -206,7 +207,7 @@ def rejection_printer() -> Callable[[WrittenShard], None]:
         for source, reason in shard.rejected:
             num_told += 1
             if num_told <= MOST_REJECTED_LINES:
-                tqdm.write(f"rejected {source}: {reason}", file=sys.stderr)
+                tqdm.write(on_one_line(f"rejected {source}: {reason}"), file=sys.stderr)
             elif num_told == MOST_REJECTED_LINES + 1:
                 tqdm.write(f"rejected: more clips, which {REJECTED_FILE} will list", file=sys.stderr)
 

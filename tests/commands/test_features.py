@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from safetensors import safe_open
-from tiny_tools import TINY, Done, noise, one_core, run, wav, write_broken, write_pretrained, write_tagger
+from tiny_tools import TINY, Done, noise, one_core, room_for, run, wav, write_broken, write_pretrained, write_tagger
 
 import asda
 from asda.data.audio.waves import AudioError
@@ -557,3 +557,15 @@ def test_a_failure_is_one_line_whatever_the_name(weights: Path, tmp_path: Path):
     first, second, _ = done.err.splitlines()
     assert first.startswith(f"error: {tmp_path}/a\\nb\\x1b[0m\\udce9.wav: libsndfile: ")
     assert second.startswith(f"error: {tmp_path}/c.wav: libsndfile: ")
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_leaves_no_half_file(
+    recordings: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("asda.commands.features.SPOOL_BYTES", 100)
+    with room_for(4096):  # a file has 8 patches of 32 features for each of 6 steps: 6 KiB
+        done = extract("--model", weights, "--out", tmp_path / "out", "--granularity", "patch", recordings)
+    assert done.code == 2
+    assert done.err == "error: File too large; free space, or choose another place to write to\n"
+    assert not (tmp_path / "out").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"recordings"}
