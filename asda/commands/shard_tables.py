@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from asda.commands.text import bar, shortened
+from asda.commands.text import bar, on_one_line, shortened
 from asda.data.audio.waves import SAMPLE_RATE_HZ
 from asda.data.shards.index import DatasetIndex, SplitIndex
 from asda.sharding.journal import SILENT_FILE
@@ -123,7 +123,8 @@ def silence_lines(folder: str) -> list[str]:
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
     are = "clip is" if len(rows) == 1 else "clips are"
-    return [f"WARNING: {len(rows):,} {are} digital silence, the first is {rows[0]['path']}; {path} lists them"]
+    first = on_one_line(rows[0]["path"])
+    return [f"WARNING: {len(rows):,} {are} digital silence, the first is {first}; {path} lists them"]
 
 
 def split_table(splits: dict[str, dict[str, Any]]) -> list[str]:
