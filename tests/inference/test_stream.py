@@ -1,5 +1,8 @@
 """Sound of any length: from files, as blocks and as a stream, equal to the whole."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -123,3 +126,19 @@ def test_cutting_follows_its_definition(window, hop, num_samples):
         assert torch.equal(one_S[: len(other_S)], other_S)
         assert (len(one_S) - 400) // 160 == (len(other_S) - 400) // 160
     assert FRAMES == 64
+
+
+def test_the_live_example_of_the_docs_prints_the_timeline_of_what_comes_through_its_pipe(model: Model, tmp_path: Path):
+    root = Path(__file__).resolve().parents[2]
+    text = (root / "docs" / "usage.md").read_text(encoding="utf-8")
+    program = text[text.index("# live.py") :].partition("```")[0].replace("window_s=1.0", "window_s=0.6")
+    (tmp_path / "live.py").write_text(program)
+    samples_S = sound(3 * RATE_HZ + 123)
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    command = [sys.executable, tmp_path / "live.py", model.folder]
+    done = subprocess.run(command, input=samples_S.tobytes(), capture_output=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    timeline = model.timeline(samples_S, RATE_HZ, 0.6, 0.5)
+    lines = [line.split() for line in done.stdout.decode().splitlines()]
+    assert [float(words[0]) for words in lines] == timeline.starts_s.tolist()
+    assert [int(words[2]) for words in lines] == pytest.approx((100 * timeline.probabilities.amax(1)).tolist(), abs=0.6)
