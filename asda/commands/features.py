@@ -251,8 +251,7 @@ def distinct(tasks: list[Task]) -> list[Task]:
     while equal := {name for name, times in Counter(names).items() if times > 1}:  # again: x.wav.wav may meet x.wav
         names = [full if name in equal else name for name, full in zip(names, whole, strict=True)]
     if kept := [task.source for task, name in zip(tasks, names, strict=True) if name != task.name]:
-        shared = f"{kept[0]} and {len(kept) - 1} more files share their name"
-        say(f"{on_one_line(shared)}; their features keep the extension")
+        say(f"{len(kept)} files share their name, such as {on_one_line(kept[0])}; their features keep the extension")
     return [replace(task, name=name) for task, name in zip(tasks, names, strict=True)]
 
 

@@ -38,7 +38,7 @@ from asda.sharding.journal import (
 )
 from asda.sharding.plan import Plan, assign_splits, choose_vocabulary, keyed, parse_split, plan_split
 from asda.sharding.sources import list_source
-from asda.sharding.sources.listing import Listing, alike, examples
+from asda.sharding.sources.listing import Listing, alike, counted, examples
 from asda.sharding.verify import verify_dataset
 from asda.sharding.workers import Workers, worker_pool
 from asda.sharding.writer import WrittenShard, check_space, summarize_split, write_dataset, writing
@@ -255,10 +255,10 @@ def write_tables(plan: Plan, listing: Listing, written: Mapping[int, WrittenShar
             reason = shards[0].rejected[0]
             raise UserError(f"split {name}: none of its clips could be read; the first is {': '.join(reason)}")
     rejected += sorted(listing.missing)
+    write_table(plan.out / REJECTED_FILE, ("path", "reason"), rejected)
     refuse_lost_classes(plan, splits)
     clips = [(key, name) for name, shards in splits.items() for shard in shards for key in shard.keys]
     pairs = find_pairs([prints for shards in splits.values() for shard in shards for prints in shard.prints])
-    write_table(plan.out / REJECTED_FILE, ("path", "reason"), rejected)
     silent = [(*clip, name) for name, shards in splits.items() for shard in shards for clip in shard.silent]
     write_table(plan.out / SILENT_FILE, ("key", "path", "split"), silent)
     header = ("kind", "key", "split", "other_key", "other_split", "differing_bits")
@@ -286,9 +286,9 @@ def refuse_lost_classes(plan: Plan, splits: Mapping[str, Sequence[WrittenShard]]
     if lost:
         first = next(clip for task in plan.tasks for clip in task.clips if set(clip.labels) & set(lost))
         reasons = dict(clip for shards in splits.values() for shard in shards for clip in shard.rejected)
-        counts = examples([f"{name} ({count} clips)" for name, count in lost.items()])
+        counts = examples([f"{name} ({counted(count, 'clip')})" for name, count in lost.items()])
         what = f"{len(lost)} of {len(plan.vocabulary)} classes have no clip that could be read: {counts}"
-        fix = "repair the files or drop these classes, then run again with --overwrite"
+        fix = f"{plan.out / REJECTED_FILE} lists all; repair the files or drop these classes, and give --overwrite"
         raise UserError(f"{what}; the first is {first.source}: {reasons[first.source]}; {fix}")
 
 
@@ -339,7 +339,8 @@ def report_alike(dataset: DatasetIndex) -> None:
     """Warn of names that may mean one class."""
     counts = [sum(of_splits) for of_splits in zip(*(s.class_counts for s in dataset.splits.values()), strict=True)]
     num_clips = dict(zip(dataset.vocabulary, counts, strict=True))
-    named = [f"{a!r} ({num_clips[a]} clips) and {b!r} ({num_clips[b]})" for a, b in alike(dataset.vocabulary)]
+    pairs = [(a, b, counted(num_clips[a], "clip")) for a, b in alike(dataset.vocabulary)]
+    named = [f"{a!r} ({clips}) and {b!r} ({num_clips[b]})" for a, b, clips in pairs]
     if named:
         what = f"{len(named)} pairs of class names differ only in case, space or Unicode form"
         print(f"WARNING: {what}: {examples(named)}; are they one class?")

@@ -19,7 +19,7 @@ import asda
 from asda.data.shards.index import SHARD_SUFFIX
 from asda.errors import UserError
 from asda.sharding.audio_ref import Place
-from asda.sharding.sources.listing import Row, alike
+from asda.sharding.sources.listing import Row, alike, counted
 
 MAX_KEY_CHARS = 95  # a ustar header has 100 bytes for "<key>.json"
 KEY_HASH_CHARS = 8  # hex digits that tell colliding keys apart
@@ -175,7 +175,7 @@ def _refuse_alike(num_clips: Counter[str], split_of: dict[str, str], chosen: boo
     """Refuse splits such as Train and train, unless --split names both or neither."""
     for one, other in alike(sorted(num_clips)):
         if (one in split_of) + (other in split_of) == 1 or (one in split_of and not chosen):
-            both = f"{one!r} ({num_clips[one]} clips) and {other!r} ({num_clips[other]} clips)"
+            both = " and ".join(f"{name!r} ({counted(num_clips[name], 'clip')})" for name in (one, other))
             join = f"give --split {other}={one},{other} to join them"
             raise UserError(f"the splits {both} differ only in case, space or Unicode form; {join}")
 

@@ -155,6 +155,11 @@ def alike(names: Iterable[str]) -> list[tuple[str, str]]:
     return [(first[folded], name) for name, folded in plain if first.setdefault(folded, name) != name]
 
 
+def counted(number: int, thing: str) -> str:
+    """Return "1 clip" or "2 clips" for a sentence."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def examples(names: Collection[str]) -> str:
     """Return "a, b, c and 5 more" for a sentence."""
     more = len(names) - MAX_NAMED
