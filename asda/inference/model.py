@@ -158,8 +158,7 @@ class Model:
     def features_shape(self, audio: Clip, sample_rate_hz: float | None = None) -> tuple[int, int, int]:
         """Return the shape of a clip's patches, [T, F, D], without computing them."""
         whole, rest = divmod(num_frames(resampled_length(*length_of(audio, sample_rate_hz))), self._chunk)
-        steps = whole * math.ceil(self._chunk / self._stride) + math.ceil(rest / self._stride)
-        return steps, self.encoder.num_mel_patches, self.width
+        return whole * self._steps(self._chunk) + self._steps(rest), self.encoder.num_mel_patches, self.width
 
     @overload
     def logits(self, audio: Clip, sample_rate_hz: float | None = None) -> Tensor: ...
@@ -304,7 +303,7 @@ class Model:
         sized = ((self._padded_frames(chunk_S), number, chunk_S) for number, chunk_S, _ in stretches)
         place = -1, 0  # number of the clip, chunks of it that are done
         for frames, numbers, chunks in self._in_batches(sized, mixed=True):
-            steps = [math.ceil(num_frames(len(chunk_S)) / self._stride) for chunk_S in chunks]
+            steps = [self._steps(num_frames(len(chunk_S))) for chunk_S in chunks]
             present_BN = None
             if not self._is_ast and min(steps) < max(steps):
                 present_BN = torch.arange(max(steps) * num_mel) < torch.tensor(steps)[:, None] * num_mel
@@ -321,6 +320,11 @@ class Model:
                 place = number, place[1] + 1 if number == place[0] else 0
                 patches_TFD = patches_TFD[:count]
                 yield number, Features(patches_TFD, patches_TFD.mean(1), clip_D, self._centres_s(place[1], count))
+
+    def _steps(self, frames: int) -> int:
+        """Return the time patches of a chunk: those that begin in it. AST has only patches that end in it as well."""
+        steps = math.ceil(frames / self._stride)
+        return min(steps, (self._chunk - self._patch) // self._stride + 1) if self._is_ast else steps
 
     def _centres_s(self, chunk: int, steps: int) -> Tensor:
         """Return the centres of the time patches of a chunk, [T]."""

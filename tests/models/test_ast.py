@@ -171,7 +171,9 @@ def test_a_loaded_ast_tags_and_has_features_of_any_clip(folders: Path):
     # 3.5 s are a chunk of 208 frames (2.08 s) and one of 140 frames (348 in all), filled up to 208
     wave_S = torch.randn(56_000, generator=torch.Generator().manual_seed(1)) / 10
     features = model.features(wave_S, 16_000)
-    assert features.patches.shape == (20 + 14, 12, 48)
+    assert features.patches.shape == model.features_shape(wave_S, 16_000) == (20 + 14, 12, 48)
+    assert model.features_shape(wave_S[:33_520], 16_000) == (20, 12, 48)
+    assert model.features_shape(torch.zeros(66_720), 16_000)[0] == 20 + 20  # 415 frames
     assert model.hop_s == 0.1
     steps_s = features.times_s.diff()
     expected_s = torch.full((33,), 0.1)
