@@ -157,7 +157,10 @@ class Recording:
         for block_S in self.blocks():
             if num_read + len(block_S) > len(out_S):  # the length was not declared, or estimated
                 out_S = np.concatenate([out_S[:num_read], np.empty(max(len(block_S), num_read), np.float32)])
-            out_S[num_read : num_read + len(block_S)] = block_S
+            if len(block_S) == len(out_S):  # all at once, as short clips come
+                out_S = block_S
+            else:
+                out_S[num_read : num_read + len(block_S)] = block_S
             num_read += len(block_S)
             if self.num_frames is None and num_read > max_seconds * self.rate_hz:
                 break

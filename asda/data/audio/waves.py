@@ -114,7 +114,10 @@ def resampled_length(num_samples: int, rate_hz: int) -> int:
 
 def to_int16(amplitude_S: np.ndarray) -> np.ndarray:
     """Round amplitudes in [-1, 1) to int16; louder ones saturate."""
-    return np.clip(np.rint(amplitude_S * INT16_SCALE), -INT16_SCALE, INT16_SCALE - 1).astype(np.int16)
+    scaled_S = amplitude_S * INT16_SCALE
+    np.rint(scaled_S, out=scaled_S)
+    np.clip(scaled_S, -INT16_SCALE, INT16_SCALE - 1, out=scaled_S)
+    return scaled_S.astype(np.int16)
 
 
 @lru_cache(maxsize=1024)  # most clips of a dataset have one of a few lengths
