@@ -323,7 +323,7 @@ def test_a_table_of_files_below_a_hidden_folder_elsewhere_is_read(tmp_path):
 def test_splits_that_differ_only_in_spelling_are_refused_unless_they_are_joined(folder):
     path = table(folder, "path,split", "0.wav,Train", "1.wav,train", "2.wav,test", "3.wav,train")
     keys = keyed(listed("csv", path).rows)
-    message = r"'Train' \(1 clips\) and 'train' \(2 clips\) differ only in case, space or Unicode form; give --split"
+    message = r"'Train' \(1 clip\) and 'train' \(2 clips\) differ only in case, space or Unicode form; give --split"
     for rules in ([], ["train"], ["train=train", "test"], ["x=Train"]):
         with pytest.raises(UserError, match=message):
             assign_splits(keys, [parse_split(rule) for rule in rules])
