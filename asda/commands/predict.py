@@ -72,6 +72,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.over_time = bool(args.timeline or args.picture or args.events)
     if not args.over_time and (args.window, args.hop) != (None, None):
         raise UserError("--window and --hop are for tags over time; add --timeline, --events or --picture")
+    for option in ("events_format", "threshold", "low", "shortest", "merge"):
+        if not args.events and getattr(args, option) != parser.get_default(option):
+            raise UserError(f"--{option.replace('_', '-')} is for a table of events; add --events")
+    check_range("--shortest", args.shortest, 0)
+    check_range("--merge", args.merge, 0)
     if args.picture and args.picture.suffix.lower() != ".png":
         raise UserError(f"--picture {args.picture} must end in .png")
     return args

@@ -344,7 +344,8 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 def _kept_id(folder: Path) -> str:
     """Return the id under which a run folder resumes its curves; a copy of a folder gets an id of its own."""
     path, here = folder / WANDB_FILE, _place_of(folder)
-    kept, *origin = path.read_text(encoding="utf-8").splitlines() if path.is_file() else [""]
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    kept, *origin = lines or [""]
     is_copy = bool(origin) and not set(origin) & set(here)  # a moved folder keeps its number, a restored one its path
     if is_copy:
         say(f"{folder} is a copy of the run folder {origin[0]}: it gets a run of its own in Weights & Biases")

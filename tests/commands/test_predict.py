@@ -158,6 +158,9 @@ def test_what_is_no_audio_or_no_tagger_is_one_sentence(tagger: Path, tmp_path: P
         "--window 30 must be from 0.01 to 1.28 s": ("--model", tagger, "--timeline", "--window", 30, sound),
         "--hop 0 must be from 0.01 s to a window": ("--model", tagger, "--timeline", "--hop", 0, sound),
         "draws one file": ("--model", tagger, "--picture", tmp_path / "a.png", sound, sound),
+        "--threshold is for a table of events": ("--model", tagger, "--threshold", 0.3, sound),
+        "--shortest -1.0 must be at least 0": ("--model", tagger, "--events", tmp_path / "e", "--shortest", -1, sound),
+        "threshold 2 must be above 0": ("--model", tagger, "--events", tmp_path / "e", "--threshold", 2, sound),
         "must end in .png": ("--model", tagger, "--picture", tmp_path / "a.jpg", sound),
     }
     for words, arguments in cases.items():

@@ -239,7 +239,7 @@ def test_a_resumed_run_continues_its_curve_in_weights_and_biases_which_may_be_of
     assert said.err == "", "it keeps quiet"
 
 
-@pytest.mark.parametrize("how", ["same", "moved", "restored", "copied", "old"])
+@pytest.mark.parametrize("how", ["same", "moved", "restored", "copied", "old", "empty"])
 def test_a_run_folder_keeps_its_id_and_a_copy_gets_its_own(tmp_path: Path, capsys: pytest.CaptureFixture, how: str):
     folder = tmp_path / "a run\u00e9"
     folder.mkdir()
@@ -254,8 +254,11 @@ def test_a_run_folder_keeps_its_id_and_a_copy_gets_its_own(tmp_path: Path, capsy
         folder = shutil.copytree(folder, tmp_path / "copy")
     elif how == "old":
         (folder / "wandb_run.txt").write_text(first + "\n")
+    elif how == "empty":
+        (folder / "wandb_run.txt").write_text("")
     second = _kept_id(folder)
-    assert (second == first) == (how != "copied")
+    assert second
+    assert (second == first) == (how not in ("copied", "empty"))
     assert _kept_id(folder) == second
     assert ("is a copy of the run folder" in capsys.readouterr().err) == (how == "copied")
 

@@ -27,7 +27,7 @@ AT_ONCE = 64  # mutants handed out before the time is looked at
 
 
 def outcomes(seed: int, numbers: Sequence[int], workers: int, minutes: float) -> Iterator[tuple[int, Outcome]]:
-    """Read mutants in processes of their own, and yield (number, what became of it), until the time is over."""
+    """Read mutants in separate processes; yield (number, outcome) until the time is over."""
     end = time.monotonic() + 60 * minutes
     readers: SimpleQueue[Reader] = SimpleQueue()
 

@@ -24,7 +24,10 @@ def by_sndfile(audio_SC: np.ndarray, rate_hz: int, kind: str, subtype: str | Non
     """Encode by libsndfile; the same bytes every time."""
     file = io.BytesIO()
     soundfile.write(file, audio_SC, rate_hz, format=kind, subtype=subtype, **options)  # type: ignore[arg-type]
-    return with_checksums(file.getvalue(), OGG_SERIAL) if kind == "OGG" else file.getvalue()
+    content = file.getvalue()
+    if (peak := content.find(b"PEAK")) >= 0:  # a chunk that holds the time of writing, behind name, size and version
+        content = content[: peak + 12] + bytes(4) + content[peak + 16 :]
+    return with_checksums(content, OGG_SERIAL) if kind == "OGG" else content
 
 
 def by_ffmpeg(audio_SC: np.ndarray, rate_hz: int, container: str, codec: str, **options: str) -> bytes:

@@ -119,7 +119,7 @@ def peak_bytes() -> int:
 
 
 def read_in_all_ways(path: Path) -> Outcome:
-    """Read a file whole, counted, in blocks and in part; return what became of it."""
+    """Read a file whole, in blocks and in part, and count its frames; return the outcome."""
     from asda.data.audio.read import count_frames, read_audio  # here, so that a finding is not lost in an import
     from asda.data.audio.waves import AudioError, Segment
 

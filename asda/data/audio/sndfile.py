@@ -2,7 +2,6 @@
 
 import os
 import re
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -148,7 +147,7 @@ def _nothing() -> Iterator[None]:
 @contextmanager
 def without_messages() -> Iterator[None]:
     """Keep what libmpg123 writes to stderr away from it, and let all else through a little later."""
-    with _stderr_lock, tempfile.TemporaryFile() as kept:
+    with _stderr_lock, os.fdopen(os.memfd_create("messages"), "w+b") as kept:
         real = os.dup(2)
         os.dup2(kept.fileno(), 2)
         try:
