@@ -2,11 +2,10 @@
 
 import difflib
 import importlib
-import io
 import signal
 import sys
 
-from asda.commands import COMMANDS
+from asda.commands import COMMANDS, MAKING_FILES
 from asda.errors import UserError, exit_with_sentence
 
 USAGE = "usage: asda COMMAND [arguments]; `asda COMMAND --help` explains one"
@@ -18,12 +17,11 @@ SEVERAL_RANKS = """\
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command that the first argument names; exit with a code of asda/errors.py if it fails."""
-    exit_with_sentence(lambda: _run(sys.argv[1:] if argv is None else argv))
+    argv = sys.argv[1:] if argv is None else argv
+    exit_with_sentence(lambda: _run(argv), prints=not argv or argv[0] not in MAKING_FILES)
 
 
 def _run(argv: list[str]) -> None:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     name = argv[0] if argv else "--help"
     if name in ("-h", "--help"):
         rows = [f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()]
@@ -34,8 +32,10 @@ def _run(argv: list[str]) -> None:
         print(f"asda {__version__}")
     elif name in COMMANDS:
         module = COMMANDS[name][0]
-        if module.startswith("asda.commands."):  # SIGTERM ends it like Ctrl-C, so that it cleans up; a training saves
+        if module.startswith("asda.commands."):  # signals end it like Ctrl-C, so that it cleans up; a training saves
             signal.signal(signal.SIGTERM, signal.default_int_handler)
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup
+                signal.signal(signal.SIGHUP, signal.default_int_handler)
         importlib.import_module(module).main(argv[1:])
     else:
         close = "".join(f"did you mean {other}? " for other in difflib.get_close_matches(name, COMMANDS, n=1))

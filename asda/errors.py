@@ -5,7 +5,7 @@
     2    an error that the user can repair, in one sentence
     3    another rank has ended; its message or the last checkpoint tells more
     75   stopped on request, with a checkpoint; the same command resumes (EX_TEMPFAIL of sysexits.h)
-    130, 138, 143   ended at once: interrupted before training, or by a second SIGINT, SIGUSR1, SIGTERM
+    129, 130, 138, 143   ended at once: interrupted before training, or by a second SIGHUP, SIGINT, SIGUSR1, SIGTERM
     141  stdout was closed by its reader (| head); shells give this code to SIGPIPE
 
 A rank ends with these codes, and so do plain python and srun. `deepspeed` returns the code of the first rank that
@@ -14,16 +14,24 @@ fails, so all ranks of a stopped run end with the same one. If `deepspeed` itsel
 """
 
 import errno
+import io
 import os
 import select
 import sys
+import threading
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 USER_ERROR_EXIT = 2  # the exit code of every UserError, as argparse uses for bad arguments
+BUG_EXIT = 1
 LOST_PEER_EXIT = 3
 STOPPED_EXIT = 75
 INTERRUPTED_EXIT = 130  # Ctrl-C, by the shells' convention
 UNREAD_EXIT = 141
+
+TELLING_S = 2.0  # for the last sentence of a process that must end: stderr may be a pipe that nobody reads
 
 # Failures of a write that only the user can repair. These errors carry no file name.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -62,13 +70,60 @@ def failure_of(error: Exception) -> str:
 
 
 def say(line: str) -> None:
-    """Print a line on stderr, with the rank if there are several."""
+    """Print a line on stderr, with the rank if there are several. Never raises: no work ends because of a message."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    print(f"[rank {os.environ['RANK']}] {line}" if several else line, file=sys.stderr, flush=True)
+    with suppress(OSError, ValueError):  # a full disk, a pipe whose reader has ended, a closed stream
+        print(f"[rank {os.environ['RANK']}] {line}" if several else line, file=sys.stderr, flush=True)
 
 
-def exit_with_sentence(main: Callable[[], None]) -> None:
-    """Run `main`; turn the errors that may be expected into one line on stderr and an exit code of the list above."""
+def say_aside(line: str) -> None:
+    """Print a line on stderr from a thread of its own, so that the caller goes on even if stderr blocks."""
+    threading.Thread(target=say, args=(line,), daemon=True).start()
+
+
+def end_at_once(line: str, code: int) -> None:
+    """Print a line on stderr and end the process without waiting for anything else, even if stderr blocks."""
+    _say_for_a_moment(line, code)
+    os._exit(code)
+
+
+def _say_for_a_moment(line: str, code: int) -> None:
+    """Print a line on stderr; if that takes longer than TELLING_S, end the process with this code."""
+    end = threading.Timer(TELLING_S, os._exit, (code,))
+    end.daemon = True
+    end.start()
+    say(line)
+    end.cancel()
+
+
+class Told:
+    """A text stream of messages: what it cannot write is dropped."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, if the stream can be written."""
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, if the stream can be written."""
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def exit_with_sentence(main: Callable[[], None], *, prints: bool = True) -> None:
+    """Run `main`; turn the errors that may be expected into one line on stderr and an exit code of the list above.
+
+    If the result of `main` is what it `prints`, a stdout that cannot be written ends it. Otherwise its result is in
+    files, and stdout only tells of them.
+    """
+    _prepare_streams(prints)
     try:
         main()
         sys.stdout.flush()  # or Python does it at its end, when nothing can be caught
@@ -82,15 +137,43 @@ def exit_with_sentence(main: Callable[[], None]) -> None:
         if error.filename is not None:
             _leave(f"error: {error.filename}: {error.strerror}", USER_ERROR_EXIT)
         if error.errno not in NO_ROOM:
-            raise
+            _leave_with_traceback()
         _give_up_stdout()
         _leave(f"error: {error.strerror}; free space, or choose another place to write to", USER_ERROR_EXIT)
-    except RuntimeError as error:
-        if not any(words in str(error).lower() for words in LOST_PEER_WORDS):
-            raise
-        _leave("stopped, because another rank has ended; its message says why, unless it was killed", LOST_PEER_EXIT)
     except KeyboardInterrupt:
         _leave("interrupted", INTERRUPTED_EXIT)
+    except Exception as error:
+        if not isinstance(error, RuntimeError) or not any(words in str(error).lower() for words in LOST_PEER_WORDS):
+            _leave_with_traceback()
+        _leave("stopped, because another rank has ended; its message says why, unless it was killed", LOST_PEER_EXIT)
+
+
+def _prepare_streams(prints: bool) -> None:
+    """Open what the caller has closed, let any name be printed in any locale, and let messages fail quietly."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # the next file that is opened would get its number, and the messages of libraries
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    sys.stderr = Told(sys.stderr)
+    if not prints:
+        sys.stdout = Told(sys.stdout)
+
+
+def _leave_with_traceback() -> None:
+    """End the process for the exception that is being handled, without waiting for its threads and workers."""
+    import multiprocessing  # most commands need none
+
+    traceback.print_exc()
+    for process in multiprocessing.active_children():
+        process.terminate()
+    sys.stdout.flush()
+    os._exit(BUG_EXIT)
 
 
 def _nobody_reads() -> bool:
@@ -116,7 +199,7 @@ def _discard_stdout() -> None:
 
 
 def _leave(line: str, code: int) -> None:
-    say(line)
+    _say_for_a_moment(line, code)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         os._exit(code)  # peers may be waiting in a collective; an orderly exit would wait for them
     sys.exit(code)

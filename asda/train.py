@@ -29,7 +29,8 @@ values:
 stop and resume:
   The same command resumes from the newest intact checkpoint in run.folder, on any number of ranks. Settings that
   affect results must stay the same; any that differ are listed. resume=never refuses to resume.
-  SIGTERM, SIGINT and SIGUSR1 finish the step, save a checkpoint and end with exit code 75; a second one ends at once.
+  SIGTERM, SIGINT, SIGUSR1 and SIGHUP finish the step, save a checkpoint and end with exit code 75; a second signal
+  ends the run at once.
 
 run.folder gets config.json (every value), metrics.jsonl, tensorboard/ and checkpoints/."""
 
@@ -54,4 +55,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    exit_with_sentence(main)
+    exit_with_sentence(main, prints=False)

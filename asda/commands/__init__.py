@@ -17,3 +17,4 @@ COMMANDS = {  # name -> (module with main(argv), what it does)
     "attention": ("asda.commands.attention", "measure how much attention falls on irrelevant context"),
     "report": ("asda.commands.report", "write an HTML page about one run or several"),
 }
+MAKING_FILES = ("shards", "train", "features", "convert", "probe", "crossval", "attention", "report")  # as their result

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from asda.engine.processes import Processes
-from asda.errors import LOST_PEER_EXIT, Stopped, say
+from asda.errors import LOST_PEER_EXIT, Stopped, end_at_once
 
 HEARTBEAT_TIMEOUT_S = 45.0
 BEATS_PER_TIMEOUT = 15  # a beat every 3 s
@@ -115,8 +115,7 @@ class Heartbeat:
         The first rank stays a little longer, so that the others can read the sentence in its store.
         """
         if not self._ended.wait(self._interval_s * (1 if self._rank else 2)):
-            say(sentence)
-            os._exit(LOST_PEER_EXIT)
+            end_at_once(sentence, LOST_PEER_EXIT)
 
 
 def _beat_key(rank: int) -> str:

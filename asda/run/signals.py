@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 
 from asda.engine.processes import Processes
-from asda.errors import say
+from asda.errors import end_at_once, say_aside
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # SIGHUP: its terminal was closed
 REPEAT_S = 3.0  # launchers forward signals that the whole group has got: within this time they are the same request
 WATCH_S = 1.0  # between looks at the launchers
 LAUNCHERS = {  # programs and modules that start ranks and wait for them
@@ -34,8 +34,9 @@ LAUNCHERS = {  # programs and modules that start ranks and wait for them
 
 
 class StopSignals:
-    """Turns SIGTERM, SIGINT, SIGUSR1 and the death of a launcher into a request that the loop reads: `asked`.
+    """Turns SIGTERM, SIGINT, SIGUSR1, SIGHUP and the death of a launcher into a request that the loop reads: `asked`.
 
+    A SIGHUP that is ignored at the start, as under nohup, stays ignored.
     A second signal ends the process at once, with 128 + its number. A thread receives them. Python's handlers would
     wait for the main thread, which may itself be waiting for a rank that has gone.
     """
@@ -46,7 +47,8 @@ class StopSignals:
         self._repeats_count = False
 
     def __enter__(self) -> Self:
-        self._handlers = {number: signal.signal(number, _do_nothing) for number in STOP_SIGNALS}
+        heard = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self._handlers = {number: signal.signal(number, _do_nothing) for number in heard}
         self._received, self._sent = socket.socketpair()
         self._sent.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._sent.fileno(), warn_on_full_buffer=False)
@@ -74,15 +76,14 @@ class StopSignals:
         if not self.asked:
             self._ask(number.name)
         elif self._repeats_count:
-            say(f"{number.name} again: stopping at once; the last checkpoint is not touched")
-            os._exit(128 + number)
+            end_at_once(f"{number.name} again: stopping at once; the last checkpoint is not touched", 128 + number)
 
     def _ask(self, what: str) -> None:
         self.asked = what
         waking = threading.Timer(REPEAT_S, lambda: setattr(self, "_repeats_count", True))
         waking.daemon = True
         waking.start()
-        say(
+        say_aside(
             f"{what}: the run finishes this step, saves a checkpoint and stops; "
             f"a second signal after {REPEAT_S:g} s ends it at once"
         )
