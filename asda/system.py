@@ -6,17 +6,21 @@ beside a training took 3.8 seconds of its cores, and 0.1 with O_DIRECT, where th
 
 import ctypes
 import fcntl
+import getpass
 import mmap
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from errno import EACCES, EAGAIN, EINVAL
+from functools import partial
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import xxhash
 
 TEMPORARY_SUFFIX = ".tmp"
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 (a folder in memory, which every container has)
 LONGEST_NAME_BYTES = 120  # of a file whose temporary name begins with it; a disk allows 255, an encrypted one 143
 BLOCK = 4096  # direct writes begin and end at multiples of it
 WRITE_BYTES = 32 << 20  # at once
@@ -167,6 +171,48 @@ class FileLock:
             return os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.file.name))
         except FileNotFoundError:
             return False
+
+
+def cache_folder() -> Path:
+    """Return $XDG_CACHE_HOME or ~/.cache; if it cannot be written, as in a container, a folder of this user in /tmp."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    if folder.is_absolute() and os.access(existing, os.W_OK):
+        return folder
+    return Path(tempfile.gettempdir(), f"asda-{os.getuid()}")
+
+
+def complete_environment() -> None:
+    """Set what libraries ask for and a container may lack: the user's name, a folder for temporary files."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # the number has no entry in /etc/passwd
+        os.environ["LOGNAME"] = f"user-{os.getuid()}"
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:  # only mounted folders can be written
+        os.environ["TMPDIR"] = SHARED_MEMORY
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compile a function of loops by numba when it is first called; it then runs without Python's lock.
+
+    The machine code is kept in a folder where one can be written, as numba chooses; elsewhere each process compiles.
+    """
+    from numba import njit  # takes half a second
+
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        found: Any = njit(cache=True, **options)(function)
+    except RuntimeError:  # neither the package's folder, nor NUMBA_CACHE_DIR, nor HOME can be written
+        return njit(**options)(function)
+    found._cache.save_overload = partial(_unless_the_disk_fails, found._cache.save_overload)
+    return found
+
+
+def _unless_the_disk_fails(save: Callable[..., None], *what: object) -> None:
+    with suppress(OSError):  # full, or beyond a quota
+        save(*what)
 
 
 def keep_freed_memory() -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from asda.engine.partitions import use_gloo
 from asda.errors import UserError
-from asda.system import keep_freed_memory
+from asda.system import complete_environment, keep_freed_memory
 
 LAST_RELEASE_S = 0.2  # for gloo's threads to release the last tensors; they need microseconds
 
@@ -84,6 +84,7 @@ def leave_processes() -> None:
 
 
 def _complete_environment() -> None:
+    complete_environment()
     env = os.environ
     env.update(slurm_ranks(env))
     if "RANK" not in env:

@@ -4,10 +4,10 @@ Shapes: M masks (one a student), T time patches, F mel patches, N = T * F patche
 """
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from asda.config.model import MaskConfig
+from asda.system import compiled
 
 
 def inverse_block_masks(
@@ -52,7 +52,7 @@ def visible_patches(
 
 
 # Compiled by numba, without Python's lock: 16 masks take 20 us.
-@njit(nogil=True, cache=True)
+@compiled
 def _mark_blocks(centres_MC, block, union_MRF):
     _, num_rows, num_columns = union_MRF.shape
     for mask in range(len(centres_MC)):
@@ -63,7 +63,7 @@ def _mark_blocks(centres_MC, block, union_MRF):
                     union_MRF[mask, r, c] = True
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _bring_to(visible_MN, num_visible, chance_MX):
     """Hide or show random patches until every mask has `num_visible`: the first steps of a shuffle."""
     candidates = np.empty(visible_MN.shape[1], np.int64)

@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from asda.errors import UserError
+from asda.system import SHARED_MEMORY, complete_environment
 
 REPORT_EVERY_S = 10.0  # between lines of progress where stderr is not a terminal
 LOOK_EVERY_S = 0.2  # at the counts
@@ -31,10 +32,15 @@ _counts: Any = None  # in a worker: units done of each task
 @contextmanager
 def worker_pool(num_workers: int, num_tasks: int) -> Iterator["Workers"]:
     """Start processes when there is work for them; they end with the block, at once if it fails."""
+    complete_environment()
     os.environ.update(ONE_THREAD)  # read when a worker imports numpy
     context = multiprocessing.get_context("spawn")  # a fork would copy locks held by other threads
-    counts = context.RawArray("q", max(num_tasks, 1))  # each has one writer, so it needs no lock
-    pool = ProcessPoolExecutor(max(1, min(num_workers, num_tasks)), context, _start_worker, (counts,))
+    try:
+        counts = context.RawArray("q", max(num_tasks, 1))  # each has one writer, so it needs no lock
+        pool = ProcessPoolExecutor(max(1, min(num_workers, num_tasks)), context, _start_worker, (counts,))
+    except OSError as error:
+        needs = f"cannot start worker processes, which share memory in {SHARED_MEMORY}: {error.strerror}"
+        raise UserError(f"{needs}; let it be written, as with docker run --shm-size=64m") from None
     workers = Workers(pool, counts)
     try:
         with workers.ended_by_failure():

@@ -12,12 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from numba import njit
 
 from asda.data.audio.waves import INT16_SCALE
 from asda.data.features import fbank
 from asda.data.features.augment import ClipAugmentation, unpacked
 from asda.models.patches import PatchLayout
+from asda.system import compiled
 
 NUM_MEL_BINS = fbank.NUM_MEL_BINS  # a constant for numba, which makes faster loops of it than of a length
 ROOT_12 = 12**0.5  # 1 / rms of a uniform number from -0.5 to 0.5
@@ -125,7 +125,7 @@ def _mask(x_TM: np.ndarray, one: ClipAugmentation) -> None:
 # instructions; nothing in them is reordered or fused.
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def uniform(counter, key):
     """Return a uniform float32 in [0, 1) of 24 bits, from two uint32: MurmurHash3's finaliser (Appleby, public domain).
 
@@ -139,7 +139,7 @@ def uniform(counter, key):
     return np.float32(bits >> np.uint32(8)) * np.float32(2**-24)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _augment_wave(samples_S, shift, gain, noise_ratio, noise_key, out_S):
     """Centre, roll, amplify and make noisy a clip; write its first samples, full scale 1."""
     total, squares = np.int64(0), np.int64(0)  # exact, for clips of up to 2^33 samples
@@ -157,27 +157,27 @@ def _augment_wave(samples_S, shift, gain, noise_ratio, noise_key, out_S):
             out_S[i] += noise * (uniform(np.uint32(i), key) - np.float32(0.5))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _amplify(samples_S, mean, gain, out_S):
     unit, offset, factor = np.float32(1 / INT16_SCALE), np.float32(mean / INT16_SCALE), np.float32(gain)
     for i in range(len(out_S)):
         out_S[i] = (np.float32(samples_S[i]) * unit - offset) * factor
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _normalise(values, mean, std):
     offset, factor = np.float32(mean), np.float32(1) / np.float32(2 * std)
     for i in range(len(values)):
         values[i] = (values[i] - offset) * factor
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _add_noise(values, amount, key):
     for i in range(len(values)):
         values[i] += amount * uniform(np.uint32(i), np.uint32(key))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _mix(first, second, share):
     rest = np.float32(1) - share
     for i in range(len(first)):
@@ -185,7 +185,7 @@ def _mix(first, second, share):
         first[i], second[i] = share * one + rest * other, share * other + rest * one
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _cut_into_patches(x_TM, patch, out_NP):
     """Cut frames [T, M] into patches [N, P]: time-major, the pixels of a patch frame by frame."""
     mel_patches = NUM_MEL_BINS // patch

@@ -14,10 +14,10 @@ import threading
 
 import numpy as np
 import torch
-from numba import njit
 
 from asda.data.audio.waves import INT16_SCALE, SAMPLE_RATE_HZ
 from asda.models.patches import NUM_MEL_BINS
+from asda.system import compiled
 
 FRAME_SHIFT = SAMPLE_RATE_HZ * 10 // 1000  # samples, 10 ms
 FRAME_WINDOW = SAMPLE_RATE_HZ * 25 // 1000  # samples, 25 ms
@@ -100,7 +100,7 @@ def log_mel_of_wave(wave_S: torch.Tensor) -> torch.Tensor:
 # lengths, so that they become vector instructions; nothing is reordered or fused, every value rounds as the line says.
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _sum_of_integers(wave_S):
     total = np.int64(0)
     for sample in wave_S:
@@ -108,7 +108,7 @@ def _sum_of_integers(wave_S):
     return total
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _windowed_frames(wave_S, unit, mean, gain, pre_emphasis, window_W, out_TN):
     """Write centred, pre-emphasised and windowed frames into the first W columns of `out_TN`; column 0 stays 0."""
     centred_S = np.empty(len(wave_S), np.float32)
@@ -124,7 +124,7 @@ def _windowed_frames(wave_S, unit, mean, gain, pre_emphasis, window_W, out_TN):
             out_W[i] = emphasised * window_W[i]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _sum_as_torch(values_W, sums_L):
     """Add up a frame in the order of torch: four rows of eight sums, the rest to the first row."""
     whole = len(values_W) - len(values_W) % len(sums_L)
@@ -143,7 +143,7 @@ def _sum_as_torch(values_W, sums_L):
     return total
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _mel_energies(spectrum_T2K, filter_K, weights_K2, out_TM):
     """Compute the energies in the mel filters, [T, M], floored at MIN_ENERGY; real and imaginary parts alternate.
 
