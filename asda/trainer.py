@@ -90,8 +90,8 @@ class Trainer:
 
         check_folder_is_shared(self.folder, processes.rank, processes.world_size)
         # Lock an existing folder before looking for the newest checkpoint: a run that is about to end may still write
-        # one. A new folder is made later. Both locks stay open: closing either would release it.
-        self.locks = [claim_folder(self.folder, processes.rank, make=False)]
+        # one. A new folder is made later. Both claims are kept: closing the lock of either would release both.
+        self.claims = [claim_folder(self.folder, processes.rank, make=False)]
         checkpoint = newest_for_all_ranks(self.folder, warn=say)
         changes = self._resume_from(checkpoint) if checkpoint else []
         self.objective = make_objective(config, dataset.vocabulary, processes.device, resumed=checkpoint is not None)
@@ -104,9 +104,10 @@ class Trainer:
         costs = network_costs(config.model, config.objective, config.data.frames, len(dataset.vocabulary))
         rate = gemm_rate(processes.device, PRECISIONS[config.engine.precision])
         about = derived_numbers(config, dataset, processes, self.micro_batch, costs, rate, self.counts.step)
-        self.locks.append(claim_folder(self.folder, processes.rank, make=True))
+        self.claims.append(claim := claim_folder(self.folder, processes.rank, make=True))
+        assert claim is not None, "the folder was made"
         self.log = self._open_log(about + changes)
-        self.writer = CheckpointWriter(self.folder, config, processes)
+        self.writer = CheckpointWriter(self.folder, config, processes, claim.check)
         self.throughput = Throughput(processes, sum(costs.flops.values()), rate, self.counts.skipped_steps)
 
     def _resume_from(self, checkpoint: Path) -> list[str]:
@@ -229,8 +230,8 @@ class Trainer:
             self._save()
         if wish["stop"] or self._is_last:
             self._tell(self.writer.finish())
-            if self.writer.failure:
-                raise UserError(self.writer.failure)
+            if self.writer.last_failure:  # the save that the end needs; run.on_failed_save is about those on the way
+                raise UserError(self.writer.last_failure)
         if wish["stop"] and not self._is_last:
             self.log.close()
             raise Stopped(

@@ -97,7 +97,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_run_that_never_was(
     tmp_path: Path,
     count_fault: Count,
 ) -> None:
-    reference = uninterrupted(2 * EVERY * trials, world_size)
+    reference = uninterrupted(4 * EVERY * trials, world_size)
     run = replace(reference, folder=tmp_path / "run")
     rng = np.random.default_rng(int(row))
     session = struck = began_at = 0

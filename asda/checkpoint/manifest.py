@@ -70,7 +70,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Path:
     """Write manifest.json into a folder; return its path."""
     fields = {name: value for name, value in asdict(manifest).items() if value is not None and name != "hash"}
     path = folder / MANIFEST
-    path.write_text(_with_hash(fields))
+    path.write_text(_with_hash(fields), encoding="utf-8")
     return path
 
 

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from pydantic import TypeAdapter, ValidationError
@@ -29,6 +29,8 @@ from asda.config.data import InputConfig
 from asda.config.run import Config, Description, load_description, load_stored_config
 from asda.data.order import ORDER_VERSION
 from asda.errors import UserError
+
+Result = TypeVar("Result")
 
 STEP_NAME = re.compile(r"step-(\d{7,})")
 MAX_STATE_BYTES = 64 << 20  # 2 million damaged clips need 16 MiB
@@ -61,7 +63,11 @@ def newest_checkpoint(run: Path, warn: Callable[[str], None] = print) -> Path | 
     Raises:
         UserError: there are checkpoints, but none is intact. A run never silently starts over them.
     """
-    return _newest_of(run, checkpoints_of(run), damage, warn)
+    found = checkpoints_of(run)
+    newest = _newest_of(run, found, damage, warn)
+    if newest is None and found:  # the run has removed them meanwhile, for newer ones
+        return newest_checkpoint(run, warn)
+    return newest
 
 
 def newest_for_all_ranks(run: Path, warn: Callable[[str], None] = print) -> Path | None:
@@ -81,6 +87,8 @@ def _newest_of(
         complaint = complaint_about(folder)
         if complaint is None:
             return folder
+        if not folder.exists():
+            return None
         warn(f"checkpoint {folder} is damaged ({complaint}); trying the one before it")
     if folders:
         raise UserError(
@@ -114,6 +122,21 @@ def best_checkpoint(run: Path) -> Path:
 def step_folder(run: Path, step: int) -> Path:
     """Return the folder of the checkpoint of a step."""
     return run / "checkpoints" / f"step-{step:07d}"
+
+
+def from_checkpoint(path: Path, read: Callable[[Path], Result]) -> Result:
+    """Return what `read` finds in the checkpoint that `path` names.
+
+    A run may remove the newest checkpoint while it is being read, because it keeps only a few; then the run has a newer
+    one, which is read instead.
+    """
+    while True:
+        folder = resolve_checkpoint(path)
+        try:
+            return read(folder)
+        except (UserError, FileNotFoundError):
+            if folder == path or folder.exists():
+                raise
 
 
 def resolve_checkpoint(path: Path) -> Path:

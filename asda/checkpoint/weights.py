@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from asda.checkpoint.manifest import MANIFEST, TEMPORARY, Manifest, commit_folder, entry_of
 from asda.checkpoint.read import read_description
 from asda.config.model import AstConfig, ModelConfig
-from asda.config.run import Description, dump_config
+from asda.config.run import Description, dump_config, load_description
 from asda.errors import UserError
 from asda.models.ast import fitted_positions
 from asda.system import sync
@@ -44,7 +44,9 @@ def write_weights(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        (temporary / "config.json").write_text(dump_config(description))
+        (temporary / "config.json").write_text(dump_config(description), encoding="utf-8")
+        if load_description(temporary / "config.json") != description:
+            raise UserError(f"the description of {folder} does not read back as it was written; please report this")
         for stem, tensors in weights.items():
             save_tensors(temporary / f"{stem}.safetensors", {name: t.contiguous() for name, t in tensors.items()})
         files = sorted(temporary.iterdir())

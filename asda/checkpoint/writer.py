@@ -33,7 +33,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -44,7 +44,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from asda.checkpoint.manifest import TEMPORARY, FileEntry, Manifest, commit_folder, damage, entry_of, remove
-from asda.checkpoint.read import State, checkpoints_of, step_folder
+from asda.checkpoint.read import State, checkpoints_of, read_state, step_folder
 from asda.checkpoint.safetensors_file import FileImage
 from asda.config.run import Config, dump_config
 from asda.errors import UserError
@@ -67,21 +67,34 @@ class Outcome:
     seconds: float  # from save() to the end of the commit
     bytes: int  # of all files of all ranks
     failure: str | None = None  # one sentence; None if the checkpoint is saved
+    folder_lost: bool = False  # whatever run.on_failed_save says, the run must end
+
+
+class FolderLostError(UserError):
+    """The run folder is no longer this run's: nothing may be written there, and nothing removed."""
 
 
 class CheckpointWriter:
     """Saves checkpoints of a run in the background. All ranks construct it, and call save, together.
 
     Args:
-        run: the run folder, on a disk that all ranks see.
+        run: the run folder, on a disk that all ranks see; only this makes it, a save never does.
         config: the resolved run, with run.keep and run.on_failed_save.
         processes: this rank among all.
+        check_folder: raises FolderLostError if another run may use the folder by now.
 
     An error of the disk becomes an Outcome. Any other error of the thread (a lost rank) is raised by the next call.
     """
 
-    def __init__(self, run: Path, config: Config, processes: "Processes"):
+    def __init__(
+        self,
+        run: Path,
+        config: Config,
+        processes: "Processes",
+        check_folder: Callable[[], None] = lambda: None,
+    ):
         self._run, self._config, self._processes = run, config, processes
+        self._check_folder = check_folder
         self._group: Any = None
         if processes.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.engine.timeout_s))
@@ -94,7 +107,9 @@ class CheckpointWriter:
         self._untold: deque[Outcome] = deque()
         self.num_failed = 0  # saves of this process's run
         self.failure: str | None = None  # of a save that must end the run; ranks may see it at different steps
+        self.last_failure: str | None = None  # of the last save that has ended; None if that is saved
         if processes.is_first:
+            (run / "checkpoints").mkdir(parents=True, exist_ok=True)
             sweep(run)
         self._gather(None)  # no rank writes before that is done
 
@@ -144,9 +159,10 @@ class CheckpointWriter:
         save, self._save = self._save, None
         outcome = save.result()
         self._untold.append(outcome)
+        self.last_failure = outcome.failure
         if outcome.failure:
             self.num_failed += 1
-            if self._config.run.on_failed_save == "stop":
+            if outcome.folder_lost or self._config.run.on_failed_save == "stop":
                 self.failure = outcome.failure
 
     # From here on everything runs in the thread.
@@ -159,25 +175,35 @@ class CheckpointWriter:
             self._copied.set()
         folder = step_folder(self._run, state.step)
         temporary = folder.with_name(TEMPORARY + folder.name)
-        reports = self._gather(_failure_or(lambda: _write_files(temporary, self._images)))
+        reports = self._gather(_result_or_error(lambda: self._write(temporary)))
         outcome = None
         if self._processes.is_first:
-            found = _failure_or(lambda: self._commit(temporary, folder, state, reports))
-            if isinstance(found, str):
-                shutil.rmtree(temporary, ignore_errors=True)
-            failed, num_bytes = (found, 0) if isinstance(found, str) else (None, found)
-            outcome = Outcome(state.step, folder, time.monotonic() - started, num_bytes, failed)
+            found = _result_or_error(lambda: self._commit(temporary, folder, state, reports))
+            outcome = Outcome(
+                state.step, folder, time.monotonic() - started, 0 if isinstance(found, UserError) else found
+            )
+            if isinstance(found, UserError):
+                lost = isinstance(found, FolderLostError)
+                outcome = replace(outcome, failure=str(found), folder_lost=lost)
+                if not lost:
+                    shutil.rmtree(temporary, ignore_errors=True)
         return self._from_first(outcome)
+
+    def _write(self, temporary: Path) -> dict[str, FileEntry]:
+        """Do step 1 of the protocol: write this rank's files. Raises UserError."""
+        self._check_folder()
+        return _write_files(temporary, self._images)
 
     def _commit(self, temporary: Path, folder: Path, state: State, reports: list[Any]) -> int:
         """Do steps 2 to 5 of the protocol; return the number of bytes of all files. Raises UserError."""
-        failures = [f"rank {rank}: {report}" for rank, report in enumerate(reports) if isinstance(report, str)]
-        if failures:
-            raise UserError(failures[0] if self._processes.world_size > 1 else reports[0])
+        for rank, report in enumerate(reports):
+            if isinstance(report, UserError):
+                raise type(report)(f"rank {rank}: {report}" if self._processes.world_size > 1 else str(report))
         files: dict[str, FileEntry] = {name: entry for report in reports for name, entry in report.items()}
         with _told_as_sentence(temporary):
             _refuse_files_elsewhere(temporary, files)
             files |= _write_state(temporary, self._config, state)
+            _read_back(temporary, self._config, state)
             manifest = Manifest(
                 files,
                 step=state.step,
@@ -185,6 +211,7 @@ class CheckpointWriter:
                 config_hash=files["config.json"].xxh3_128,
                 data_state={"fingerprint": state.data_fingerprint, "order_version": state.order_version},
             )
+            self._check_folder()
             if damage(folder) is None:  # it was saved before, at the same step of the same run
                 remove(temporary)
             else:
@@ -262,10 +289,9 @@ def _images(files: Files, last: dict[str, FileImage], stream: Any, ready: Any) -
 
 
 def _write_files(temporary: Path, images: dict[str, FileImage]) -> dict[str, FileEntry]:
-    """Do step 1 of the protocol: write this rank's files. Raises UserError."""
     entries = {}
     with _told_as_sentence(temporary):
-        temporary.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir(exist_ok=True)
     for stem, image in images.items():
         path = temporary / f"{stem}.safetensors"
         with _told_as_sentence(path, image.num_bytes):
@@ -277,9 +303,15 @@ def _write_state(temporary: Path, config: Config, state: State) -> dict[str, Fil
     """Do step 2: write what the first rank adds."""
     texts = {"config.json": dump_config(config), "state.json": json.dumps(asdict(state), indent=2) + "\n"}
     for name, text in texts.items():
-        (temporary / name).write_text(text)
+        (temporary / name).write_text(text, encoding="utf-8")
         sync(temporary / name)
     return {name: entry_of(temporary / name) for name in texts}
+
+
+def _read_back(temporary: Path, config: Config, state: State) -> None:
+    """Refuse to commit what could not be resumed: a hash proves the bytes, not that they can be read."""
+    if read_state(temporary) != (config, state):
+        raise UserError(f"{temporary} reads back as another run than was written; please report this")
 
 
 def _refuse_files_elsewhere(temporary: Path, files: dict[str, FileEntry]) -> None:
@@ -292,12 +324,12 @@ def _refuse_files_elsewhere(temporary: Path, files: dict[str, FileEntry]) -> Non
             )
 
 
-def _failure_or(work: Callable[[], Any]) -> Any:
-    """Return what `work` returns, or the sentence of its UserError."""
+def _result_or_error(work: Callable[[], Any]) -> Any:
+    """Return what `work` returns, or its UserError."""
     try:
         return work()
     except UserError as error:
-        return str(error)
+        return error
 
 
 @contextmanager
@@ -308,12 +340,17 @@ def _told_as_sentence(path: Path, num_bytes: int = 0) -> Iterator[None]:
     except OSError as error:
         needed = f" ({num_bytes:,} bytes)" if num_bytes else ""
         where = error.filename or path
+        run = next(folder.parent for folder in path.parents if folder.name == "checkpoints")
+        earlier = checkpoints_of(run)
+        resumes = f"resumes from {earlier[-1].name}" if earlier else "begins anew, because there is no checkpoint yet"
         raise UserError(
-            f"cannot write {where}{needed}: {error.strerror or error}; {_free_bytes(path):,} bytes are free there. "
-            "Earlier checkpoints are intact: free space or lower run.keep, then start the same command again"
+            f"cannot write {where}{needed}: {error.strerror or error}; {_room(path)}. Free space or lower run.keep, "
+            f"then start the same command again; it {resumes}"
         ) from None
 
 
-def _free_bytes(path: Path) -> int:
-    existing = next(folder for folder in path.absolute().parents if folder.is_dir())
-    return shutil.disk_usage(existing).free
+def _room(path: Path) -> str:
+    """Say what is free on the disk of a path: bytes, and files if there are none."""
+    disk = os.statvfs(next(folder for folder in path.absolute().parents if folder.is_dir()))
+    num_bytes = f"{disk.f_bavail * disk.f_frsize:,} bytes are free there"
+    return f"{num_bytes}, but it has room for no more files" if disk.f_files and not disk.f_favail else num_bytes

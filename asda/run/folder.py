@@ -5,11 +5,13 @@ import secrets
 import socket
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import torch.distributed as dist
 
+from asda.checkpoint.writer import FolderLostError
 from asda.errors import UserError
 from asda.system import FileLock
 
@@ -56,32 +58,58 @@ def check_folder_is_shared(folder: Path, rank: int, world_size: int) -> None:
         )
 
 
-def claim_folder(folder: Path, rank: int, *, make: bool) -> IO[str] | None:
+@dataclass(frozen=True)
+class Claim:
+    """A rank's hold of a run folder. The lock of the first rank ends when its file is closed, or with the process."""
+
+    checkpoints: Path  # the lock lies here: two run folders may be linked to one place
+    place: os.stat_result  # of that folder, when it was claimed
+    lock: IO[str] | None  # None on other ranks
+
+    def check(self) -> None:
+        """Raise FolderLostError if the folder was moved, removed or replaced since, or the lock in it."""
+        try:
+            same = os.path.samestat(os.stat(self.checkpoints), self.place)
+        except (FileNotFoundError, NotADirectoryError):
+            same = False
+        if not same or (self.lock is not None and not FileLock(self.lock).is_current):
+            raise FolderLostError(
+                f"{self.checkpoints} was moved, removed or replaced while this run was training, so nothing more is "
+                "written there. Put it back, or give its new place as run.folder; the run then resumes from the newest "
+                "checkpoint in it"
+            )
+
+
+def claim_folder(folder: Path, rank: int, *, make: bool) -> Claim | None:
     """Keep other runs out of a run folder. All ranks call this together.
 
     Args:
         folder: the run folder.
         rank: of this process.
-        make: make the folder if it is missing; False does nothing without a folder.
+        make: make the folder if it is missing; False does nothing without one.
 
     Returns:
-        A file that the first rank must keep open: the lock ends with it, and with the process however that ends.
+        The claim, which must be kept. None without a folder; on other ranks, unless the folder is made.
 
     Raises:
         UserError: on all ranks alike, if another run writes there, or the folder cannot be written.
     """
     lock, failure = None, [""]
-    if rank == 0 and (make or folder.is_dir()):
+    checkpoints = folder / "checkpoints"
+    if rank == 0 and (make or checkpoints.is_dir()):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / LOCK_FILE).open("a+")
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            lock = (checkpoints / LOCK_FILE).open("a+", encoding="utf-8")
             failure = [_lock(lock, folder)]
         except OSError as error:
-            failure = [f"cannot write to {folder}: {error.strerror}; give another run.folder"]
+            failure = [f"cannot write to {checkpoints}: {error.strerror}; give another run.folder"]
     dist.broadcast_object_list(failure)
     if failure[0]:
         raise UserError(failure[0])
-    return lock
+    if lock is None and (rank == 0 or not make):
+        return None
+    checkpoints.mkdir(exist_ok=True)  # asks the server: a network disk may still remember that it was not there
+    return Claim(checkpoints, os.stat(checkpoints), lock)
 
 
 def _lock(file: IO[str], folder: Path) -> str:

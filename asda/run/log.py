@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from asda.config.base import MOST
 from asda.config.run import RunConfig
 from asda.errors import UserError, say
 from asda.system import write_whole_file
@@ -89,7 +90,11 @@ class RunLog:
         for lines in (self._metrics, self._bad_steps):
             if num_damaged := lines.drop_after(first_step):
                 self._print_warning(f"{lines.path} had {num_damaged} damaged lines; they are dropped")
-        self._boards: list[Board] = [TensorBoard(folder, first_step)]
+        self._boards: list[Board] = []
+        try:
+            self._boards.append(TensorBoard(folder, first_step))
+        except OSError as error:
+            self._print_warning(f"no curves for TensorBoard: {error}; metrics.jsonl has all figures")
         if wandb:
             self._boards.append(curves := WeightsAndBiases(folder, wandb, config or {}))
             self.say(f"curves are at {curves.where}")
@@ -334,11 +339,37 @@ def _valid(figures: Figures) -> dict[str, Any]:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
+    """Return the object of a line; None if no run can have written it: a log may have been edited, or damaged."""
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return entry if isinstance(entry, dict) and {"kind", "step"} <= entry.keys() else None
+    if not isinstance(entry, dict) or not {"kind", "step"} <= entry.keys():
+        return None
+    absent = entry.get(NOT_FINITE, [])
+    may_be = {"step": _is_count, "kind": _is_text, "text": _is_text, "clips": _are_clips, NOT_FINITE: _is_words}
+    right = (may_be[k](v) if k in may_be else _is_figure(v) or (v is None and k in absent) for k, v in entry.items())
+    return entry if _is_words(absent) and all(right) else None
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_words(value: object) -> bool:
+    return _is_text(value) or (isinstance(value, list) and all(map(_is_text, value)))
+
+
+def _are_clips(value: object) -> bool:
+    return _is_words(value) or _is_count(value)  # their names, a hash of them, or their number
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value <= MOST
+
+
+def _is_figure(value: object) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) <= MOST)
 
 
 def _kept_id(folder: Path) -> str:
