@@ -11,9 +11,10 @@ folder is removed when dataset.json is written.
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -42,6 +43,7 @@ REJECTED_FILE = "rejected.csv"
 SILENT_FILE = "silent.csv"
 TABLES = (REJECTED_FILE, DUPLICATES_FILE, SILENT_FILE)  # beside dataset.json, if they have rows
 SHARD_FILES = re.compile(rf"[A-Za-z0-9_]+-[0-9]{{6}}(\.tar\.zst|\.json)|{SIDE_FILE}", re.ASCII)
+SAMPLED_BYTES = 4096  # at three places of an audio file
 ALL_SHARDS = range(1 << 40)  # bytes of the lock file
 SETUP, MERGE = range(1 << 40, (1 << 40) + 1), range((1 << 40) + 1, (1 << 40) + 2)  # a byte each, behind all shards
 DISCARDING = "discarding"  # stands for the plan's digest while old files are removed
@@ -53,6 +55,7 @@ class Journal:
 
     out: Path
     digest: str  # of the plan
+    place: tuple[int, int] | None = None  # device and number of the lock file that this run holds
 
     @property
     def folder(self) -> Path:
@@ -72,13 +75,31 @@ class Journal:
         inputs, path = inputs_digest(task), self.record_path(task)
         shard = self.read(task, inputs)
         if shard is None:
+            self.check_place()
             path.unlink(missing_ok=True)
-            shard = write_shard(task, partial(report_done, number))
+            shard = write_shard(task, partial(self._report, number))
             content = asdict(shard) | {"plan": self.digest, "inputs": inputs, "prints": [p.hex() for p in shard.prints]}
             text = json.dumps(content, separators=(",", ":"))  # in ASCII: names of files need not be UTF-8
             with writing(path):
                 write_whole_file(path, f"{hash_bytes(text.encode())}\n{text}\n")
         return shard
+
+    def _report(self, number: int, num_clips: int) -> None:
+        self.check_place()  # after the last clip too, before the shard gets its name
+        report_done(number, num_clips)
+
+    def check_place(self) -> None:
+        """Raise UserError if the output folder is no longer the one that this run has locked."""
+        try:
+            lock = os.stat(self.folder / LOCK_FILE)
+            same = (lock.st_dev, lock.st_ino) == self.place
+        except (FileNotFoundError, NotADirectoryError):
+            same = False
+        if not same and self.place is not None:
+            raise UserError(
+                f"--out {self.out} was moved, removed or replaced meanwhile, so nothing more is written there; put it "
+                "back and run the same command, which then goes on"
+            )
 
     def read(self, task: ShardTask, inputs: str | None = None) -> WrittenShard | None:
         """Return what was noted of a shard, or None if the shard has to be written (again).
@@ -87,7 +108,7 @@ class Journal:
         have the sizes that it says.
         """
         try:
-            digest, text = self.record_path(task).read_text().splitlines()
+            digest, text = self.record_path(task).read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError):
             return None
         if hash_bytes(text.encode()) != digest:
@@ -111,15 +132,28 @@ class Journal:
 
 
 def inputs_digest(task: ShardTask) -> str:
-    """Hash the sizes and times of change of a shard's audio files, so that a changed file is read again."""
-    found: list[tuple[int, int] | None] = []
-    for path in dict.fromkeys(clip.place.path for clip in task.clips):
-        try:
-            status = os.stat(path)
-            found.append((status.st_size, status.st_mtime_ns))
-        except (OSError, ValueError):
-            found.append(None)
-    return hash_bytes(repr(found).encode())
+    """Hash what tells a shard's audio files from others, so that a changed file is read again: path, size, time, bytes.
+
+    Times alone do not: archives, rsync and `touch -r` give another file the same one. Of the bytes it takes a few at
+    the head, in the middle and at the tail.
+    """
+    files = dict.fromkeys((p.path, p.first_byte, p.num_bytes) for p in (clip.place for clip in task.clips))
+    return hash_bytes(repr([_identity(*file) for file in files]).encode())
+
+
+def _identity(path: str, first_byte: int, num_bytes: int | None) -> tuple | None:
+    """Return what tells a file, or a member of an archive, from another one; None if it cannot be read."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            return (path, status.st_mode)
+        size = status.st_size if num_bytes is None else num_bytes
+        last = max(size - SAMPLED_BYTES, 0)
+        with open(path, "rb", buffering=0) as file:
+            parts = [os.pread(file.fileno(), SAMPLED_BYTES, first_byte + at) for at in (0, last // 2, last)]
+        return (os.path.realpath(path), status.st_size, status.st_mtime_ns, hash_bytes(b"".join(parts)))
+    except (OSError, ValueError):
+        return None
 
 
 def refuse_finished(plan: Plan, overwrite: bool) -> None:
@@ -187,6 +221,8 @@ def claimed(plan: Plan, shards: range, command: str, overwrite: bool) -> Iterato
     out, journal = plan.out, Journal(plan.out, plan.digest)
     created = not out.exists()
     lock = _open_lock(journal)
+    at = os.fstat(lock.file.fileno())
+    journal = replace(journal, place=(at.st_dev, at.st_ino))
     try:
         _prepare(plan, journal, lock, command, overwrite)
         if shards and not lock.take(shards):

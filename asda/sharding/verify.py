@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from asda.data.audio.waves import AudioError, decode_wav
 from asda.data.remote.cache import CacheConfig
+from asda.data.remote.fetch import UnreachableError
 from asda.data.remote.storage import LocalFolder, open_storage
 from asda.data.shards.index import DATASET_FILE, MAX_SAMPLE_BYTES, REPAIR, SHARD_SUFFIX, TAR_END, ShardEntry
 from asda.data.shards.read import BadFrameError, ShardFile, decompress, load_dataset, load_shard_index, load_weights
@@ -115,10 +116,12 @@ def _check_unlisted(_: int, path: Path) -> Checked:
 
 
 @contextmanager
-def _adding_to(problems: list[str], where: str) -> Iterator[None]:
-    """Add the exception that ends the block, if any; a UserError says itself where it happened."""
+def _adding_to(problems: list[str], where: str, *, raising: type[UserError] | tuple[()] = ()) -> Iterator[None]:
+    """Add the exception that ends the block, if any, except those for `raising`; a UserError says where it happened."""
     try:
         yield
+    except raising:
+        raise
     except UserError as error:
         problems.append(str(error))
     except Exception as error:
@@ -136,7 +139,7 @@ def shard_problems(shard: ShardFile, vocabulary: tuple[str, ...]) -> list[str]:
             shard.storage.check_sizes([shard.file])
         end_frame = shard.storage.read(shard.file, end, size)  # if this fails, nothing can be read
         for number in range(shard.entry.clips):
-            with _adding_to(problems, f"{where}, clip {number}"):
+            with _adding_to(problems, f"{where}, clip {number}", raising=UnreachableError):
                 _check_clip(shard, number, vocabulary)
         with _adding_to(problems, where):
             _check_end(shard, end_frame)

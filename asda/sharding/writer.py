@@ -40,6 +40,8 @@ from asda.data.shards.index import (
     class_weight,
     column,
     hash_dataset_file,
+    parse,
+    parse_dataset,
     tagged_hash,
 )
 from asda.errors import UserError, failure_of
@@ -241,6 +243,7 @@ def _finish(frames: FrameWriter, path: Path, clips: list[WrittenClip]) -> ShardE
         labels=tuple(clip.labels for clip in clips),
     )
     text = json.dumps(asdict(index), separators=(",", ":")).encode()
+    parse(ShardIndex, text, path.with_suffix(".json"))  # a hash proves the bytes, not that they can be read
     entry = ShardEntry(index.name, len(clips), index.bytes, index.hash, len(text), tagged_hash(text))
     frames.file.flush()
     sync(Path(frames.file.name))  # a full disk shows here, while neither file has its name
@@ -285,7 +288,9 @@ def write_dataset(dataset: DatasetIndex) -> DatasetIndex:
     first = {"format_version": dataset.format_version, "hash": NO_HASH.decode()}
     text = (_rendered(first | {name: value for name, value in content.items() if name not in first}) + "\n").encode()
     digest = hash_dataset_file(text)
-    write_whole_file(dataset.folder / DATASET_FILE, text.replace(NO_HASH, digest.encode(), 1))
+    text = text.replace(NO_HASH, digest.encode(), 1)
+    parse_dataset(text, dataset.folder / DATASET_FILE)  # a hash proves the bytes, not that they can be read
+    write_whole_file(dataset.folder / DATASET_FILE, text)
     return replace(dataset, hash=digest)
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from asda.errors import UserError
-from asda.system import FileLock, hash_file
+from asda.system import FileLock, cache_folder, hash_file
 
 POLL_S = 0.05  # between two looks at what another process does
 PART = ".part"
@@ -49,7 +49,7 @@ class StoredFile:
 class CacheConfig:
     """How remote files are fetched, and where copies of them are kept."""
 
-    folder: str | Path = ""  # "": asda/shards below $XDG_CACHE_HOME or ~/.cache
+    folder: str | Path = ""  # "": asda/shards below system.cache_folder()
     gib: float = 20.0  # bound of the whole folder
     timeout_s: float = 30.0  # a server may be silent this long
     downloads: int = 4  # fetched ahead at a time
@@ -59,8 +59,7 @@ class CacheConfig:
     @property
     def path(self) -> Path:
         """The folder in use."""
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return Path(self.folder or Path(home, "asda", "shards"))
+        return Path(self.folder or cache_folder() / "asda" / "shards")
 
 
 class Cache:
@@ -158,7 +157,7 @@ class Cache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        with (self.folder / "lock").open("w") as lock:
+        with (self.folder / "lock").open("wb") as lock:
             FileLock(lock, between_threads=True).take(wait=True)
             yield
 

@@ -36,6 +36,7 @@ HTTP = ("http", "https")
 URL_SAFE = "%/:@!$&'()*+,;=~-._"  # in a path, beside letters and digits
 
 PIECE_BYTES = 4 << 20  # per request to what is not HTTP
+SLOWEST_BYTES_PER_S = 1024  # less is no transfer that would end
 WATCH_S = 0.1  # between two looks at a transfer that is under way
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # before the second attempt, and between later ones; doubled each time
 TEMPORARY_STATUS = (408, 425, 429)  # HTTP errors below 500 that may be temporary
@@ -50,6 +51,10 @@ _log = logging.getLogger(__name__)
 
 class TransferError(Exception):
     """Nothing arrives, or bytes that are not the file."""
+
+
+class UnreachableError(UserError):
+    """A file cannot be fetched, after all attempts; asking for another part of it would take as long."""
 
 
 class LocalDiskError(Exception):
@@ -139,7 +144,9 @@ class RemoteFolder:
         except Exception as error:  # whatever a filesystem raises; its own words may hold credentials
             attempts = f"{retrying.statistics['attempt_number']} attempts in {time.monotonic() - began:.1f} s"
             reason, tried = _reason(error), attempts if _is_temporary(error) else "not tried again"
-        raise UserError(f"cannot fetch {self.where(name)}: {reason} ({tried}); check the location and the server")
+        raise UnreachableError(
+            f"cannot fetch {self.where(name)}: {reason} ({tried}); check the location and the server"
+        )
 
     def _log_retry(self, name: str, state: tenacity.RetryCallState) -> None:
         assert state.outcome is not None
@@ -151,10 +158,17 @@ class RemoteFolder:
         out.seek(0)
         arrivals = _Arrivals(out, len(span), ranged=ranged)
         future = asyncio.run_coroutine_threadsafe(self._pour(name, span, arrivals, ranged=ranged), get_loop())
+        timeout_s = self._config.timeout_s
+        since, num_before = time.monotonic(), 0
         try:
             while not wait([future], timeout=WATCH_S).done:
-                if time.monotonic() - arrivals.last_at > self._config.timeout_s:
-                    raise TransferError(f"nothing arrived for {self._config.timeout_s:g} s")
+                now, num_bytes = time.monotonic(), arrivals.num_bytes
+                if now - arrivals.last_at > timeout_s:
+                    raise TransferError(f"nothing arrived for {timeout_s:g} s")
+                if now - since > timeout_s:
+                    if num_bytes - num_before < SLOWEST_BYTES_PER_S * timeout_s:
+                        raise TransferError(f"only {num_bytes - num_before} bytes arrived in {timeout_s:g} s")
+                    since, num_before = now, num_bytes
             future.result()
         finally:
             arrivals.abandon()  # the transfer ends a little later, and must not write into the next attempt
