@@ -123,7 +123,7 @@ class DataConfig(Section):
     max_damaged: MayChange[Share] = 0.0  # share of damaged clips that are replaced and counted; more end the run
     order: OrderConfig = OrderConfig()
     group_shards: PositiveInt = 16  # shards shuffled together
-    # Folder with copies of remote shards; "" is asda/shards in $XDG_CACHE_HOME or ~/.cache
+    # Folder with copies of remote shards; "" is asda/shards in $XDG_CACHE_HOME, ~/.cache or $TMPDIR
     cache: MayChange[str] = ""
     cache_gib: MayChange[PositiveFloat] = 20.0  # bound of that folder; the ranks of a machine share it
 

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,18 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return tree
 
 
+class RepeatedKeyError(ValueError):
+    """A key is written twice in one object."""
+
+
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Refuse a key that is written twice: JSON readers silently keep the last one."""
     tree = dict(pairs)
     if len(tree) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is written twice in one object")
+        raise RepeatedKeyError(
+            f"the key {next(n for n in names if names.count(n) > 1)!r} is written twice in one object"
+        )
     return tree
 
 
@@ -49,7 +56,9 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     if not equals or not dotted:
         raise UserError(f"cannot read the override {override!r}; write it as section.key=value")
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_without_repeats)
+    except RepeatedKeyError as error:
+        raise UserError(f"cannot read the override {override!r}: {error}") from None
     except (ValueError, RecursionError):
         value = text
     *sections, key = dotted.split(".")
@@ -69,6 +78,27 @@ def pop_retired_keys(tree: dict[str, Any]) -> list[tuple[str, str]]:
         if isinstance(part, dict) and key in part:
             found.append((f"{dotted}={json.dumps(part.pop(key))}", instead))
     return found
+
+
+def wrong_text(tree: dict[str, Any]) -> str:
+    """Say which text of a tree no file can hold or be named: a zero byte, or what is not UTF-8; "" if none."""
+    for where, text in _texts(tree):
+        if wrong := next((char for char in text if char == "\0" or "\ud800" <= char <= "\udfff"), ""):
+            return f"{where} holds the character {wrong!a}, which is not text; write it in UTF-8, without it"
+    return ""
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every key and every text of a tree, each with the words that say where it is."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item, key)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield f"a key in {key or 'the config'}", name
+            yield from _texts(item, f"{key}.{name}".lstrip("."))
 
 
 def explain(error: ValidationError, kind: type[Section]) -> str:

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from asda.config.base import Count, Fraction, MayChange, NonNegative, PositiveFloat, PositiveInt, Preset, Section, Size
 from asda.config.data import DataConfig, DataSpecs, InputConfig
-from asda.config.load import apply_override, explain, pop_retired_keys, read_json_object
+from asda.config.load import apply_override, explain, pop_retired_keys, read_json_object, wrong_text
 from asda.config.model import AnyModelConfig, ClassifyConfig, ModelConfig, PretrainConfig, of_asda
 from asda.config.presets import DEFAULT_PRESET, DEFAULT_SIZE, filled
 from asda.errors import UserError, say
@@ -253,6 +253,8 @@ def dump_config(config: Config | Description) -> str:
 
 def _checked(tree: dict[str, Any], kind: type[Kind], path: str | Path) -> Kind:
     try:
+        if complaint := wrong_text(tree):
+            raise UserError(f"{path}: {complaint}")
         return kind.model_validate_json(json.dumps(filled(tree)))
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error, kind)}") from None
