@@ -14,17 +14,20 @@ if not __package__:  # run as a script: Python has put asda/ first, where names 
     sys.path[:] = [os.path.dirname(here), *(path for path in sys.path if os.path.realpath(path) != here)]
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from asda.data.clips import ClipDataset
 from asda.data.datasets import open_evaluation_data
-from asda.engine.processes import Processes, from_all_ranks, join_processes, leave_processes
+from asda.engine.processes import Processes, join_processes, leave_processes
 from asda.errors import UserError, exit_with_sentence
-from asda.evaluation.combine import Member, averaged, check_same_classes, members
+from asda.evaluation.combine import Member, check_same_classes, members, read_together
 from asda.evaluation.loop import logits_of_clips
 from asda.evaluation.metrics import summary
 from asda.evaluation.report import check_place, write_evaluation
@@ -42,27 +45,32 @@ checkpoints are combined; COPY_evaluation.json beside a checkpoint COPY outside 
 
 
 def combined_logits(
-    several: list[Member], dataset: ClipDataset, processes: Processes, *, way: str, chunks: bool
+    several: list[Member],
+    weights: dict[str, Tensor] | None,
+    dataset: ClipDataset,
+    processes: Processes,
+    *,
+    chunks: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compute logits and targets, [N, C], of one checkpoint, of the mean weights of several, or of their ensemble.
+    """Compute logits and targets, [N, C], of some weights, or if there are None of the ensemble of several checkpoints.
 
     The ensemble is the mean of the probabilities.
     """
-    if way != "ensemble":
-        weights = averaged(several) if len(several) > 1 else several[0].weights()
+    if weights is not None:
         return logits_of_clips(several[-1].config, weights, dataset, processes, chunks=chunks)
     each = [logits_of_clips(one.config, one.weights(), dataset, processes, chunks=chunks) for one in several]
     logits_KNC = torch.from_numpy(np.stack([logits_NC for logits_NC, _ in each])).double()
     return mean_logits(logits_KNC, torch.ones(len(several), dtype=torch.float64), several[0].loss).numpy(), each[0][1]
 
 
-def evaluate(several: list[Member], data: str | None, out: Path | None, *, way: str, chunks: bool) -> None:
-    """Evaluate checkpoints, print the figures, and write the files of asda.evaluation.report.
+def evaluate(find: Callable[[], list[Member]], data: str | None, out: Path | None, *, way: str, chunks: bool) -> None:
+    """Evaluate the checkpoints that `find` finds, print the figures, and write the files of asda.evaluation.report.
 
     `way` combines several: "average" or "ensemble"; "" evaluates one.
     """
+    several = found_to_combine(find, way)
     processes = join_processes()
-    several = from_all_ranks(several)[0]  # a run may have saved a checkpoint between their look-ups
+    several, weights = read_together(several, find, way)
     newest = several[-1]
     specs = data or newest.config.data.test or newest.config.data.valid
     if not specs:
@@ -71,7 +79,7 @@ def evaluate(several: list[Member], data: str | None, out: Path | None, *, way: 
     if processes.is_first:
         check_place(out)  # the only rank that writes
     dataset = open_evaluation_data(newest.config, newest.state.vocabulary, specs)
-    logits_NC, targets_NC = combined_logits(several, dataset, processes, way=way, chunks=chunks)
+    logits_NC, targets_NC = combined_logits(several, weights, dataset, processes, chunks=chunks)
     leave_processes()
     if bad := int(np.isnan(logits_NC).any(axis=1).sum()):
         raise UserError(
@@ -97,6 +105,24 @@ def evaluate(several: list[Member], data: str | None, out: Path | None, *, way: 
     finally:  # also if nobody reads it
         lines = write_evaluation(out, about, figures, logits_NC, targets_NC, dataset.vocabulary)
     print(*lines, sep="\n")
+
+
+def found_to_combine(find: Callable[[], list[Member]], way: str) -> list[Member]:
+    """Return the checkpoints that `find` finds. Raises UserError if `way` does not fit their number or classes."""
+    several = find()
+    if len(several) > 1 and not way:
+        raise UserError(
+            f"{len(several)} checkpoints are named; combine them with --average (of their weights) or --ensemble (of "
+            "their probabilities)"
+        )
+    if len(several) == 1 and way:
+        raise UserError(
+            f"--{way} combines several checkpoints, but 1 is named; give --last N for the newest N of a run, or "
+            "name more in --checkpoint"
+        )
+    if way == "ensemble":
+        check_same_classes(several)
+    return several
 
 
 def default_out(folder: Path, way: str) -> Path:
@@ -149,20 +175,8 @@ def _positive(text: str) -> int:
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and evaluate. Raises UserError."""
     args = parse_args(argv)
-    several = members(args.checkpoint, last=args.last, best=args.best)
-    if len(several) > 1 and not args.way:
-        raise UserError(
-            f"{len(several)} checkpoints are named; combine them with --average (of their weights) or --ensemble (of "
-            "their probabilities)"
-        )
-    if len(several) == 1 and args.way:
-        raise UserError(
-            f"--{args.way} combines several checkpoints, but 1 is named; give --last N for the newest N of a run, or "
-            "name more in --checkpoint"
-        )
-    if args.way == "ensemble":
-        check_same_classes(several)
-    evaluate(several, args.data, args.out, way=args.way, chunks=args.chunks)
+    find = partial(members, args.checkpoint, last=args.last, best=args.best)
+    evaluate(find, args.data, args.out, way=args.way, chunks=args.chunks)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from asda.evaluation.attention import (
     on_patches,
     ratio_estimate,
 )
+from asda.system import write_whole_file
 
 PICTURED = 3  # mixtures in the picture
 
@@ -48,7 +49,7 @@ def compare(args: argparse.Namespace) -> None:
     record["runs"] = {name: figures(found) for name, found in shares.items()}
     picture = draw(networks, mixtures[:PICTURED])
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=2, default=_as_json) + "\n")
+    write_whole_file(args.out, json.dumps(record, indent=2, default=_as_json) + "\n")
     args.out.with_suffix(".png").write_bytes(picture)
     print(f"\nwritten {args.out} and {args.out.with_suffix('.png')}")
 

@@ -206,7 +206,7 @@ class Trainings:
 
 
 def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").split("\n")
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     errors = [line for line in lines if "error: " in line]
     return (errors or [line for line in lines if line.strip()] or ["it is empty"])[-1]
 

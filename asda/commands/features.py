@@ -281,9 +281,9 @@ def check_folder(out: Path, settings: Settings) -> None:
     for leftover in out.rglob(f"*{TEMPORARY_SUFFIX}"):
         leftover.unlink()
     try:
-        found = json.loads((out / SETTINGS_FILE).read_text())
+        found = json.loads((out / SETTINGS_FILE).read_text(encoding="utf-8"))
         differing = [name for name, value in asdict(settings).items() if name != "model" and found.get(name) != value]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{out / SETTINGS_FILE} cannot be read; give another --out") from None
     if differing == ["fingerprint"]:
         raise UserError(f"--out {out} holds features of another model ({found['model']}); give another --out")

@@ -20,6 +20,7 @@ from asda.evaluation.folds import interval, other_splits
 from asda.evaluation.probe import LabelledFeatures, features_of, probe_figures
 from asda.inference import load
 from asda.models.classifier import make_encoder
+from asda.system import write_whole_file
 
 Figures = dict[str, float | int]
 
@@ -60,7 +61,7 @@ def _write(out: Path, about: dict[str, object], sets: list[Sets], rows: dict[str
         for number, one in enumerate(sets)
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(about | {"judged": judged}, indent=2) + "\n")
+    write_whole_file(out, json.dumps(about | {"judged": judged}, indent=2) + "\n")
 
 
 def _figures(encoder: nn.Module, sets: list[Sets], config: Config, processes: Processes) -> list[Figures]:

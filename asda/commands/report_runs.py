@@ -91,7 +91,7 @@ def _read_evaluation(path: Path) -> Entry:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); write it again with asda evaluate") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} must be a JSON object; write it again with asda evaluate")

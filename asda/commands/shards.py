@@ -239,6 +239,7 @@ def finish(
         if shard is None:
             raise UserError(f"{plan.tasks[number].path} has changed since its part wrote it; run that part again")
         written[number] = shard
+    journal.check_place()
     dataset = write_tables(plan, listing, written, args.command)
     sweep(plan.out)
     journal.remove()

@@ -19,6 +19,7 @@ from asda.checkpoint.read import (
 from asda.checkpoint.weights import misfit, read_weights
 from asda.config.model import ClassifyConfig
 from asda.config.run import Config
+from asda.engine.processes import from_all_ranks
 from asda.errors import UserError
 
 MOST_KEYS_NAMED = 4  # in a complaint about networks that differ
@@ -57,6 +58,40 @@ def members(paths: list[Path], *, last: int = 0, best: bool = False) -> list[Mem
     elif best:
         paths = [best_checkpoint(path) for path in paths]
     return [_opened(resolve_checkpoint(path)) for path in paths]
+
+
+def read_together(
+    several: list[Member], find: Callable[[], list[Member]], way: str
+) -> tuple[list[Member], dict[str, Tensor] | None]:
+    """Read the weights to evaluate, of the same checkpoints on all ranks, which call this together.
+
+    A run that trains meanwhile may remove a checkpoint, because it keeps only a few; then they are found anew.
+
+    Args:
+        several: the checkpoints; the first rank's are taken, because a run may have saved another one meanwhile.
+        find: finds them anew.
+        way: "average" of the weights, "ensemble", or "" for one.
+
+    Returns:
+        The checkpoints, and their weights; None for an ensemble, whose weights are read one after another.
+
+    Raises:
+        UserError: on all ranks, if a checkpoint cannot be read.
+    """
+    while True:
+        several = from_all_ranks(several)[0]
+        weights, failure = None, ""
+        try:
+            if way != "ensemble":
+                weights = averaged(several) if len(several) > 1 else several[0].weights()
+        except UserError as error:
+            failure = str(error)
+        failures = list(filter(None, from_all_ranks(failure)))
+        if not failures:
+            return several, weights
+        if all(from_all_ranks(all(one.folder.exists() for one in several))):
+            raise UserError(failures[0])
+        several = find()
 
 
 def averaged(several: list[Member]) -> dict[str, Tensor]:

@@ -121,13 +121,17 @@ def read_record(folder: Path) -> dict[str, Any]:
     """Read all that `write_record` has written. Raises UserError if the file is damaged."""
     path = folder / RECORD
     try:
-        found = json.loads(path.read_text())
-        whole = all({"fold", "seed"} <= run.keys() for run in found["runs"])
-        if whole and isinstance(found.get("shards", {}), dict):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if all(map(_is_run, found["runs"])) and isinstance(found.get("shards", {}), dict):
             return found
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     raise UserError(f"{path} is damaged, or not written by asda crossval; remove it: the runs beside it are kept")
+
+
+def _is_run(run: dict[str, Any]) -> bool:
+    figures = [run[name] for name in METRICS if name in run]
+    return isinstance(run["fold"], str) and type(run["seed"]) is int and all(type(x) in (int, float) for x in figures)
 
 
 def check_same_clips(plan: Plan, against: Path) -> None:

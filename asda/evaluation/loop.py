@@ -117,11 +117,13 @@ def _inference(config: Config, device: torch.device) -> Iterator[None]:
 
 def _gathered(made: Iterable[tuple[Tensor, Batch]], dataset: ClipDataset) -> tuple[np.ndarray, np.ndarray]:
     """Gather rows and targets of all ranks, in the dataset's order; fp32."""
-    rows, targets = [], []
+    rows, targets, numbers = [], [], []
     for rows_BX, clips in made:
         rows.append(rows_BX.float().cpu().numpy())
         targets.append(clips.targets(len(dataset.vocabulary)))
-    parts = zip(*from_all_ranks((rows, targets)), strict=True)
-    all_rows, all_targets = (np.concatenate([a for some in lists for a in some]) for lists in parts)
-    assert len(all_rows) == len(dataset), "every clip exactly once"
+        numbers.append(np.array([clip.number for clip in clips.clips]))
+    parts = zip(*from_all_ranks((rows, targets, numbers)), strict=True)
+    all_rows, all_targets, seen = (np.concatenate([a for some in lists for a in some]) for lists in parts)
+    if not np.array_equal(seen, np.arange(len(dataset))):  # figures of other clips must never be printed
+        raise RuntimeError(f"evaluation has not seen each of {len(dataset)} clips once, in order: {seen}")
     return all_rows, all_targets

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax, logsigmoid
 
-from asda.checkpoint.read import read_description, resolve_checkpoint
+from asda.checkpoint.read import from_checkpoint, read_description
 from asda.checkpoint.weights import Which, load_encoder, load_into, read_weights
 from asda.config.model import AstConfig, ClassifyConfig
 from asda.config.run import Description
@@ -62,7 +62,10 @@ def load(path: str | Path, weights: Which = "student", device: Device = "auto") 
     if weights not in ("student", "teacher"):
         raise UserError(f"weights {weights!r} must be 'student' or 'teacher'")
     place = _checked_device(device)
-    folder = resolve_checkpoint(Path(path))
+    return from_checkpoint(Path(path), lambda folder: _loaded(folder, weights, place))
+
+
+def _loaded(folder: Path, weights: Which, place: torch.device) -> "Model":
     description = read_description(folder)
     if weights == "student" and isinstance(description.objective, ClassifyConfig):
         tensors, labels = read_weights(folder, "model"), description.labels

@@ -187,9 +187,9 @@ def test_averaged_weights_are_the_mean_and_an_ensemble_the_mean_of_probabilities
     dataset = ClipDataset(f"{lengths}:test", labelled=True)
     each = [logits_of_clips(config, weights_of(config, seed), dataset, alone)[0] for seed in (4, 5, 6)]
     expected_NC = np.mean([to_probabilities(config, logits_NC) for logits_NC in each], axis=0)
-    logits_NC, _ = combined_logits(three, dataset, alone, way="ensemble", chunks=False)
+    logits_NC, _ = combined_logits(three, None, dataset, alone, chunks=False)
     np.testing.assert_allclose(np.exp(logits_NC), expected_NC, rtol=0, atol=1e-12)  # fp64 on both sides
-    logits_NC, _ = combined_logits(three, dataset, alone, way="average", chunks=False)
+    logits_NC, _ = combined_logits(three, averaged(three), dataset, alone, chunks=False)
     assert (logits_NC == logits_of_clips(config, mean, dataset, alone)[0]).all()
 
 
@@ -262,7 +262,7 @@ def test_figures_of_the_checkpoint_that_one_stands_in_lie_in_its_run(
 def evaluated_while_the_run_goes_on(processes: Processes, run: Path, out: Path) -> None:
     """The newest checkpoint was step 1 when the first rank looked, and step 2 when the other did."""
     seen = step_folder(run, processes.rank + 1)
-    command.evaluate(members([seen]), None, out, way="", chunks=False)
+    command.evaluate(lambda: members([seen]), None, out, way="", chunks=False)
 
 
 @pytest.mark.launch
@@ -286,7 +286,7 @@ def test_where_a_run_computed_its_patches_and_attention_does_not_bind_its_evalua
     (one,) = members([write_run(tmp_path / "run", config, 1)])
     assert one.config == config_of(lengths)
     dataset = ClipDataset(f"{lengths}:test", labelled=True)
-    logits_NC, _ = combined_logits([one], dataset, alone, way="", chunks=False)
+    logits_NC, _ = combined_logits([one], one.weights(), dataset, alone, chunks=False)
     assert (logits_NC == logits_of_clips(config_of(lengths), weights_of(config, 1), dataset, alone)[0]).all()
 
 
