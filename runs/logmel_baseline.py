@@ -52,7 +52,7 @@ def main() -> None:
     path = args.folder / f"{args.folder.name}.csv"
     if not path.is_file():
         parser.error(f"{path} is missing; give a folder of recordings that holds a table of the same name")
-    with path.open(newline="") as table:
+    with path.open(newline="", encoding="utf-8") as table:
         rows = [row for row in csv.DictReader(table) if row["task"] == args.task]
     if not rows:
         parser.error(f"--task {args.task}: no row of {path} has this value in the column task")
@@ -67,7 +67,7 @@ def main() -> None:
         shares[f"fold{fold}"] = float(model.score(features_ND[~train_N], labels_N[~train_N]))
         print(f"fold{fold}  accuracy {100 * shares[f'fold{fold}']:.1f} %  of {int((~train_N).sum())}")
     print(f"mean   accuracy {100 * statistics.fmean(shares.values()):.1f} %")
-    args.out.write_text(json.dumps(shares, indent=1) + "\n")
+    args.out.write_text(json.dumps(shares, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def accuracies(name: str) -> dict[Cell, float] | None:
 
 def read_json(name: str) -> dict | None:
     """Read a JSON file of runs/exp; None if it is missing."""
-    return json.loads((RUNS / name).read_text()) if (RUNS / name).is_file() else None
+    return json.loads((RUNS / name).read_text(encoding="utf-8")) if (RUNS / name).is_file() else None
 
 
 def rounded(share: float) -> str:

@@ -1,6 +1,7 @@
 """The house itself: which rooms there are, who may import whom, and how large they may be."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "asda"
 FILES_AT_THE_TOP = 9
 CORE_LINES = 4_200
-PACKAGE_LINES = 17_300  # without commands/; the house was to be 14,500 before issue 17 added the reader of odd files
+PACKAGE_LINES = 17_800  # without commands/: 14,500 for the house, the rest for reading odd files and ending as told
 COMMAND_LINES = 3_800
 
 # From the ground up: a room imports only from rooms that stand before it.
@@ -112,3 +113,26 @@ def test_tests_mirror_the_rooms():
     folders = {path.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("*") if any(path.glob("test_*.py"))}
     others = {Path("."), Path("tools"), Path("frozen")}
     assert [str(folder) for folder in sorted(folders - others) if not (PACKAGE / folder).is_dir()] == []
+
+
+def opens_text(call: ast.Call) -> bool:
+    """Whether a call opens a file as text, or starts a program whose output is text."""
+    function = call.func
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    place = 0 if isinstance(function, ast.Attribute) and name == "open" else 1  # of the mode: Path.open has no name
+    if name in ("open", "fdopen"):
+        if {k.arg for k in call.keywords} - {"mode", "buffering", "encoding", "errors", "newline", "closefd", "opener"}:
+            return False  # of something else than a file
+        given = [*call.args[place : place + 1], *(k.value for k in call.keywords if k.arg == "mode")]
+        mode = given[0].value if given and isinstance(given[0], ast.Constant) else "" if given else "r"
+        return isinstance(mode, str) and re.fullmatch("[rwax][+]?t?", mode) is not None
+    return name in ("read_text", "write_text", "TextIOWrapper") or any(k.arg == "text" for k in call.keywords)
+
+
+@pytest.mark.parametrize("folder", ["asda", "tools", "runs"])
+def test_text_is_utf_8_whatever_the_locale_is(folder: str):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and opens_text(node):
+                where = f"{path.relative_to(ROOT)}:{node.lineno}"
+                assert any(k.arg == "encoding" for k in node.keywords), f"{where} takes the locale's encoding"

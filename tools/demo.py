@@ -65,7 +65,9 @@ def _claim(out: Path) -> None:
             f"--out {out} holds files that this demo has not written; remove the folder if it is an older demo's, or "
             "choose another --out"
         )
-    (out / MARKER).write_text("tools/demo.py made this folder, and replaces what is in it when it runs again.\n")
+    (out / MARKER).write_text(
+        "tools/demo.py made this folder, and replaces what is in it when it runs again.\n", encoding="utf-8"
+    )
 
 
 def _synthesise(audio: Path) -> None:
@@ -80,7 +82,7 @@ def _asda(command: str, *arguments: object) -> None:
 
 def _train(config: str, run: Path, *overrides: str) -> None:
     shutil.rmtree(run, ignore_errors=True)  # or an older demo would be resumed
-    own = [f"run.folder={run}", *precision_for(Path("/proc/cpuinfo").read_text())]
+    own = [f"run.folder={run}", *precision_for(Path("/proc/cpuinfo").read_text(encoding="utf-8"))]
     _run(*_launcher(), "asda.train", "--config", ROOT / "configs" / config, *own, *overrides)
 
 
@@ -109,7 +111,7 @@ def _run(*arguments: object) -> None:
 def _print_table(finetuned: Path, scratch: Path) -> None:
     print(f"\n{'held-out clips':34} accuracy    mAP")
     for name, run in (("pre-trained, then fine-tuned", finetuned), ("the same network from scratch", scratch)):
-        figures = json.loads((run / "evaluation.json").read_text())
+        figures = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
         print(f"{name:34} {100 * figures['accuracy']:6.1f} %  {figures['mAP']:.3f}")
     print(
         f"{'chance':34} {100 / figures['classes']:6.1f} %     ({figures['clips']} clips, {figures['classes']} classes)"

@@ -166,7 +166,7 @@ def make_shards(folder: Path, clips_per_shard: int, source: str = "wav16") -> tu
     out = folder / f"{source}-by-{clips_per_shard}"
     tool = [sys.executable, ROOT / "tools" / "make_shards.py", "--source", "folder", "--input", folder / source]
     options = ["--out", out, "--clips-per-shard", str(clips_per_shard)]
-    printed = subprocess.run([*tool, *options], check=True, capture_output=True, text=True).stdout
+    printed = subprocess.run([*tool, *options], check=True, capture_output=True, text=True, encoding="utf-8").stdout
     found = re.search(r"clips in ([\d,.]+) s", printed)
     assert found, printed
     return out, float(found[1].replace(",", ""))

@@ -94,7 +94,7 @@ def measure(folder: str, mode: str) -> dict[str, float]:
     next_epoch = seconds(lambda: order.draws(another, another + BATCH))
     last = config.order.draws_per_epoch or CLIPS
     jumps = [seconds(_jump, order, int(place)) for place in (last - BATCH) * np.random.default_rng(1).random(POSITIONS)]
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return {
         "open_s": opening + first_epoch,  # until the first draws are there
         "epoch_s": first_epoch,
@@ -127,7 +127,7 @@ def _summary(rounds: list[dict[str, float]]) -> dict[str, float]:
 
 def _in_own_process(folder: str, mode: str) -> dict[str, float]:
     command = [sys.executable, __file__, folder, mode]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout)
 
 
 if __name__ == "__main__":

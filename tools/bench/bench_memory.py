@@ -80,7 +80,9 @@ def measured(world: int, overrides: list[str], config: Path = CONFIG) -> dict[st
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         env = os.environ | {name: str(value) for name, value in place.items()}
         argv = [sys.executable, script, "--config", str(config), *overrides]
-        processes.append(subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        processes.append(
+            subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+        )
     outputs = [process.communicate() for process in processes]
     for process, (_, errors) in zip(processes, outputs, strict=True):
         if process.returncode:
@@ -216,7 +218,7 @@ def _bytes(tensors: Any) -> int:
 
 def resident_bytes() -> int:
     """Return the bytes of this process that are in RAM."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -202,7 +202,7 @@ def serve(side: str, precision: str, answers: Any) -> None:
         elif asked.endswith("span"):
             answer = work.span(asked == "saving span")
         else:
-            Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
+            Path("/proc/self/clear_refs").write_text(CLEAR_PEAK, encoding="utf-8")
             started = time.perf_counter()
             parts = work.step().seconds
             took_s, peak_gib = time.perf_counter() - started, resident_gib("VmHWM") - before_gib
@@ -212,7 +212,7 @@ def serve(side: str, precision: str, answers: Any) -> None:
 
 def resident_gib(field: str) -> float:
     """Read the resident memory of this process (VmRSS), or its peak (VmHWM)."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split(f"{field}:")[1].split()[0]) * KIB / GIB
 
 
@@ -221,7 +221,9 @@ class Side:
 
     def __init__(self, side: str, precision: str):
         command = [sys.executable, __file__, side, precision]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+        )
         self.answers: list[dict[str, Any]] = []
 
     def ask(self, what: str) -> dict[str, Any]:
@@ -340,6 +342,6 @@ if __name__ == "__main__":
     parser.add_argument("precision", choices=DTYPES)
     chosen = parser.parse_args()
     # What libraries print goes to standard error, so that only answers come out.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     serve(chosen.side, chosen.precision, answers)

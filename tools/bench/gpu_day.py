@@ -66,7 +66,14 @@ class Day:
         command = [str(argument) for argument in argv]
         try:
             done = subprocess.run(
-                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=left_s, check=False
+                command,
+                cwd=ROOT,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=left_s,
+                check=False,
+                encoding="utf-8",
             )
         except subprocess.TimeoutExpired:
             raise OutOfTimeError from None
@@ -97,7 +104,7 @@ class Day:
 
     def metrics(self, run: Path) -> list[Found]:
         """Return the training lines of a run's metrics."""
-        entries = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        entries = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         return [entry for entry in entries if entry.get("kind", "train") == "train" and "loss" in entry]
 
     def sounds(self) -> Path:

@@ -55,7 +55,7 @@ def keep(folder: Path, seed: int, number: int, reason: str) -> str:
     path = folder / f"seed-{seed}-{number}.{its.extension}"
     path.write_bytes(its.content)
     line = f"--seed {seed} --only {number}: {its.format_name} ({', '.join(its.changes)}) {reason}"
-    with (folder / "found.txt").open("a") as file:
+    with (folder / "found.txt").open("a", encoding="utf-8") as file:
         print(line, file=file)
     return line
 

@@ -93,7 +93,7 @@ def _outcome_of(number: int, seed: int, folder: Path, stderr: int) -> Outcome:
     os.ftruncate(stderr, 0)
     os.lseek(stderr, 0, os.SEEK_SET)
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Linux: the peak starts anew
     started_s = time.process_time()
     try:
         outcome = read_in_all_ways(path)
@@ -112,7 +112,7 @@ def _outcome_of(number: int, seed: int, folder: Path, stderr: int) -> Outcome:
 def peak_bytes() -> int:
     """Return the most memory that this process has had."""
     with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) << 10
     return max(psutil.Process().memory_info().rss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
