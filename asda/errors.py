@@ -77,7 +77,7 @@ def say(line: str) -> None:
 
 
 def say_aside(line: str) -> None:
-    """Print a line on stderr from a thread of its own, so that the caller goes on even if stderr blocks."""
+    """Print a line on stderr from a thread of its own, so that the caller continues even if stderr blocks."""
     threading.Thread(target=say, args=(line,), daemon=True).start()
 
 

@@ -130,7 +130,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def _is_run(run: dict[str, Any]) -> bool:
-    figures = [run[name] for name in METRICS if name in run]
+    figures = [run[name] for name in METRICS if run.get(name) is not None]
     return isinstance(run["fold"], str) and type(run["seed"]) is int and all(type(x) in (int, float) for x in figures)
 
 

@@ -98,7 +98,7 @@ class Journal:
         if not same and self.place is not None:
             raise UserError(
                 f"--out {self.out} was moved, removed or replaced meanwhile, so nothing more is written there; put it "
-                "back and run the same command, which then goes on"
+                "back and run the same command, which then continues"
             )
 
     def read(self, task: ShardTask, inputs: str | None = None) -> WrittenShard | None:
@@ -134,8 +134,8 @@ class Journal:
 def inputs_digest(task: ShardTask) -> str:
     """Hash what tells a shard's audio files from others, so that a changed file is read again: path, size, time, bytes.
 
-    Times alone do not: archives, rsync and `touch -r` give another file the same one. Of the bytes it takes a few at
-    the head, in the middle and at the tail.
+    Times alone do not: archives, rsync and `touch -r` give another file the same one. The bytes are a few at the head,
+    in the middle and at the tail.
     """
     files = dict.fromkeys((p.path, p.first_byte, p.num_bytes) for p in (clip.place for clip in task.clips))
     return hash_bytes(repr([_identity(*file) for file in files]).encode())
