@@ -4,11 +4,21 @@ import errno
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
 from asda.data.audio.waves import AudioError
-from asda.errors import INTERRUPTED_EXIT, LOST_PEER_EXIT, UNREAD_EXIT, USER_ERROR_EXIT, UserError, failure_of
+from asda.errors import (
+    BUG_EXIT,
+    INTERRUPTED_EXIT,
+    LOST_PEER_EXIT,
+    STOPPED_EXIT,
+    UNREAD_EXIT,
+    USER_ERROR_EXIT,
+    UserError,
+    failure_of,
+)
 
 
 def run(raised: str, **environment: str) -> tuple[int, str]:
@@ -113,3 +123,74 @@ def test_another_pipe_that_breaks_keeps_its_traceback() -> None:
     code, text = run("BrokenPipeError(32, 'Broken pipe')")
     assert code == 1
     assert "Traceback" in text
+
+
+PROGRAM = """
+import multiprocessing, os, signal, sys, threading, time
+from asda.errors import Stopped, UserError, end_at_once, exit_with_sentence, say
+def wait_for_ever(): time.sleep(600)
+def main():
+    {body}
+exit_with_sentence(main, prints={prints})
+"""
+
+
+def program(body: str, *, prints: bool = False, through: str = '"$@"', limit: float = 30) -> tuple[int, str]:
+    """Run a program through a shell that may take its streams away; return its exit code and what it told."""
+    code = PROGRAM.format(body=body, prints=prints)
+    argv = ["bash", "-c", through, "bash", sys.executable, "-c", code]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=limit, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+UNWRITABLE = ['"$@" 2>&-', '"$@" 2>/dev/full', '"$@" 2> >(true)', '"$@" <&- >&- 2>&-', '"$@" >/dev/full 2>/dev/full']
+
+
+@pytest.mark.parametrize("shell", UNWRITABLE)
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        ("pass", 0),
+        ("raise UserError('x')", USER_ERROR_EXIT),
+        ("raise Stopped('x')", STOPPED_EXIT),
+        ("raise KeyboardInterrupt", INTERRUPTED_EXIT),
+        ("raise ValueError('x')", BUG_EXIT),
+        ("end_at_once('x', 143)", 143),
+    ],
+)
+def test_the_exit_code_is_right_though_nothing_can_be_told(shell: str, end: str, code: int) -> None:
+    tells = "time.sleep(0.3); say('one'); print('two', flush=True); print('three', file=sys.stderr)"
+    assert program(f"{tells}; {end}", through=shell)[0] == code
+
+
+@pytest.mark.parametrize(("shell", "code"), [('"$@" >/dev/full', USER_ERROR_EXIT), ('"$@" | true', 0)])
+def test_a_result_that_is_printed_must_be_written(shell: str, code: int) -> None:
+    found, told = program("print('the result')", prints=True, through=shell)
+    assert found == code
+    assert "Traceback" not in told
+
+
+def test_a_file_that_is_opened_is_never_taken_for_a_closed_stream(tmp_path) -> None:
+    path = tmp_path / "file"
+    body = f"kept = open({str(path)!r}, 'w', encoding='utf-8'); print('out'); os.write(2, b'err')"
+    assert program(body, through='"$@" <&- >&- 2>&-')[0] == 0
+    assert path.read_text() == ""
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_a_bug_ends_the_workers_with_the_program(method: str) -> None:
+    worker = f"multiprocessing.get_context({method!r}).Process(target=time.sleep, args=(600,)).start()"
+    code, told = program(f"{worker}; threading.Thread(target=wait_for_ever).start(); raise ValueError('a bug')")
+    assert code == BUG_EXIT
+    assert told.rstrip().endswith("ValueError: a bug")
+
+
+def test_a_stderr_that_nobody_reads_holds_no_end_up() -> None:
+    started = time.monotonic()
+    fills = 'exec 3> >(sleep 20); "$@" 2>&3'
+    body = "os.set_blocking(2, False)\n    try:\n        while True: os.write(2, b'x' * 4096)\n    except OSError: pass"
+    body += "\n    os.set_blocking(2, True)\n    end_at_once('told to nobody', 143)"
+    argv = ["bash", "-c", fills, "bash", sys.executable, "-c", PROGRAM.format(body=body, prints=False)]
+    ended = subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=30, check=False)
+    assert ended.returncode == 143
+    assert time.monotonic() - started < 15

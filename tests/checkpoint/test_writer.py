@@ -22,8 +22,8 @@ from tiny_checkpoints import ALONE, files_at, save, state_at, tiny_config, try_t
 from asda.checkpoint.manifest import MANIFEST, FileEntry, damage
 from asda.checkpoint.read import newest_checkpoint
 from asda.checkpoint.safetensors_file import FileImage
-from asda.checkpoint.writer import POINTER, CheckpointWriter
-from asda.config.run import Config
+from asda.checkpoint.writer import POINTER, CheckpointWriter, FolderLostError
+from asda.config.run import Config, dump_config
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 
@@ -283,3 +283,53 @@ def test_a_disk_that_refuses_any_call_of_a_save_leaves_an_intact_checkpoint_and_
             newest = save(run, config, 3)
             recovered += newest_checkpoint(run) == newest
     count_fault("20", "no space, quota, read error, rights at any call of a save", trials, told, lost, recovered)
+
+
+def test_a_save_that_reads_back_as_another_run_is_not_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = save(tmp_path, tiny_config(), 1)
+    monkeypatch.setattr("asda.checkpoint.writer.dump_config", lambda config: dump_config(tiny_config("run.keep=7")))
+    assert "reads back as another run than was written" in str(try_to_save(tmp_path, tiny_config(), 2).failure)
+    assert newest_checkpoint(tmp_path) == before
+
+
+def test_the_last_failure_is_told_though_failed_saves_are_to_be_survived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config("run.on_failed_save=continue")
+    with CheckpointWriter(tmp_path, config, ALONE) as writer:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rename", refusing("rename", 0, errno.ENOSPC))
+            patch.setattr(os, "replace", refusing("replace", 0, errno.ENOSPC))
+            writer.save(state_at(1), files_at(1))
+            writer.finish()
+        assert writer.failure is None
+        assert "begins anew, because there is no checkpoint yet" in str(writer.last_failure)
+        writer.save(state_at(2), files_at(2))
+        writer.finish()
+        assert writer.last_failure is None
+
+
+def test_a_save_never_makes_the_run_folder(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with CheckpointWriter(run, tiny_config(), ALONE) as writer:
+        run.rename(tmp_path / "moved")
+        writer.save(state_at(1), files_at(1))
+        outcome = writer.finish()
+    assert outcome is not None
+    assert outcome.failure
+    assert not run.exists()
+
+
+def test_nothing_is_committed_and_nothing_pruned_in_a_folder_that_is_lost(tmp_path: Path) -> None:
+    def lost() -> None:
+        raise FolderLostError("it was moved")
+
+    kept = [save(tmp_path, tiny_config("run.keep=2"), step) for step in (1, 2)]
+    config = tiny_config("run.keep=1", "run.on_failed_save=continue")
+    with CheckpointWriter(tmp_path, config, ALONE, lost) as writer:
+        writer.save(state_at(3), files_at(3))
+        writer.finish()
+        assert writer.failure == "it was moved", "whatever run.on_failed_save says"
+    assert sorted(path for path in kept[0].parent.glob("step-*")) == kept

@@ -325,3 +325,42 @@ def test_an_alarm_that_lasts_is_said_at_most_every_ten_lines_with_a_count(tmp_pa
         (1 + ALARM_EVERY, "flat at 11 (10 times so far)"),
         (1 + 2 * ALARM_EVERY, "flat at 21 (20 times so far)"),
     ]
+
+
+DAMAGED = [
+    '{"kind": "train", "step": "3", "loss": 1}',
+    '{"kind": "train", "step": null, "loss": 1}',
+    '{"kind": "train", "step": true, "loss": 1}',
+    '{"kind": "train", "step": -1, "loss": 1}',
+    '{"kind": ["train"], "step": 3}',
+    '{"kind": "train", "step": 3, "loss": "low"}',
+    '{"kind": "train", "step": 3, "loss": null}',
+    '{"kind": "train", "step": 3, "loss": {}}',
+    '{"kind": "train", "step": 3, "not_finite": 7}',
+    '{"kind": "train", "step": 3, "clips": {}}',
+    '{"kind": "warning", "step": 3, "text": 5}',
+    '{"kind": "train", "step": ' + "9" * 5000 + "}",
+    "[" * 100_000,
+    "3",
+    "",
+]
+
+
+@pytest.mark.parametrize("line", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_line_is_dropped_and_the_run_resumes(line: str, tmp_path: Path, capfd) -> None:
+    whole = [json.dumps({"kind": "train", "step": step, "loss": 1.5, "clips": "a hash"}) for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([whole[0], line, whole[1], ""]))
+    assert [entry["step"] for entry in read_metrics(tmp_path, "train")] == [1, 2]
+    with opened(tmp_path, first_step=2) as log:
+        log.record("valid", 2, {"mAP": 0.5, "clips": 16})
+    assert [entry["step"] for entry in lines_of(tmp_path)] == [1, 2, 2]
+    assert read_metrics(tmp_path, "valid")[0]["clips"] == 16
+    assert "metrics.jsonl had 1 damaged lines; they are dropped" in capfd.readouterr().err
+
+
+def test_curves_that_have_no_place_are_a_warning(tmp_path: Path, capfd) -> None:
+    (tmp_path / "tensorboard").write_text("not a folder")
+    with opened(tmp_path) as log:
+        log.record("train", 1, {"loss": 0.5})
+    assert [entry["loss"] for entry in read_metrics(tmp_path, "train")] == [0.5]
+    assert "warning: no curves for TensorBoard" in capfd.readouterr().err

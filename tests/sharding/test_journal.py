@@ -1,15 +1,18 @@
 """What the journal notes of a finished shard is what it reads back."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from asda.data.audio.waves import encode_wav
+from asda.errors import UserError
 from asda.sharding import workers
 from asda.sharding.audio_ref import Place
-from asda.sharding.journal import Journal
+from asda.sharding.journal import LOCK_FILE, Journal, inputs_digest
 from asda.sharding.plan import ClipTask, ShardTask
 from asda.system import hash_bytes
 
@@ -46,3 +49,53 @@ def test_a_record_without_a_list_of_silent_clips_is_read_as_one_that_has_none(tm
     text = json.dumps(content)
     journal.record_path(task).write_text(f"{hash_bytes(text.encode())}\n{text}\n")
     assert journal.read(task) == shard
+
+
+def task_of(path: Path) -> ShardTask:
+    return ShardTask(path.parent / "train-000000.tar.zst", (ClipTask("a", Place(str(path)), "a", (), ()),), 1.0)
+
+
+@pytest.mark.parametrize("place", [0, 5_000, 9_999])
+def test_other_samples_of_the_same_size_and_time_are_other_audio(place: int, tmp_path: Path) -> None:
+    samples = np.zeros(10_000, np.int16)
+    path = tmp_path / "a.wav"
+    path.write_bytes(encode_wav(samples))
+    before, times = inputs_digest(task_of(path)), path.stat()
+    samples[place] = 1
+    path.write_bytes(encode_wav(samples))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (times.st_size, times.st_mtime_ns)
+    assert inputs_digest(task_of(path)) != before
+
+
+def test_the_same_names_in_another_folder_are_other_audio_though_a_link_leads_there(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.wav").write_bytes(encode_wav(np.zeros(800, np.int16)))
+        os.utime(tmp_path / name / "a.wav", ns=(1, 1))
+    (link := tmp_path / "link").symlink_to("one")
+    before = inputs_digest(task_of(link / "a.wav"))
+    assert inputs_digest(task_of(link / "a.wav")) == before
+    link.unlink()
+    link.symlink_to("two")
+    assert inputs_digest(task_of(link / "a.wav")) != before
+
+
+@pytest.mark.parametrize("become", ["moved", "removed", "replaced"])
+def test_no_shard_is_written_into_a_folder_that_is_no_longer_the_locked_one(become: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    folder = Journal(out, "digest").folder
+    folder.mkdir(parents=True)
+    with (folder / LOCK_FILE).open("w") as lock:
+        status = os.fstat(lock.fileno())
+        journal = Journal(out, "digest", (status.st_dev, status.st_ino))
+        journal.check_place()
+        if become == "removed":
+            shutil.rmtree(out)
+        else:
+            out.rename(tmp_path / "elsewhere")
+        if become == "replaced":
+            folder.mkdir(parents=True)
+            (folder / LOCK_FILE).touch()
+        with pytest.raises(UserError, match="was moved, removed or replaced meanwhile, so nothing more is written"):
+            journal.check_place()
