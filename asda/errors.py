@@ -15,6 +15,7 @@ fails, so all ranks of a stopped run end with the same one. If `deepspeed` itsel
 
 import errno
 import io
+import locale
 import os
 import select
 import sys
@@ -123,6 +124,7 @@ def exit_with_sentence(main: Callable[[], None], *, prints: bool = True) -> None
     If the result of `main` is what it `prints`, a stdout that cannot be written ends it. Otherwise its result is in
     files, and stdout only tells of them.
     """
+    _restart_in_utf_8()
     _prepare_streams(prints)
     try:
         main()
@@ -146,6 +148,15 @@ def exit_with_sentence(main: Callable[[], None], *, prints: bool = True) -> None
         if not isinstance(error, RuntimeError) or not any(words in str(error).lower() for words in LOST_PEER_WORDS):
             _leave_with_traceback()
         _leave("stopped, because another rank has ended; its message says why, unless it was killed", LOST_PEER_EXIT)
+
+
+def _restart_in_utf_8() -> None:
+    """Start the program anew in Python's UTF-8 mode if the locale is of another encoding: names of files are UTF-8."""
+    if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    os.environ.setdefault("PYTHONIOENCODING", locale.getencoding())  # the terminal's
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _prepare_streams(prints: bool) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,21 +75,41 @@ with (folder / hosts.LOCK_FILE).open("a+") as file:
 """
 
 
-def test_a_run_folder_is_one_run_s_alone_until_that_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    argv = [sys.executable, "-c", HOLDER, str(tmp_path)]
+@contextmanager
+def place_held(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds the lock in a folder, and is killed at the end of the block."""
+    argv = [sys.executable, "-c", HOLDER, str(folder)]
     paths = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     holder = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=paths)
     assert holder.stdout
     assert holder.stdout.readline().strip() == "''"
-    monkeypatch.setattr(hosts_module, "LOCK_PATIENCE_S", 0.3)
-    with (tmp_path / hosts_module.LOCK_FILE).open("a+") as file:
+    yield holder
+    holder.kill()
+    holder.communicate()
+
+
+def test_a_run_folder_is_one_run_s_alone_until_that_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with place_held(tmp_path) as holder, (tmp_path / hosts_module.LOCK_FILE).open("a+") as file:
+        monkeypatch.setattr(hosts_module, "LOCK_PATIENCE_S", 0.3)
         complaint = hosts_module._lock(file, tmp_path)
         assert complaint.startswith(f"{tmp_path} is being written to by process {holder.pid} on ")
-        holder.kill()
-        holder.communicate()
-        monkeypatch.setattr(hosts_module, "LOCK_PATIENCE_S", 20.0)
+    monkeypatch.setattr(hosts_module, "LOCK_PATIENCE_S", 20.0)
+    with (tmp_path / hosts_module.LOCK_FILE).open("a+") as file:
         assert not hosts_module._lock(file, tmp_path)
     assert f"process {os.getpid()} on " in (tmp_path / hosts_module.LOCK_FILE).read_text()
+
+
+def test_two_run_folders_that_lead_to_one_place_are_one_run_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place := tmp_path / "one" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "checkpoints").symlink_to(place)
+    monkeypatch.setattr(hosts_module, "LOCK_PATIENCE_S", 0.3)
+    monkeypatch.setattr(hosts_module.dist, "broadcast_object_list", lambda values: None)
+    with place_held(place) as holder, pytest.raises(UserError, match=f"is being written to by process {holder.pid} on"):
+        hosts_module.claim_folder(tmp_path / "two", 0, make=True)
+    claim = hosts_module.claim_folder(tmp_path / "two", 0, make=True)
+    assert claim is not None
+    claim.check()
 
 
 def run_of(shards: Path, folder: Path, *more: str) -> TinyRun:
