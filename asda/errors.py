@@ -156,7 +156,7 @@ def _restart_in_utf_8() -> None:
         return
     os.environ["PYTHONUTF8"] = "1"
     os.environ.setdefault("PYTHONIOENCODING", locale.getencoding())  # the terminal's
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 (the same program again)
 
 
 def _prepare_streams(prints: bool) -> None:
