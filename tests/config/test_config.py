@@ -158,6 +158,23 @@ def test_a_file_that_is_no_config_is_refused(text: str, sentence: str, tmp_path:
     assert sentence in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ('run={"folder": "a", "folder": "b"}', "the key 'folder' is written twice in one object"),
+        ('data.train=[{"data": "a:x", "share": 1, "share": 2}]', "the key 'share' is written twice in one object"),
+        ("run.folder=runs/a\0b", r"run.folder holds the character '\x00', which is not text"),
+        ('run.folder="runs/\\udce9"', r"run.folder holds the character '\udce9', which is not text"),
+        ('data.train=[{"data": "a\\u0000:x", "share": 1}]', r"data.train.data holds the character '\x00'"),
+        ('_about={"a\\ud800": 1}', r"a key in _about holds the character '\ud800'"),
+    ],
+)
+def test_an_override_that_no_file_could_hold_is_refused(override: str, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(AS2M, [override])
+    assert sentence in str(caught.value)
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no config file"):
         load_config(tmp_path / "nowhere.json")

@@ -6,6 +6,7 @@ Runs are made of random weights by the checkpoint writer, because what is measur
 import csv
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ from asda.engine.processes import Processes, leave_processes
 from asda.errors import UserError
 from asda.evaluate import combined_logits
 from asda.evaluation import report as evaluation_files
-from asda.evaluation.combine import averaged, members
+from asda.evaluation.combine import Member, averaged, members, read_together
 from asda.evaluation.loop import logits_of_clips
 from asda.evaluation.metrics import summary
 from asda.evaluation.report import write_evaluation
@@ -277,6 +278,33 @@ def test_all_ranks_judge_the_checkpoint_that_the_first_one_found(
     figures = json.loads(out.read_text())
     assert figures["step"] == 1
     assert {key: figures[key] for key in expected} == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_checkpoint_that_the_run_prunes_meanwhile_is_looked_for_again(
+    lengths: Path, tmp_path: Path, alone: Processes
+) -> None:
+    config, looks = config_of(lengths), []
+    run = write_run(tmp_path / "run", config, 1, 2, 3)
+
+    def find() -> list[Member]:
+        looks.append(members([run])[0])
+        return looks[-1:]
+
+    first = members([step_folder(run, 1)])
+    shutil.rmtree(step_folder(run, 1))
+    several, weights = read_together(first, find, "")
+    assert len(looks) == 1
+    assert [one.folder for one in several] == [step_folder(run, 3)]
+    assert weights is not None
+    assert all(torch.equal(weights[name], tensor) for name, tensor in weights_of(config, 3).items())
+
+
+def test_a_checkpoint_that_is_damaged_is_not_looked_for_again(lengths: Path, tmp_path: Path, alone: Processes) -> None:
+    run = write_run(tmp_path / "run", config_of(lengths), 1)
+    found = members([run])
+    next(step_folder(run, 1).glob("*.safetensors")).write_bytes(b"damaged")
+    with pytest.raises(UserError, match="cannot read"):
+        read_together(found, lambda: pytest.fail("it looks again"), "")
 
 
 def test_where_a_run_computed_its_patches_and_attention_does_not_bind_its_evaluation(

@@ -5,7 +5,7 @@ import socket
 import struct
 import threading
 from collections import Counter, defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,7 +17,8 @@ class FaultyServer(ThreadingHTTPServer):
 
     A fault is an HTTP status as a number, or one of: reset (connection reset in mid-body), short (closed in mid-body),
     long (a Content-Length of 100 bytes too many), less (half of the file, called the whole), page (a web page, status
-    200), flip (one bit of the body), stall (nothing comes after half of the body).
+    200), flip (one bit of the body), stall (nothing comes after half of the body), drip (a byte at a time comes
+    after half of it).
     """
 
     daemon_threads = True
@@ -96,16 +97,26 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(body) + (100 if fault == "long" else 0)))
         self.end_headers()
-        half = len(body) // 2 if fault in ("reset", "short", "stall") else len(body)
+        half = len(body) // 2 if fault in ("reset", "short", "stall", "drip") else len(body)
         self.wfile.write(body[:half])
         self.wfile.flush()
         if fault == "stall":
             self.server.released.wait(30)
+        if fault == "drip":
+            self.drip(body[half:])
         if fault == "reset":
             # Closing with a lingering time of 0 sends RST instead of FIN.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
         self.close_connection = True
+
+    def drip(self, body: bytes):
+        for n in range(len(body)):
+            if self.server.released.wait(0.05):
+                return
+            with suppress(OSError):
+                self.wfile.write(body[n : n + 1])
+                self.wfile.flush()
 
     def body(self, path: Path) -> tuple[bytes, int]:
         data = path.read_bytes()

@@ -3,10 +3,12 @@
 What is launched by deepspeed or torchrun gets its signals through them, with their own ideas of what to send on.
 """
 
+import fcntl
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -119,6 +121,37 @@ def test_the_second_signal_ends_a_process_whose_main_thread_waits_for_ever(ranks
     assert rank.wait(2) == 128 + signal.SIGUSR1
     assert len(re.findall(r"SIG(?:TERM|INT): the run finishes this step, saves", rank.text())) == 1
     assert "SIGUSR1 again: stopping at once" in rank.text()
+
+
+@pytest.mark.parametrize("stderr", ["full", "read by nobody"])
+def test_the_second_signal_and_the_watchdog_need_no_stderr(stderr: str, tmp_path: Path, count_fault: Count) -> None:
+    from asda.engine.processes import free_port
+
+    (script := tmp_path / "rank.py").write_text(RANK)
+    where = {"PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    where |= {"MASTER_PORT": str(free_port())}
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    os.write(writing, bytes(4096))
+    log: int = writing if stderr == "read by nobody" else os.open("/dev/full", os.O_WRONLY)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), "stuck"],
+            env=environment() | where | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=log,
+        )
+        for rank in range(2)
+    ]
+    assert all(b"ready\n" in iter(rank.stdout.readline, b"") for rank in ranks if rank.stdout)
+    ranks[1].send_signal(signal.SIGTERM)
+    time.sleep(REPEAT_S + 0.5)
+    ranks[1].send_signal(signal.SIGTERM)
+    assert ranks[1].wait(5) == 128 + signal.SIGTERM
+    assert ranks[0].wait(15) == LOST_PEER_EXIT
+    os.close(reading)
+    os.close(writing)
+    count_fault("39", f"second signal and watchdog, stderr {stderr}", 2, 2)
 
 
 def test_all_ranks_agree_to_stop_and_no_heartbeat_is_missed(ranks: RankServer, tmp_path: Path) -> None:

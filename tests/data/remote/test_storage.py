@@ -136,6 +136,7 @@ REASONS = {
     "page": "66 of .* bytes arrived, which look like a web page",
     "flip": "its hash is [0-9a-f]{32}, the index says",
     "stall": "nothing arrived for 0.4 s|did not answer in time",
+    "drip": r"only \d+ bytes arrived in 0\.4 s",
     503: "HTTP status 503",
 }
 
