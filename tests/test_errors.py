@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from fault_table import Count
 
 from asda.data.audio.waves import AudioError
 from asda.errors import (
@@ -158,9 +159,10 @@ UNWRITABLE = ['"$@" 2>&-', '"$@" 2>/dev/full', '"$@" 2> >(true)', '"$@" <&- >&- 
         ("end_at_once('x', 143)", 143),
     ],
 )
-def test_the_exit_code_is_right_though_nothing_can_be_told(shell: str, end: str, code: int) -> None:
+def test_the_exit_code_is_right_though_nothing_can_be_told(shell: str, end: str, code: int, count_fault: Count) -> None:
     tells = "time.sleep(0.3); say('one'); print('two', flush=True); print('three', file=sys.stderr)"
     assert program(f"{tells}; {end}", through=shell)[0] == code
+    count_fault("45", "exit codes of programs whose streams are closed, full, or read by nobody", 1, 1)
 
 
 @pytest.mark.parametrize(("shell", "code"), [('"$@" >/dev/full', USER_ERROR_EXIT), ('"$@" | true', 0)])
@@ -178,11 +180,12 @@ def test_a_file_that_is_opened_is_never_taken_for_a_closed_stream(tmp_path) -> N
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_a_bug_ends_the_workers_with_the_program(method: str) -> None:
+def test_a_bug_ends_the_workers_with_the_program(method: str, count_fault: Count) -> None:
     worker = f"multiprocessing.get_context({method!r}).Process(target=time.sleep, args=(600,)).start()"
     code, told = program(f"{worker}; threading.Thread(target=wait_for_ever).start(); raise ValueError('a bug')")
     assert code == BUG_EXIT
     assert told.rstrip().endswith("ValueError: a bug")
+    count_fault("46", "an unforeseen error while workers and threads run", 1, 1)
 
 
 def test_a_stderr_that_nobody_reads_holds_no_end_up() -> None:

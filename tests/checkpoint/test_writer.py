@@ -286,12 +286,13 @@ def test_a_disk_that_refuses_any_call_of_a_save_leaves_an_intact_checkpoint_and_
 
 
 def test_a_save_that_reads_back_as_another_run_is_not_committed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count_fault: Count
 ) -> None:
     before = save(tmp_path, tiny_config(), 1)
     monkeypatch.setattr("asda.checkpoint.writer.dump_config", lambda config: dump_config(tiny_config("run.keep=7")))
     assert "reads back as another run than was written" in str(try_to_save(tmp_path, tiny_config(), 2).failure)
     assert newest_checkpoint(tmp_path) == before
+    count_fault("34", "a save that reads back as another run", 1, 1)
 
 
 def test_the_last_failure_is_told_though_failed_saves_are_to_be_survived(
@@ -311,7 +312,7 @@ def test_the_last_failure_is_told_though_failed_saves_are_to_be_survived(
         assert writer.last_failure is None
 
 
-def test_a_save_never_makes_the_run_folder(tmp_path: Path) -> None:
+def test_a_save_never_makes_the_run_folder(tmp_path: Path, count_fault: Count) -> None:
     run = tmp_path / "run"
     with CheckpointWriter(run, tiny_config(), ALONE) as writer:
         run.rename(tmp_path / "moved")
@@ -320,9 +321,10 @@ def test_a_save_never_makes_the_run_folder(tmp_path: Path) -> None:
     assert outcome is not None
     assert outcome.failure
     assert not run.exists()
+    count_fault("36", "the folder is moved before a save", 1, 1)
 
 
-def test_nothing_is_committed_and_nothing_pruned_in_a_folder_that_is_lost(tmp_path: Path) -> None:
+def test_nothing_is_committed_and_nothing_pruned_in_a_folder_that_is_lost(tmp_path: Path, count_fault: Count) -> None:
     def lost() -> None:
         raise FolderLostError("it was moved")
 
@@ -333,3 +335,4 @@ def test_nothing_is_committed_and_nothing_pruned_in_a_folder_that_is_lost(tmp_pa
         writer.finish()
         assert writer.failure == "it was moved", "whatever run.on_failed_save says"
     assert sorted(path for path in kept[0].parent.glob("step-*")) == kept
+    count_fault("36", "nothing is committed or pruned in a folder that is lost", 1, 1)

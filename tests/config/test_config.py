@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from fault_table import Count
 
 from asda.config.load import MAX_CONFIG_BYTES
 from asda.config.model import PretrainConfig
@@ -169,10 +170,11 @@ def test_a_file_that_is_no_config_is_refused(text: str, sentence: str, tmp_path:
         ('_about={"a\\ud800": 1}', r"a key in _about holds the character '\ud800'"),
     ],
 )
-def test_an_override_that_no_file_could_hold_is_refused(override: str, sentence: str) -> None:
+def test_an_override_that_no_file_could_hold_is_refused(override: str, sentence: str, count_fault: Count) -> None:
     with pytest.raises(UserError) as caught:
         load_config(AS2M, [override])
     assert sentence in str(caught.value)
+    count_fault("31", "configuration: an override that no file could hold", 1, 1)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

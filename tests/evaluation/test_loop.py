@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from fault_table import Count
 from launching import ROOT, TINY, launch
 from ranks import run_ranks
 from sklearn.metrics import average_precision_score, confusion_matrix, precision_recall_fscore_support, roc_auc_score
@@ -281,7 +282,7 @@ def test_all_ranks_judge_the_checkpoint_that_the_first_one_found(
 
 
 def test_a_checkpoint_that_the_run_prunes_meanwhile_is_looked_for_again(
-    lengths: Path, tmp_path: Path, alone: Processes
+    lengths: Path, tmp_path: Path, alone: Processes, count_fault: Count
 ) -> None:
     config, looks = config_of(lengths), []
     run = write_run(tmp_path / "run", config, 1, 2, 3)
@@ -297,6 +298,7 @@ def test_a_checkpoint_that_the_run_prunes_meanwhile_is_looked_for_again(
     assert [one.folder for one in several] == [step_folder(run, 3)]
     assert weights is not None
     assert all(torch.equal(weights[name], tensor) for name, tensor in weights_of(config, 3).items())
+    count_fault("47", "a checkpoint pruned while it is evaluated", 1, 1, recovered=1)
 
 
 def test_a_checkpoint_that_is_damaged_is_not_looked_for_again(lengths: Path, tmp_path: Path, alone: Processes) -> None:

@@ -28,9 +28,15 @@ def counter(record_property: Callable[[str, object], None]) -> Count:
 
 
 def table(reports: Iterable[pytest.TestReport]) -> Iterator[str]:
-    """The lines of the table, by the rows' numbers; none where no fault was tried."""
-    rows = {value for report in reports for name, value in report.user_properties if name == PROPERTY}
-    lines = sorted((json.loads(str(row)) for row in rows), key=lambda line: (int(line[0].rstrip("abcdef")), line))
+    """The lines of the table, by the rows' numbers, with the sums of equal faults; none where no fault was tried."""
+    told = (
+        json.loads(str(v)) for r in reports if r.when == "call" for name, v in r.user_properties if name == PROPERTY
+    )
+    sums: dict[tuple[str, str], list] = {}
+    for row, fault, *counts in told:
+        before = sums.get((row, fault), [0, 0, "-", 0])
+        sums[row, fault] = [new if old == "-" else old + new for old, new in zip(before, counts, strict=True)]
+    lines = sorted(((*k, *v) for k, v in sums.items()), key=lambda line: (int(line[0].rstrip("abcdef")), line[1]))
     if lines:
         yield "{:>4}  {:<78}{:>8}{:>10}{:>11}{:>6}".format(*HEAD)
     for line in lines:

@@ -99,7 +99,9 @@ def test_a_run_folder_is_one_run_s_alone_until_that_has_ended(tmp_path: Path, mo
     assert f"process {os.getpid()} on " in (tmp_path / hosts_module.LOCK_FILE).read_text()
 
 
-def test_two_run_folders_that_lead_to_one_place_are_one_run_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_run_folders_that_lead_to_one_place_are_one_run_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count_fault: Count
+) -> None:
     (place := tmp_path / "one" / "checkpoints").mkdir(parents=True)
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "checkpoints").symlink_to(place)
@@ -110,6 +112,7 @@ def test_two_run_folders_that_lead_to_one_place_are_one_run_s(tmp_path: Path, mo
     claim = hosts_module.claim_folder(tmp_path / "two", 0, make=True)
     assert claim is not None
     claim.check()
+    count_fault("37", "two run folders whose checkpoints are one folder", 1, 1)
 
 
 def run_of(shards: Path, folder: Path, *more: str) -> TinyRun:

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from fault_table import Count
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from asda.config.run import RunConfig
@@ -347,7 +348,7 @@ DAMAGED = [
 
 
 @pytest.mark.parametrize("line", DAMAGED, ids=range(len(DAMAGED)))
-def test_a_damaged_line_is_dropped_and_the_run_resumes(line: str, tmp_path: Path, capfd) -> None:
+def test_a_damaged_line_is_dropped_and_the_run_resumes(line: str, tmp_path: Path, capfd, count_fault: Count) -> None:
     whole = [json.dumps({"kind": "train", "step": step, "loss": 1.5, "clips": "a hash"}) for step in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("\n".join([whole[0], line, whole[1], ""]))
     assert [entry["step"] for entry in read_metrics(tmp_path, "train")] == [1, 2]
@@ -356,11 +357,13 @@ def test_a_damaged_line_is_dropped_and_the_run_resumes(line: str, tmp_path: Path
     assert [entry["step"] for entry in lines_of(tmp_path)] == [1, 2, 2]
     assert read_metrics(tmp_path, "valid")[0]["clips"] == 16
     assert "metrics.jsonl had 1 damaged lines; they are dropped" in capfd.readouterr().err
+    count_fault("43", "a line of metrics.jsonl that no run has written", 1, 1, recovered=1)
 
 
-def test_curves_that_have_no_place_are_a_warning(tmp_path: Path, capfd) -> None:
+def test_curves_that_have_no_place_are_a_warning(tmp_path: Path, capfd, count_fault: Count) -> None:
     (tmp_path / "tensorboard").write_text("not a folder")
     with opened(tmp_path) as log:
         log.record("train", 1, {"loss": 0.5})
     assert [entry["loss"] for entry in read_metrics(tmp_path, "train")] == [0.5]
     assert "warning: no curves for TensorBoard" in capfd.readouterr().err
+    count_fault("43", "a file where the curves of TensorBoard belong", 1, 1, recovered=1)

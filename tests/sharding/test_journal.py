@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fault_table import Count
 
 from asda.data.audio.waves import encode_wav
 from asda.errors import UserError
@@ -56,7 +57,9 @@ def task_of(path: Path) -> ShardTask:
 
 
 @pytest.mark.parametrize("place", [0, 5_000, 9_999])
-def test_other_samples_of_the_same_size_and_time_are_other_audio(place: int, tmp_path: Path) -> None:
+def test_other_samples_of_the_same_size_and_time_are_other_audio(
+    place: int, tmp_path: Path, count_fault: Count
+) -> None:
     samples = np.zeros(10_000, np.int16)
     path = tmp_path / "a.wav"
     path.write_bytes(encode_wav(samples))
@@ -66,9 +69,12 @@ def test_other_samples_of_the_same_size_and_time_are_other_audio(place: int, tmp
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert (path.stat().st_size, path.stat().st_mtime_ns) == (times.st_size, times.st_mtime_ns)
     assert inputs_digest(task_of(path)) != before
+    count_fault("38", "other audio of the same name, size and time", 1, 1)
 
 
-def test_the_same_names_in_another_folder_are_other_audio_though_a_link_leads_there(tmp_path: Path) -> None:
+def test_the_same_names_in_another_folder_are_other_audio_though_a_link_leads_there(
+    tmp_path: Path, count_fault: Count
+) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.wav").write_bytes(encode_wav(np.zeros(800, np.int16)))
@@ -79,10 +85,13 @@ def test_the_same_names_in_another_folder_are_other_audio_though_a_link_leads_th
     link.unlink()
     link.symlink_to("two")
     assert inputs_digest(task_of(link / "a.wav")) != before
+    count_fault("38", "other audio behind the same link", 1, 1)
 
 
 @pytest.mark.parametrize("become", ["moved", "removed", "replaced"])
-def test_no_shard_is_written_into_a_folder_that_is_no_longer_the_locked_one(become: str, tmp_path: Path) -> None:
+def test_no_shard_is_written_into_a_folder_that_is_no_longer_the_locked_one(
+    become: str, tmp_path: Path, count_fault: Count
+) -> None:
     out = tmp_path / "out"
     folder = Journal(out, "digest").folder
     folder.mkdir(parents=True)
@@ -99,3 +108,4 @@ def test_no_shard_is_written_into_a_folder_that_is_no_longer_the_locked_one(beco
             (folder / LOCK_FILE).touch()
         with pytest.raises(UserError, match="was moved, removed or replaced meanwhile, so nothing more is written"):
             journal.check_place()
+    count_fault("38", "the output folder of a running `asda shards` is moved, removed, replaced", 1, 1)
