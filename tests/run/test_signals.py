@@ -22,7 +22,7 @@ from launching import BIN, ROOT, command, environment
 from tiny_runs import EVERY, TinyRun, assert_same_runs, wait_until
 
 from asda.errors import LOST_PEER_EXIT, STOPPED_EXIT
-from asda.run.signals import REPEAT_S, launchers_above, program_of
+from asda.run.signals import REPEAT_S, StopSignals, launchers_above, program_of
 
 STEPS = 40
 HEARTBEAT_S = 6.0  # by engine.timeout_s, which shortens it
@@ -152,6 +152,18 @@ def test_the_second_signal_and_the_watchdog_need_no_stderr(stderr: str, tmp_path
     os.close(reading)
     os.close(writing)
     count_fault("39", "second signal and watchdog; stderr full, or read by nobody", 2, 2)
+
+
+def test_a_run_under_nohup_outlives_its_terminal(count_fault: Count) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.2)
+            assert not stop.asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    count_fault("44", "SIGHUP under nohup", 1, 1)
 
 
 def test_all_ranks_agree_to_stop_and_no_heartbeat_is_missed(ranks: RankServer, tmp_path: Path) -> None:
