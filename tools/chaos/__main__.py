@@ -1,4 +1,4 @@
-"""Disturb short real runs of training and sharding at random, and judge them from outside."""
+"""Disturb short real runs of training and sharding at random, and compare what they leave with undisturbed ones."""
 
 import argparse
 import json
@@ -29,7 +29,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder; trials that went wrong are kept there")
     args = parser.parse_args()
     work = args.work or Path(tempfile.mkdtemp(prefix="chaos-"))
-    done = [json.loads(line) for line in args.record.read_text(encoding="utf-8").splitlines()] if _exists(args.record) else []
+    done = (
+        [json.loads(line) for line in args.record.read_text(encoding="utf-8").splitlines()]
+        if _exists(args.record)
+        else []
+    )
     seen = {entry["seed"] for entry in done}
     seeds = [s for s in range(args.first_seed, args.first_seed + args.trials) if s not in seen]
     if seeds:

@@ -45,7 +45,7 @@ ENDS = {  # exit codes that are right for a fault; 0 is right if the work is don
 
 @dataclass(frozen=True)
 class Trial:
-    """What a seed draws."""
+    """A piece of work, a fault and its moment, as a seed draws them."""
 
     seed: int
     work: str
@@ -57,7 +57,7 @@ class Trial:
 
 @dataclass
 class Verdict:
-    """What was seen of a trial; `wrong` is empty if everything was right."""
+    """Findings of a trial; `wrong` is empty if everything was right."""
 
     code: int | None
     seconds: float
@@ -251,5 +251,7 @@ def _bytes_of(folder: Path) -> dict[str, bytes]:
 
 def _run(argv: list[str], variables: dict[str, str], limit_s: float) -> tuple[int, str, str]:
     env = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env=env, timeout=limit_s, check=False)
+    done = subprocess.run(
+        argv, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", env=env, timeout=limit_s, check=False
+    )
     return done.returncode, done.stdout, done.stderr
