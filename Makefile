@@ -50,5 +50,8 @@ fuzz: setup  ## read 20,000 mutants of encoded sounds, and files that hold other
 	@$(BIN)/python tools/fuzz kinds
 	@OMP_NUM_THREADS=1 $(BIN)/python tools/fuzz mutants $(ARGS)
 
+chaos: setup  ## put 500 random faults on real short runs, some as root only (hours; ARGS='--trials 20' for less)
+	@$(BIN)/python tools/chaos --record chaos/record.jsonl $(ARGS)
+
 clean:  ## remove the demo and the caches of tests and ruff; keep runs and shards
 	rm -rf demo .pytest_cache .ruff_cache .hypothesis
