@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-MARK = "ASDA_CHAOS_TRIAL"
+MARK = "ASDA_FAULT_TRIAL"
 LOOK_EVERY_S = 0.002
 
 
