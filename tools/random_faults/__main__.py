@@ -1,8 +1,8 @@
 """Put random faults on real short runs, and give a verdict from outside: exit codes, sentences, files, processes.
 
-    python tools/random_faults --trials 500 --jobs 2 --work faults --record r.jsonl    resumes after the trials in the record
-    python tools/random_faults --seed 17 --work faults                                     one of them again; its folder is kept
-    python tools/random_faults --only shards --trials 20 --work faults                     a kind of work, or a family of faults
+    python tools/random_faults --trials 500 --work faults --record r.jsonl    resumes after the trials in the record
+    python tools/random_faults --seed 17 --work faults                        one of them again; its folder is kept
+    python tools/random_faults --only shards --work faults                    a kind of work, or a family of faults
 
 For developers, on Linux; some faults need root. The exit code is 1 if anything was wrong.
 """

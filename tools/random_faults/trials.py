@@ -18,6 +18,8 @@ from workloads import Material, Result, Work
 PLACE = "r\u00fan"  # the name of every result's folder
 GOOD, IMPOSSIBLE = "good", "not possible here"
 
+LAUNCHER_LOST = "as the end of its launcher asked"  # deepspeed returns 0 if a signal has ended its launch.py
+
 stopping = threading.Event()  # the driver ends: running trials are dropped
 
 
@@ -150,7 +152,8 @@ class Trial:
         if not place.exists() and self.plan.fault.folder == "gone" and self.record.struck:
             return []
         found = []
-        if all(code == 0 for code in self.record.codes):
+        lost_launcher = self.plan.work.ranks and any(LAUNCHER_LOST in its.text(its.stderr) for its in programs)
+        if all(code == 0 for code in self.record.codes) and not lost_launcher:
             found += verdicts.of_done(0, self._result(self.plan.work, place), reference)
         if self.plan.work.trains:
             [program], [code] = programs, self.record.codes
