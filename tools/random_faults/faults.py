@@ -26,7 +26,7 @@ STREAMS = (
 )  # fmt: skip
 OTHER_USER = 12345
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 (a file system, no temporary file)
-DONE, REFUSED, STOPPED, PEER, UNREAD = 0, 2, 75, 3, 141  # asda/errors.py
+DONE, REFUSED, STOPPED, PEER, INTERRUPTED, UNREAD = 0, 2, 75, 3, 130, 141  # asda/errors.py
 
 # The disk is in a namespace of its own; what is on it at the end is copied to where others see it.
 SMALL_DISK = """
@@ -175,9 +175,8 @@ def _codes_of_signal(work: Work, name: str, whom: str) -> frozenset[int]:
         return frozenset({killed, STOPPED, PEER, 1, 130, 143})
     if work.trains and name != "SIGKILL":
         return frozenset({killed, STOPPED})
-    if whom == "one":  # a worker
-        return frozenset({killed, REFUSED})
-    return frozenset({killed})
+    codes = {killed, INTERRUPTED} if name in ("SIGTERM", "SIGHUP") else {killed}
+    return frozenset(codes | {REFUSED} if whom == "one" else codes)  # one may be a worker
 
 
 def _folder(_work: Work, rng: random.Random) -> Fault:
