@@ -1,6 +1,6 @@
 # A fresh machine needs two commands: make demo, make test. Every target sets up .venv first.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults golden lint format bench bench-data bench-index bench-step fuzz chaos random-faults clean
+.PHONY: help setup demo test test-faults golden lint format bench bench-data bench-index bench-step fuzz chaos clean
 
 BIN := .venv/bin
 
@@ -43,11 +43,8 @@ bench-index: setup  ## open an index of 100,000,000 clips and jump about in it (
 bench-step: setup  ## time one training step of the base model beside plain fp32 PyTorch (some minutes)
 	@$(BIN)/python tools/bench/bench.py step $(ARGS)
 
-chaos: setup  ## disturb 100 short runs of training and sharding at random (15 minutes); ARGS="--trials 500 --record FILE"
-	@OMP_NUM_THREADS=1 $(BIN)/python tools/chaos --trials 100 $(ARGS)
-
-random-faults: setup  ## put 500 random faults on short runs of all kinds, some as root only (hours; ARGS='--trials 20' for less)
-	@$(BIN)/python tools/random_faults --record random_faults/record.jsonl $(ARGS)
+chaos: setup  ## put 20 random faults on short runs of all kinds, some as root only (15 minutes; all: ARGS='--trials 500')
+	@$(BIN)/python tools/chaos --record chaos/record.jsonl --trials 20 $(ARGS)
 
 fuzz: setup  ## read 20,000 mutants of encoded sounds, and files that hold other than they declare (four minutes)
 	@$(BIN)/python tools/fuzz kinds
