@@ -126,6 +126,7 @@ def exit_with_sentence(main: Callable[[], None], *, prints: bool = True) -> None
     """
     _restart_in_utf_8()
     _prepare_streams(prints)
+    threading.excepthook = _tell_of_thread
     try:
         main()
         sys.stdout.flush()  # or Python does it at its end, when nothing can be caught
@@ -174,6 +175,14 @@ def _prepare_streams(prints: bool) -> None:
     sys.stderr = Told(sys.stderr)
     if not prints:
         sys.stdout = Told(sys.stdout)
+
+
+def _tell_of_thread(failed: threading.ExceptHookArgs) -> None:
+    """Print what ended a thread that nobody waits for, as one that writes TensorBoard's files; a bug's traceback."""
+    if isinstance(failed.exc_value, OSError):
+        say(f"warning: a thread has ended: {failed.exc_value}")
+    else:
+        threading.__excepthook__(failed)
 
 
 def _leave_with_traceback() -> None:

@@ -188,6 +188,19 @@ def test_a_bug_ends_the_workers_with_the_program(method: str, count_fault: Count
     count_fault("46", "an unforeseen error while workers and threads run", 1, 1)
 
 
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [("OSError(2, 'No such file', 'events')", "warning: a thread has ended: [Errno 2] No such file: 'events'\n"),
+     ("KeyError('a bug')", "Exception in thread")],
+)  # fmt: skip
+def test_a_thread_that_cannot_write_is_one_line_and_a_bug_keeps_its_traceback(raised: str, told: str) -> None:
+    thread = "threading.Thread(target=lambda: (_ for _ in ()).throw({}))"
+    code, stderr = program(f"thread = {thread.format(raised)}; thread.start(); thread.join()")
+    assert code == 0
+    assert stderr.startswith(told)
+    assert ("Traceback" in stderr) == raised.startswith("KeyError")
+
+
 def test_a_stderr_that_nobody_reads_holds_no_end_up() -> None:
     started = time.monotonic()
     fills = 'exec 3> >(sleep 20); "$@" 2>&3'

@@ -179,6 +179,8 @@ class CheckpointWriter:
         outcome = None
         if self._processes.is_first:
             found = _result_or_error(lambda: self._commit(temporary, folder, state, reports))
+            if isinstance(found, UserError):
+                found = _result_or_error(self._check_folder) or found  # a lost folder is the reason for all others
             outcome = Outcome(
                 state.step, folder, time.monotonic() - started, 0 if isinstance(found, UserError) else found
             )

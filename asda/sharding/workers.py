@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar, cast
 
@@ -36,6 +37,7 @@ def worker_pool(num_workers: int, num_tasks: int) -> Iterator["Workers"]:
     os.environ.update(ONE_THREAD)  # read when a worker imports numpy
     context = multiprocessing.get_context("spawn")  # a fork would copy locks held by other threads
     try:
+        _start_tracker()
         counts = context.RawArray("q", max(num_tasks, 1))  # each has one writer, so it needs no lock
         pool = ProcessPoolExecutor(max(1, min(num_workers, num_tasks)), context, _start_worker, (counts,))
     except OSError as error:
@@ -49,11 +51,25 @@ def worker_pool(num_workers: int, num_tasks: int) -> Iterator["Workers"]:
         pool.shutdown(cancel_futures=True)
 
 
+def _start_tracker() -> None:
+    """Start the process that removes what processes share, deaf to signals that a group gets and it does not foresee.
+
+    It is named `resource_tracker` and ignores only SIGINT and SIGTERM. If another signal ended it, the next one would
+    print a traceback for each semaphore that it does not know. A blocked signal stays blocked in a new process.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2))
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(counts: Any) -> None:
-    """Prepare a worker process: leave Ctrl-C to its parent, and end with it."""
+    """Prepare a worker process: leave Ctrl-C and a closed terminal to its parent, and end with it."""
     global _counts
     _counts = counts
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked worker would have its parent's handler
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

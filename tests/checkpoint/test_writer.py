@@ -336,3 +336,23 @@ def test_nothing_is_committed_and_nothing_pruned_in_a_folder_that_is_lost(tmp_pa
         assert writer.failure == "it was moved", "whatever run.on_failed_save says"
     assert sorted(path for path in kept[0].parent.glob("step-*")) == kept
     count_fault("36", "nothing is committed or pruned in a folder that is lost", 1, 1)
+
+
+def test_a_folder_that_is_lost_during_a_save_is_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+
+    def check() -> None:
+        if not run.exists():
+            raise FolderLostError("it was moved")
+
+    def move(*_: object) -> None:
+        run.rename(tmp_path / "moved")
+
+    with CheckpointWriter(run, tiny_config("run.on_failed_save=continue"), ALONE, check) as writer:
+        monkeypatch.setattr("asda.checkpoint.writer._refuse_files_elsewhere", move)
+        writer.save(state_at(1), files_at(1))
+        outcome = writer.finish()
+    assert outcome is not None
+    assert outcome.failure == "it was moved"
+    assert outcome.folder_lost
+    assert not run.exists()

@@ -275,6 +275,24 @@ def test_a_failure_ends_the_workers_before_anybody_cleans_up_behind_them():
     assert all(future.cancelled() or future.exception() for future in asleep)  # cancelled: had not reached a worker yet
 
 
+def test_a_signal_to_the_whole_group_leaves_no_traceback(tmp_path, count_fault):
+    """A closed terminal sends SIGHUP to all processes; multiprocessing's tracker would die of it, and its heir fail."""
+    code = (
+        "import os, signal, sys, time\nfrom asda.sharding.workers import worker_pool\nif __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGHUP, signal.default_int_handler)\n    with worker_pool(2, 2) as workers:\n"
+        "        workers.pool.submit(abs, 1).result()\n        os.killpg(0, signal.SIGHUP)\n        time.sleep(20)\n"
+    )
+    script = tmp_path / "program.py"
+    script.write_text(code)
+    argv = [sys.executable, str(script)]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, start_new_session=True, env=env)
+    assert done.stderr.count("Traceback") == 1
+    assert done.stderr.rstrip().endswith("KeyboardInterrupt")
+    assert "resource_tracker" not in done.stderr
+    count_fault("48", "SIGHUP to all processes of a command with workers", 1, 1)
+
+
 def test_a_disk_without_room_is_refused_before_anything_is_written(clips, monkeypatch, tmp_path):
     place = Place(str(clips / "in/class2/2.wav"))
     tasks = [ShardTask(tmp_path / "train-000000.tar.zst", (ClipTask("2", place, "2.wav", (), ()),) * 500, 600.0)]
