@@ -163,6 +163,9 @@ class RunLog:
         if not self._enabled:
             return
         self._bar.close()
+        for lines in (self._metrics, self._bad_steps):
+            if lines.num_unwritten:
+                self._print_warning(f"{lines.num_unwritten} lines could not be written to {lines.path}; they are lost")
         for board in list(self._boards):
             try:
                 board.close()
@@ -170,10 +173,12 @@ class RunLog:
                 self._leave_out(board, error)
 
     def _write(self, lines: "JsonLines", entry: dict[str, Any]) -> None:
+        known = lines.num_unwritten > 0
         try:
             lines.write(entry)
         except OSError as error:
-            self._print_warning(f"cannot write {lines.path}: {error.strerror}; its lines are kept for the next try")
+            if not known:
+                self._print_warning(f"cannot write {lines.path}: {error.strerror}; its lines are kept for the next try")
 
     def _leave_out(self, board: Board, error: OSError) -> None:
         self._boards.remove(board)
@@ -190,6 +195,11 @@ class JsonLines:
     def __init__(self, path: Path):
         self.path = path
         self._unwritten = b""
+
+    @property
+    def num_unwritten(self) -> int:
+        """The number of lines that wait for a disk that can be written."""
+        return self._unwritten.count(b"\n")
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append a line, after those that could not be written before; on OSError keep them for the next call."""

@@ -175,6 +175,18 @@ def test_lines_that_find_no_room_wait_and_are_all_there_in_order_once_there_is_s
     assert [entry["step"] for entry in lines_of(tmp_path)] == [1, 2, 3, 4]
 
 
+def test_lines_that_never_find_room_are_counted_at_the_end_and_told_once_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with opened(tmp_path / "run") as log:
+        (tmp_path / "run" / "metrics.jsonl").mkdir()
+        for step in (1, 2, 3):
+            log.record("train", step, {"loss": 1.0})
+    told = capsys.readouterr().err.splitlines()
+    assert sum("metrics.jsonl: Is a directory; its lines are kept for the next try" in line for line in told) == 1
+    assert sum("3 lines could not be written to" in line for line in told) == 1
+
+
 def test_a_board_that_fails_is_left_out_with_a_warning_and_the_run_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -157,7 +157,9 @@ class Trial:
             found += verdicts.of_done(0, self._result(self.plan.work, place), reference)
         if self.plan.work.trains:
             [program], [code] = programs, self.record.codes
-            found += verdicts.of_sentences(code, program.text(program.stdout), program.text(program.stderr), place)
+            stdout, stderr = program.text(program.stdout), program.text(program.stderr)
+            # A save that ends while its folder is copied may be whole in the copy alone.
+            found += verdicts.of_sentences(code, stdout, stderr, place, self.place)
             found += verdicts.of_checkpoints(place, before, int(self.plan.options[-1].split("=")[1]))
         return found
 

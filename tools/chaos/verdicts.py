@@ -66,9 +66,9 @@ def of_done(code: int | None, result: object, reference: object) -> list[str]:
     )
 
 
-def of_sentences(code: int | None, stdout: str, stderr: str, run: Path) -> list[str]:
-    """Complain about checkpoints that are called saved but cannot be opened."""
-    newest = _newest(run)
+def of_sentences(code: int | None, stdout: str, stderr: str, *places: Path) -> list[str]:
+    """Complain about checkpoints that are called saved but cannot be opened in any place of the run folder."""
+    newest = max(map(_newest, places))
     called = max(map(int, SAVED_LINE.findall(stdout + stderr)), default=0)
     found = [f"{SENTENCE}: step {called} is called saved, the newest is {newest}"] if called > newest else []
     stops = [int(step) for step in STOP_SENTENCE.findall(stderr)]
