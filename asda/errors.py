@@ -16,6 +16,7 @@ fails, so all ranks of a stopped run end with the same one. If `deepspeed` itsel
 import errno
 import io
 import locale
+import logging
 import os
 import select
 import sys
@@ -45,6 +46,10 @@ LOST_PEER_WORDS = (
     "remote process exited",
     "timed out waiting",
 )
+
+
+# How torch, CUDA and the loader of libraries say that memory has run out.
+NO_MEMORY_WORDS = ("can't allocate memory", "cannot allocate memory", "out of memory", "failed to map segment")
 
 
 class UserError(Exception):
@@ -127,6 +132,7 @@ def exit_with_sentence(main: Callable[[], None], *, prints: bool = True) -> None
     _restart_in_utf_8()
     _prepare_streams(prints)
     threading.excepthook = _tell_of_thread
+    logging.raiseExceptions = False  # a library's line that cannot be written is no reason for a traceback
     try:
         main()
         sys.stdout.flush()  # or Python does it at its end, when nothing can be caught
@@ -146,9 +152,20 @@ def exit_with_sentence(main: Callable[[], None], *, prints: bool = True) -> None
     except KeyboardInterrupt:
         _leave("interrupted", INTERRUPTED_EXIT)
     except Exception as error:
+        if _is_lack_of_memory(error):
+            why = " ".join(str(error).split())[:200] or "Python's own"
+            _leave(
+                f"error: memory has run out ({why}); lower engine.micro_batch, or give the job more", USER_ERROR_EXIT
+            )
         if not isinstance(error, RuntimeError) or not any(words in str(error).lower() for words in LOST_PEER_WORDS):
             _leave_with_traceback()
         _leave("stopped, because another rank has ended; its message says why, unless it was killed", LOST_PEER_EXIT)
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Return whether memory has run out, of the host or a GPU; torch raises RuntimeErrors, libraries ImportErrors."""
+    told = isinstance(error, (RuntimeError, ImportError)) and any(w in str(error).lower() for w in NO_MEMORY_WORDS)
+    return told or isinstance(error, MemoryError)
 
 
 def _restart_in_utf_8() -> None:
@@ -187,13 +204,26 @@ def _tell_of_thread(failed: threading.ExceptHookArgs) -> None:
 
 def _leave_with_traceback() -> None:
     """End the process for the exception that is being handled, without waiting for its threads and workers."""
+    traceback.print_exc()
+    _end_without_waiting(BUG_EXIT)
+
+
+def _leave_for_memory(error: Exception) -> None:
+    """End the process with a sentence, because it cannot have the memory that it needs."""
+    why = " ".join(str(error).split())[:200] or type(error).__name__
+    say(f"error: memory has run out ({why}); lower engine.micro_batch or --workers, or give the job more memory")
+    _end_without_waiting(USER_ERROR_EXIT)
+
+
+def _end_without_waiting(code: int) -> None:
+    """End the process and its workers; threads may wait for something that never comes."""
     import multiprocessing  # most commands need none
 
-    traceback.print_exc()
     for process in multiprocessing.active_children():
         process.terminate()
-    sys.stdout.flush()
-    os._exit(BUG_EXIT)
+    with suppress(OSError):
+        sys.stdout.flush()
+    os._exit(code)
 
 
 def _nobody_reads() -> bool:

@@ -179,6 +179,28 @@ def test_a_file_that_is_opened_is_never_taken_for_a_closed_stream(tmp_path) -> N
     assert path.read_text() == ""
 
 
+@pytest.mark.parametrize(
+    "raised",
+    [
+        "MemoryError()",
+        "RuntimeError('[enforce fail] DefaultCPUAllocator: can\\'t allocate memory: you tried 134217728 bytes')",
+        "RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')",
+        "ImportError('libx.so: failed to map segment from shared object')",
+    ],
+)
+def test_memory_that_has_run_out_is_one_sentence(raised: str, count_fault: Count) -> None:
+    code, told = program(f"raise {raised}")
+    assert code == USER_ERROR_EXIT
+    assert told.startswith("error: memory has run out (")
+    assert told.count("\n") == 1
+    count_fault("49", "memory that has run out", 1, 1)
+
+
+def test_a_line_of_a_library_that_cannot_be_written_is_no_traceback() -> None:
+    body = "import logging; logging.StreamHandler(open('/dev/full', 'w')).handle(logging.makeLogRecord({'msg': 'x'}))"
+    assert program(body) == (0, "")
+
+
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 def test_a_bug_ends_the_workers_with_the_program(method: str, count_fault: Count) -> None:
     worker = f"multiprocessing.get_context({method!r}).Process(target=time.sleep, args=(600,)).start()"

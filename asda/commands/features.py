@@ -155,17 +155,21 @@ def extract(args: argparse.Namespace) -> None:
     model = asda.load(args.model, weights=args.weights, device=args.device)
     settings = settings_of(args, model)
     check_folder(args.out, settings)
-    failures = []
+    failures, written = [], []
     with ClipProgress(sum(task.num_clips for task in tasks)) as progress:
         for task in tasks:
             try:
                 finish(task, args.out, settings, model, progress)
+                written.append(path_of(args.out, task, settings.file_format))
             except Exception as error:  # one bad file costs one file
                 reason = failure_of(error)
                 failures.append(on_one_line(reason if task.source in reason else f"{task.source}: {reason}"))
                 if len(tasks) > 1:
                     tqdm.write(f"error: {failures[-1]}", file=sys.stderr)
             progress.finish(task.num_clips)
+    if num_missing := sum(not path.exists() for path in written):
+        moved = f"{num_missing} of {len(written)} files are gone from --out {args.out}, which was moved or replaced"
+        raise UserError(f"{moved} meanwhile; put it back and start the same command again")
     print(progress.summary(args.out))
     if failures:
         raise UserError(failures[0] if len(tasks) == 1 else f"{len(failures)} of {len(tasks)} inputs cannot be used")

@@ -153,7 +153,8 @@ class Trial:
             return []
         found = []
         lost_launcher = self.plan.work.ranks and any(LAUNCHER_LOST in its.text(its.stderr) for its in programs)
-        if all(code == 0 for code in self.record.codes) and not lost_launcher:
+        done = all(code == 0 for code in self.record.codes) and not lost_launcher
+        if done and self._result(self.plan.work, self.place) != reference:  # where the command was told to write
             found += verdicts.of_done(0, self._result(self.plan.work, place), reference)
         if self.plan.work.trains:
             [program], [code] = programs, self.record.codes

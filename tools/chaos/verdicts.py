@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from faults import DONE, STOPPED
-from processes import ROOT
+from processes import BIN, ROOT
 
 from asda.checkpoint.manifest import damage
 from asda.checkpoint.read import checkpoints_of, newest_checkpoint, read_state
@@ -41,7 +41,8 @@ def tracebacks(text: str, *, launcher: bool) -> list[str]:
         inside = [line for line in lines if line.startswith((" ", "["))]
         last = next((line for line in lines if line and not line.startswith(" ")), first)
         own = f'File "{ROOT}/asda/' in "\n".join(inside)
-        if not launcher or own or "deepspeed/launcher/" not in block:
+        its = "deepspeed/launcher/" in block or f"{BIN}/deepspeed" in block
+        if not launcher or own or not its:
             blocks.append(last.strip())
     return blocks
 
