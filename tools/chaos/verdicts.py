@@ -41,7 +41,8 @@ def tracebacks(text: str, *, launcher: bool) -> list[str]:
         inside = [line for line in lines if line.startswith((" ", "["))]
         last = next((line for line in lines if line and not line.startswith(" ")), first)
         own = f'File "{ROOT}/asda/' in "\n".join(inside)
-        its = "deepspeed/launcher/" in block or f"{BIN}/deepspeed" in block
+        # Ranks are scripts: what runs as a module, or as the program deepspeed, is its launcher.
+        its = any(words in block for words in ("deepspeed/launcher/", f"{BIN}/deepspeed", "<frozen runpy>"))
         if not launcher or own or not its:
             blocks.append(last.strip())
     return blocks
