@@ -49,7 +49,14 @@ LOST_PEER_WORDS = (
 
 
 # How torch, CUDA and the loader of libraries say that memory has run out.
-NO_MEMORY_WORDS = ("can't allocate memory", "cannot allocate memory", "out of memory", "failed to map segment")
+NO_MEMORY_WORDS = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "out of memory",
+    "failed to map segment",
+    "can't start new thread",
+    "resource temporarily unavailable",  # the same in DALI's words
+)
 
 
 class UserError(Exception):
@@ -97,7 +104,8 @@ def _say_for_a_moment(line: str, code: int) -> None:
     """Print a line on stderr; if that takes longer than TELLING_S, end the process with this code."""
     end = threading.Timer(TELLING_S, os._exit, (code,))
     end.daemon = True
-    end.start()
+    with suppress(RuntimeError):  # without memory no thread can start
+        end.start()
     say(line)
     end.cancel()
 
@@ -153,10 +161,7 @@ def exit_with_sentence(main: Callable[[], None], *, prints: bool = True) -> None
         _leave("interrupted", INTERRUPTED_EXIT)
     except Exception as error:
         if _is_lack_of_memory(error):
-            why = " ".join(str(error).split())[:200] or "Python's own"
-            _leave(
-                f"error: memory has run out ({why}); lower engine.micro_batch, or give the job more", USER_ERROR_EXIT
-            )
+            _leave_for_memory(error)
         if not isinstance(error, RuntimeError) or not any(words in str(error).lower() for words in LOST_PEER_WORDS):
             _leave_with_traceback()
         _leave("stopped, because another rank has ended; its message says why, unless it was killed", LOST_PEER_EXIT)
@@ -211,7 +216,8 @@ def _leave_with_traceback() -> None:
 def _leave_for_memory(error: Exception) -> None:
     """End the process with a sentence, because it cannot have the memory that it needs."""
     why = " ".join(str(error).split())[:200] or type(error).__name__
-    say(f"error: memory has run out ({why}); lower engine.micro_batch or --workers, or give the job more memory")
+    line = f"error: memory has run out ({why}); lower engine.micro_batch or --workers, or give the job more memory"
+    _say_for_a_moment(line, USER_ERROR_EXIT)
     _end_without_waiting(USER_ERROR_EXIT)
 
 

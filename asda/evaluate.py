@@ -6,12 +6,15 @@ docs/evaluation.md, and writes them with a table of classes and a picture of the
 Shapes: B clips of a batch, N clips or patches, P pixels of a patch, X figures of a clip, K checkpoints, C classes.
 """
 
+import logging
 import os
 import sys
 
 if not __package__:  # run as a script: Python has put asda/ first, where names of ours would hide other packages
     here = os.path.dirname(os.path.realpath(__file__))
     sys.path[:] = [os.path.dirname(here), *(path for path in sys.path if os.path.realpath(path) != here)]
+if __name__ == "__main__":
+    logging.raiseExceptions = False  # as in exit_with_sentence, but before DeepSpeed is imported, which logs
 
 import argparse
 from collections.abc import Callable

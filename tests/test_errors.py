@@ -127,7 +127,7 @@ def test_another_pipe_that_breaks_keeps_its_traceback() -> None:
 
 
 PROGRAM = """
-import multiprocessing, os, signal, sys, threading, time
+import multiprocessing, os, resource, signal, sys, threading, time
 from asda.errors import Stopped, UserError, end_at_once, exit_with_sentence, say
 def wait_for_ever(): time.sleep(600)
 def main():
@@ -186,6 +186,8 @@ def test_a_file_that_is_opened_is_never_taken_for_a_closed_stream(tmp_path) -> N
         "RuntimeError('[enforce fail] DefaultCPUAllocator: can\\'t allocate memory: you tried 134217728 bytes')",
         "RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')",
         "ImportError('libx.so: failed to map segment from shared object')",
+        "RuntimeError('can\\'t start new thread')",
+        "RuntimeError('Critical error when building pipeline: Resource temporarily unavailable')",
     ],
 )
 def test_memory_that_has_run_out_is_one_sentence(raised: str, count_fault: Count) -> None:
@@ -194,6 +196,13 @@ def test_memory_that_has_run_out_is_one_sentence(raised: str, count_fault: Count
     assert told.startswith("error: memory has run out (")
     assert told.count("\n") == 1
     count_fault("49", "memory that has run out", 1, 1)
+
+
+def test_a_sentence_needs_no_thread() -> None:
+    no_threads = "resource.setrlimit(resource.RLIMIT_NPROC, (0, 0)); os.getuid() or os.setuid(65534)"
+    code, told = program(f"{no_threads}; raise MemoryError")
+    assert code == USER_ERROR_EXIT
+    assert told.count("\n") == 1
 
 
 def test_a_line_of_a_library_that_cannot_be_written_is_no_traceback() -> None:
